@@ -7,3 +7,5 @@ mod tensor;
 
 pub use dtype::Dtype;
 pub use tensor::TensorView;
+mod stub;
+pub use stub::*;

@@ -1,0 +1,217 @@
+//! Rotary position embedding: one angular step per pair, whatever the scaling scheme.
+
+use serde_json::Value;
+
+use super::ArchError;
+use super::config::Config;
+
+/// Which coordinates of a head form a rotated pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// Pair `j` is rows `(j, j + d/2)`: Llama, Mistral, Qwen in Hugging Face layout.
+    Half,
+    /// Pair `j` is rows `(2j, 2j + 1)`: DeepSeek.
+    Interleaved,
+}
+
+/// Rotary embedding of one model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// Angle in radians per token of each pair, `[d_R / 2]`. Rounded to f32 as stock runtimes hold it.
+    pub inv_freq: Vec<f64>,
+    /// Factor on cos and sin, so that every score carries its square (YaRN, LongRoPE `attention_factor`).
+    pub amplitude: f64,
+    /// Pairing of coordinates.
+    pub layout: RopeLayout,
+    /// `rope_theta` of the config.
+    pub theta: f64,
+    /// Scaling scheme of the config, `default` when there is none.
+    pub kind: String,
+}
+
+/// `base^(2j/dim)` as stock runtimes compute it: the exponent rounded to f32, the power rounded to f32.
+fn base_power(theta: f64, dim: usize, pair: usize) -> f32 {
+    let exponent = (2 * pair) as f32 / dim as f32;
+    (f64::from(theta as f32)).powf(f64::from(exponent)) as f32
+}
+
+impl Rope {
+    /// Read `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before), for a rotated width of `dim`.
+    ///
+    /// # Errors
+    /// An odd `dim`, a scheme this tool does not know, or a missing parameter of a known one.
+    pub(super) fn read(config: &Config<'_>, dim: usize, default_theta: f64) -> Result<Self, ArchError> {
+        if dim == 0 || dim % 2 != 0 {
+            return Err(ArchError::BadValue {
+                key: "head_dim".into(),
+                found: dim.to_string(),
+                expected: "a positive even number, since RoPE rotates pairs".into(),
+            });
+        }
+        let scaling = config.object("rope_parameters")?.or(config.object("rope_scaling")?);
+        let theta = scaling
+            .and_then(|s| s.get("rope_theta"))
+            .and_then(Value::as_f64)
+            .or(config.number("rope_theta")?)
+            .unwrap_or(default_theta);
+        if !(theta.is_finite() && theta > 0.0) {
+            return Err(config.bad("rope_theta", "a positive number"));
+        }
+        let kind = scaling
+            .and_then(|s| s.get("rope_type").or_else(|| s.get("type")))
+            .and_then(Value::as_str)
+            .unwrap_or("default")
+            .to_owned();
+        let plain: Vec<f32> = (0..dim / 2).map(|j| 1.0 / base_power(theta, dim, j)).collect();
+        let params = Scaling { config, scaling, theta, dim, plain };
+        let (inv_freq, amplitude) = match kind.as_str() {
+            "default" => (params.plain.clone(), 1.0),
+            "linear" => {
+                let factor = params.need("factor")? as f32;
+                (params.plain.iter().map(|f| f / factor).collect(), 1.0)
+            }
+            "llama3" => (params.llama3()?, 1.0),
+            "yarn" => params.yarn()?,
+            "longrope" => params.longrope()?,
+            other => {
+                return Err(ArchError::Unsupported {
+                    what: format!("RoPE scaling `{other}`"),
+                    hint: Some("known schemes are default, linear, llama3, yarn and longrope".into()),
+                });
+            }
+        };
+        Ok(Self {
+            inv_freq: inv_freq.into_iter().map(f64::from).collect(),
+            amplitude,
+            layout: RopeLayout::Half,
+            theta,
+            kind,
+        })
+    }
+
+    /// Rotated width `d_R`.
+    pub fn dim(&self) -> usize {
+        2 * self.inv_freq.len()
+    }
+}
+
+struct Scaling<'a> {
+    config: &'a Config<'a>,
+    scaling: Option<&'a serde_json::Map<String, Value>>,
+    theta: f64,
+    dim: usize,
+    plain: Vec<f32>,
+}
+
+impl Scaling<'_> {
+    fn get(&self, key: &str) -> Option<f64> {
+        self.scaling.and_then(|s| s.get(key)).and_then(Value::as_f64)
+    }
+
+    fn need(&self, key: &str) -> Result<f64, ArchError> {
+        self.get(key)
+            .filter(|v| v.is_finite() && *v > 0.0)
+            .ok_or_else(|| ArchError::MissingKey { key: format!("rope_scaling.{key}"), family: "RoPE scaling".into() })
+    }
+
+    fn original_max(&self) -> Result<f64, ArchError> {
+        match self.get("original_max_position_embeddings").or(self.config.number("original_max_position_embeddings")?) {
+            Some(v) if v > 0.0 => Ok(v),
+            _ => self.config.need_number("max_position_embeddings"),
+        }
+    }
+
+    /// Llama 3.1: keep fast pairs, divide slow ones by `factor`, interpolate between (Meta's reference, as restated in
+    /// transformers' `modeling_rope_utils`).
+    fn llama3(&self) -> Result<Vec<f32>, ArchError> {
+        let factor = self.need("factor")?;
+        let (low, high) = (self.need("low_freq_factor")?, self.need("high_freq_factor")?);
+        let original = self.need("original_max_position_embeddings")?;
+        Ok(self
+            .plain
+            .iter()
+            .map(|&f| {
+                let f = f64::from(f);
+                let wavelength = 2.0 * std::f64::consts::PI / f;
+                let scaled = if wavelength > original / low {
+                    f / factor
+                } else if wavelength < original / high {
+                    f
+                } else {
+                    let smooth = (original / wavelength - low) / (high - low);
+                    (1.0 - smooth) * f / factor + smooth * f
+                };
+                scaled as f32
+            })
+            .collect())
+    }
+
+    /// YaRN (arXiv 2309.00071, section 3.2) with the attention factor of its section 3.4.
+    fn yarn(&self) -> Result<(Vec<f32>, f64), ArchError> {
+        let factor = self.need("factor")?;
+        let original = self.original_max()?;
+        let (fast, slow) = (self.get("beta_fast").unwrap_or(32.0), self.get("beta_slow").unwrap_or(1.0));
+        let mscale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+        let amplitude = match (self.get("attention_factor"), self.get("mscale"), self.get("mscale_all_dim")) {
+            (Some(a), _, _) => a,
+            (None, Some(m), Some(all)) if m != 0.0 && all != 0.0 => mscale(m) / mscale(all),
+            _ => mscale(1.0),
+        };
+        let dim = self.dim as f64;
+        let correction =
+            |rotations: f64| dim * (original / (rotations * 2.0 * std::f64::consts::PI)).ln() / (2.0 * self.theta.ln());
+        let truncate = self.scaling.and_then(|s| s.get("truncate")).and_then(Value::as_bool).unwrap_or(true);
+        let (mut low, mut high) = (correction(fast), correction(slow));
+        if truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        (low, high) = (low.max(0.0), high.min(dim - 1.0));
+        if low == high {
+            high += 0.001;
+        }
+        let freqs = self.plain.iter().enumerate().map(|(j, &f)| {
+            let ramp = ((j as f64 - low) / (high - low)).clamp(0.0, 1.0);
+            let f = f64::from(f);
+            (f / factor * ramp + f * (1.0 - ramp)) as f32
+        });
+        Ok((freqs.collect(), amplitude))
+    }
+
+    /// LongRoPE (arXiv 2402.13753): one factor per pair. Only checkpoints whose short and long lists agree have a single
+    /// set of frequencies; others switch with the context length and are refused.
+    fn longrope(&self) -> Result<(Vec<f32>, f64), ArchError> {
+        let list = |key: &str| -> Result<Vec<f64>, ArchError> {
+            let values = self.scaling.and_then(|s| s.get(key)).and_then(Value::as_array);
+            let values: Option<Vec<f64>> = values.map(|v| v.iter().filter_map(Value::as_f64).collect());
+            match values {
+                Some(v) if v.len() == self.dim / 2 && v.iter().all(|x| x.is_finite() && *x > 0.0) => Ok(v),
+                Some(v) => Err(ArchError::BadValue {
+                    key: format!("rope_scaling.{key}"),
+                    found: format!("{} usable numbers", v.len()),
+                    expected: format!("{} positive numbers, one per rotated pair", self.dim / 2),
+                }),
+                None => Err(ArchError::MissingKey {
+                    key: format!("rope_scaling.{key}"),
+                    family: "RoPE scaling longrope".into(),
+                }),
+            }
+        };
+        let (short, long) = (list("short_factor")?, list("long_factor")?);
+        if short != long {
+            return Err(ArchError::Unsupported {
+                what: "longrope with different short and long factors".into(),
+                hint: Some("the frequencies change with the context length, which no MLA class expresses".into()),
+            });
+        }
+        let original = self.original_max()?;
+        let max = self.config.need_number("max_position_embeddings")?;
+        let factor = self.get("factor").unwrap_or(max / original);
+        let amplitude = match self.get("attention_factor") {
+            Some(a) => a,
+            None if factor <= 1.0 => 1.0,
+            None => (1.0 + factor.ln() / original.ln()).sqrt(),
+        };
+        let freqs = long.iter().enumerate().map(|(j, f)| 1.0 / (*f as f32 * base_power(self.theta, self.dim, j)));
+        Ok((freqs.collect(), amplitude))
+    }
+}
