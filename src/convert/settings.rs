@@ -1,0 +1,264 @@
+//! What the user may choose, validated.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+/// How attention is factorised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Nothing lost, nothing compressed: the source's attention in an MLA container.
+    Exact,
+    /// TransMLA as published (arXiv 2502.07864), written for the stock class.
+    Transmla,
+    /// Covariance-aware factorisation (CARE, arXiv 2603.17946) in the MLA path.
+    Care,
+    /// Query- and output-weighted factorisation with refits: the default.
+    AttentionAware,
+}
+
+impl Method {
+    /// Every method, in the order the documentation lists them.
+    pub const ALL: [Method; 4] = [Method::AttentionAware, Method::Care, Method::Transmla, Method::Exact];
+
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Exact => "exact",
+            Method::Transmla => "transmla",
+            Method::Care => "care",
+            Method::AttentionAware => "attention-aware",
+        }
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Cache size asked for, per token and layer.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Budget {
+    /// `kv_lora_rank + qk_rope_head_dim`.
+    Values(usize),
+    /// Percentage of the source's `2 g d`, in `(0, 100]`.
+    Percent(f64),
+}
+
+impl FromStr for Budget {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let bad =
+            || format!("`{s}` is neither a number of values per token per layer (`192`) nor a percentage (`50%`)");
+        if let Some(p) = s.strip_suffix('%') {
+            let p: f64 = p.trim().parse().map_err(|_| bad())?;
+            return if p > 0.0 && p <= 100.0 { Ok(Budget::Percent(p)) } else { Err(bad()) };
+        }
+        s.parse().ok().filter(|n| *n > 0).map(Budget::Values).ok_or_else(bad)
+    }
+}
+
+/// TransMLA's FreqFold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FreqFold {
+    /// Double from the collapse factor while the predicted loss falls.
+    Auto,
+    /// That many neighbouring frequencies share one rotation.
+    Fixed(usize),
+}
+
+impl FromStr for FreqFold {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        if s == "auto" {
+            return Ok(FreqFold::Auto);
+        }
+        s.parse()
+            .ok()
+            .filter(|n| *n > 0)
+            .map(FreqFold::Fixed)
+            .ok_or_else(|| format!("`{s}` is neither `auto` nor a positive integer"))
+    }
+}
+
+/// The stock class the output is written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetKind {
+    /// `DeepseekV3ForCausalLM`, dense.
+    DeepseekV3,
+}
+
+impl TargetKind {
+    /// `model_type` of the class.
+    pub fn name(self) -> &'static str {
+        match self {
+            TargetKind::DeepseekV3 => "deepseek_v3",
+        }
+    }
+}
+
+/// Which RoPE frequencies the rotated slots may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RopeGrid {
+    /// One frequency per slot, any, carried as LongRoPE factors: transformers, vLLM's transformers backend.
+    Free,
+    /// `theta^(-2p/d_R)`: every engine.
+    Stock,
+}
+
+/// Dtype of written weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputDtype {
+    /// bfloat16.
+    Bf16,
+    /// float32.
+    F32,
+}
+
+/// Calibration text and how much of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CalibrationSettings {
+    /// `.txt` or `.jsonl` (field `text`) files, in order; empty: the bundled corpus.
+    pub files: Vec<PathBuf>,
+    /// Windows of `seq_len` tokens.
+    pub samples: usize,
+    /// Tokens per window.
+    pub seq_len: usize,
+    /// Seed of the choice of windows.
+    pub seed: u64,
+}
+
+impl Default for CalibrationSettings {
+    fn default() -> Self {
+        Self { files: Vec::new(), samples: 128, seq_len: 256, seed: 42 }
+    }
+}
+
+/// Steps of `attention-aware`; each can be switched off so that its worth can be shown (`--without STEP`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Steps {
+    /// Best constant phase for pairs that lose RoPE.
+    pub phase: bool,
+    /// Query-weighted slots (off: plain key energy).
+    pub query_weight: bool,
+    /// Centred covariance in the joint low rank.
+    pub centring: bool,
+    /// Query/output metric (off: plain L2).
+    pub metric: bool,
+    /// Per-head value refit on attention-pooled inputs.
+    pub value_refit: bool,
+    /// Output projection refit on the source's attention output.
+    pub output_refit: bool,
+    /// Statistics from the converted stream upstream.
+    pub converted_stream: bool,
+}
+
+impl Default for Steps {
+    fn default() -> Self {
+        Self {
+            phase: true,
+            query_weight: true,
+            centring: true,
+            metric: true,
+            value_refit: true,
+            output_refit: true,
+            converted_stream: true,
+        }
+    }
+}
+
+impl Steps {
+    /// Names accepted by `--without`.
+    pub const NAMES: [&'static str; 7] =
+        ["phase", "query-weight", "centring", "metric", "value-refit", "output-refit", "converted-stream"];
+
+    /// Switch one step off by name; `false` if there is no such step.
+    pub fn disable(&mut self, name: &str) -> bool {
+        match name {
+            "phase" => self.phase = false,
+            "query-weight" => self.query_weight = false,
+            "centring" => self.centring = false,
+            "metric" => self.metric = false,
+            "value-refit" => self.value_refit = false,
+            "output-refit" => self.output_refit = false,
+            "converted-stream" => self.converted_stream = false,
+            _ => return false,
+        }
+        true
+    }
+}
+
+/// Everything that decides what `convert` writes.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ConvertSettings {
+    /// Method.
+    pub method: Method,
+    /// Latent width `r`, if given.
+    pub kv_lora_rank: Option<usize>,
+    /// Rotated width `d_R`, if given.
+    pub qk_rope_head_dim: Option<usize>,
+    /// Query latent width, if given.
+    pub q_lora_rank: Option<usize>,
+    /// Cache budget, if given instead of the two widths.
+    pub kv_budget: Option<Budget>,
+    /// TransMLA: FreqFold.
+    pub freqfold: FreqFold,
+    /// TransMLA: `--balance-kv-ratio`; `None` switches balancing off.
+    pub balance_kv_ratio: Option<f64>,
+    /// Steps of `attention-aware`.
+    pub steps: Steps,
+    /// Gradient steps per layer after the closed form (`attention-aware`).
+    pub refine: usize,
+    /// Target class.
+    pub target: TargetKind,
+    /// RoPE frequencies of the rotated slots; `None`: the target's best.
+    pub rope_grid: Option<RopeGrid>,
+    /// Output dtype; `None`: the source's.
+    pub dtype: Option<OutputDtype>,
+    /// Calibration.
+    pub calibration: CalibrationSettings,
+    /// Longest shard in bytes.
+    pub max_shard_bytes: u64,
+    /// Longest context the output claims; lets a sliding-window source be converted within its window.
+    pub max_context: Option<usize>,
+    /// Replace an existing output folder.
+    pub overwrite: bool,
+    /// Go on where the tool would refuse for the user's good (no smaller cache, ...).
+    pub force: bool,
+}
+
+impl Default for ConvertSettings {
+    fn default() -> Self {
+        Self {
+            method: Method::AttentionAware,
+            kv_lora_rank: None,
+            qk_rope_head_dim: None,
+            q_lora_rank: None,
+            kv_budget: None,
+            freqfold: FreqFold::Auto,
+            balance_kv_ratio: Some(1.0),
+            steps: Steps::default(),
+            refine: 0,
+            target: TargetKind::DeepseekV3,
+            rope_grid: None,
+            dtype: None,
+            calibration: CalibrationSettings::default(),
+            max_shard_bytes: 5_000_000_000,
+            max_context: None,
+            overwrite: false,
+            force: false,
+        }
+    }
+}
