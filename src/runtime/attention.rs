@@ -177,9 +177,7 @@ impl<T: Send + Sync> AttentionBlock<T> {
                 let width = a.shape.kv_heads * a.shape.head_dim;
                 Cache::Gqa { k: backend.zeros(capacity, width), v: backend.zeros(capacity, width) }
             }
-            Self::Mla(a) => {
-                Cache::Mla(backend.zeros(capacity, a.shape.kv_lora_rank + a.shape.qk_rope_head_dim))
-            }
+            Self::Mla(a) => Cache::Mla(backend.zeros(capacity, a.shape.kv_lora_rank + a.shape.qk_rope_head_dim)),
         }
     }
 
@@ -354,10 +352,8 @@ impl<T: Send + Sync> Mla<T> {
         backend.rope(&mut both, rotation, positions, rotated, 1);
         let latent = backend.gather_heads(&[HeadPart { from: &both, columns: HeadColumns::dense(rank) }], 1);
         let normed = backend.rms_norm(&latent, &self.kv_a_norm, self.shape.latent_eps);
-        let parts = [
-            HeadPart { from: &normed, columns: HeadColumns::dense(rank) },
-            HeadPart { from: &both, columns: rotated },
-        ];
+        let parts =
+            [HeadPart { from: &normed, columns: HeadColumns::dense(rank) }, HeadPart { from: &both, columns: rotated }];
         backend.gather_heads(&parts, 1)
     }
 

@@ -137,14 +137,7 @@ pub trait Backend: Sync {
     fn rms_norm(&self, x: &Self::Tensor, gain: &Self::Tensor, eps: f64) -> Self::Tensor;
 
     /// Turn the given columns of each head in place. Row `t` stands at `positions[t]`.
-    fn rope(
-        &self,
-        x: &mut Self::Tensor,
-        rotation: &Rotation,
-        positions: &[usize],
-        columns: HeadColumns,
-        heads: usize,
-    );
+    fn rope(&self, x: &mut Self::Tensor, rotation: &Rotation, positions: &[usize], columns: HeadColumns, heads: usize);
 
     /// New matrix `[T, heads * sum of widths]` with the parts of each head side by side.
     fn gather_heads(&self, parts: &[HeadPart<'_, Self::Tensor>], heads: usize) -> Self::Tensor;

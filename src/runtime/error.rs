@@ -50,7 +50,9 @@ pub enum RuntimeError {
         vocab: usize,
     },
     /// More positions than the model was made for.
-    #[error("{length} tokens are more than the {max} positions of the model\n\nhint: cut the text into shorter windows")]
+    #[error(
+        "{length} tokens are more than the {max} positions of the model\n\nhint: cut the text into shorter windows"
+    )]
     ContextTooLong {
         /// Positions asked for.
         length: usize,

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
-use super::attention::{AttentionBlock, Cache, Projection, Step, vector};
+use super::attention::{AttentionBlock, Cache, LatentPath, Projection, Step, vector};
 use super::tensors::LayerTensors;
 use super::{Backend, HeadColumns, HeadPart, Qkv, Rotation, RuntimeError, Span};
 use crate::arch::{Architecture, Rope};
@@ -181,6 +181,23 @@ impl<'b, B: Backend> Layer<'b, B> {
         Ok(())
     }
 
+    /// The whole layer in place on one window `[T, D]`, token by token over a cache, as decoding does.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`].
+    pub fn forward_cached(&self, hidden: &mut Array2<f32>) -> Result<(), RuntimeError> {
+        self.check(hidden.view(), self.hidden, None)?;
+        let mut cache = self.cache(hidden.nrows());
+        for t in 0..hidden.nrows() {
+            let rotation = Rotation::new(&self.rope, t..t + 1);
+            let step = Step { start: t, rotation: &rotation, positions: &[t], path: LatentPath::Absorbed };
+            let mut x = self.backend.upload_view(hidden.slice(s![t..t + 1, ..]));
+            self.decode(&mut x, &mut cache, &step)?;
+            hidden.slice_mut(s![t..t + 1, ..]).assign(&self.backend.download(x)?);
+        }
+        Ok(())
+    }
+
     /// An empty cache for `capacity` positions.
     pub(super) fn cache(&self, capacity: usize) -> Cache<B::Tensor> {
         self.attention.cache(self.backend, capacity)
@@ -241,11 +258,7 @@ impl<'b, B: Backend> Layer<'b, B> {
         Ok(())
     }
 
-    fn by_rows(
-        &self,
-        x: ArrayView2<'_, f32>,
-        f: impl Fn(B::Tensor) -> B::Tensor,
-    ) -> Result<Array2<f32>, RuntimeError> {
+    fn by_rows(&self, x: ArrayView2<'_, f32>, f: impl Fn(B::Tensor) -> B::Tensor) -> Result<Array2<f32>, RuntimeError> {
         let chunk = |x| self.backend.download(f(self.backend.upload_view(x)));
         join(x.axis_chunks_iter(Axis(0), CHUNK).map(chunk).collect::<Result<_, _>>()?)
     }

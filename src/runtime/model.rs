@@ -102,10 +102,18 @@ impl<'a, B: Backend> Model<'a, B> {
         let (mut hidden, lengths) = self.start(windows)?;
         for index in 0..self.arch.layers {
             self.layer(index)?.forward(&mut hidden, &lengths)?;
-            check_finite(hidden.view(), || format!("layer {index}"))?;
+            self.check_layer(index, hidden.view())?;
             observer.event(Event::Step { done: index as u64 + 1, tokens: hidden.nrows() as u64 });
         }
         Ok(hidden)
+    }
+
+    /// Fail when the output of layer `index` is not finite.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NotFinite`] naming the layer.
+    pub fn check_layer(&self, index: usize, hidden: ArrayView2<'_, f32>) -> Result<(), RuntimeError> {
+        check_finite(hidden, || format!("layer {index}"))
     }
 
     /// Embed windows and check them: the stream that enters layer 0, and the window lengths.

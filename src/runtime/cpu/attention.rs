@@ -93,7 +93,8 @@ pub(super) fn attention(
         // One row: the heads of a KV group become rows of one product, and all of them see every key.
         let mut probabilities = Array2::zeros((task.heads, end - start));
         let by_head = |x: usize| (task.heads, x);
-        if let (Ok(q), Ok(out)) = (q.into_shape_with_order(by_head(d)), task.out.into_shape_with_order(by_head(width))) {
+        if let (Ok(q), Ok(out)) = (q.into_shape_with_order(by_head(d)), task.out.into_shape_with_order(by_head(width)))
+        {
             gemm::serial(probabilities.view_mut(), q, k.reversed_axes(), shape.scale as f32);
             for mut row in probabilities.rows_mut() {
                 if let Some(row) = row.as_slice_mut() {

@@ -121,14 +121,7 @@ impl Backend for Cpu {
         out
     }
 
-    fn rope(
-        &self,
-        x: &mut Array2<f32>,
-        rotation: &Rotation,
-        positions: &[usize],
-        columns: HeadColumns,
-        heads: usize,
-    ) {
+    fn rope(&self, x: &mut Array2<f32>, rotation: &Rotation, positions: &[usize], columns: HeadColumns, heads: usize) {
         let width = x.ncols();
         for_row_blocks(x, |first, rows| {
             for (row, position) in rows.chunks_exact_mut(width).zip(&positions[first..]) {
