@@ -204,7 +204,7 @@ fn read_mla(config: &Config<'_>, family: &Family, heads: usize) -> Result<(Atten
         rope.layout = RopeLayout::Interleaved;
     }
     let mut score_scale = ((nope + rope_dim) as f64).powf(-0.5);
-    let scaling = config.object("rope_parameters")?.or(config.object("rope_scaling")?);
+    let scaling = config.object("rope_scaling")?.filter(|m| !m.is_empty()).or(config.object("rope_parameters")?);
     let number = |key: &str| scaling.and_then(|s| s.get(key)).and_then(Value::as_f64);
     // DeepSeek's YaRN multiplies the score by mscale(mscale_all_dim)^2; transformers does so for any non-default type.
     if rope.kind != "default"

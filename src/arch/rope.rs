@@ -48,7 +48,8 @@ impl Rope {
                 expected: "a positive even number, since RoPE rotates pairs".into(),
             });
         }
-        let scaling = config.object("rope_parameters")?.or(config.object("rope_scaling")?);
+        // transformers lets a `rope_scaling` that is not empty replace `rope_parameters` as a whole.
+        let scaling = config.object("rope_scaling")?.filter(|m| !m.is_empty()).or(config.object("rope_parameters")?);
         let theta = scaling
             .and_then(|s| s.get("rope_theta"))
             .and_then(Value::as_f64)

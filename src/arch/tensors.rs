@@ -99,6 +99,13 @@ impl Architecture {
         out
     }
 
+    /// Names of every tensor of one layer that the config implies.
+    pub fn layer_tensor_names(&self, layer: usize) -> Vec<String> {
+        let mut out = Vec::new();
+        self.expect_layer(layer, &mut out);
+        out.into_iter().map(|t| t.name).collect()
+    }
+
     fn expect_layer(&self, layer: usize, out: &mut Vec<ExpectedTensor>) {
         let names = self.names.layer(layer);
         let (hidden, heads) = (self.hidden, self.heads);

@@ -47,7 +47,8 @@ impl DistanceProfile {
                 continue;
             }
             for (j, theta) in inv_freq.iter().enumerate() {
-                let sum: c64 = row.iter().enumerate().map(|(distance, p)| c64::cis(-theta * distance as f64) * *p).sum();
+                let sum: c64 =
+                    row.iter().enumerate().map(|(distance, p)| c64::cis(-theta * distance as f64) * *p).sum();
                 out[[h, j]] = sum / total;
             }
         }

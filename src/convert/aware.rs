@@ -56,8 +56,7 @@ pub(super) fn closed_form(inputs: &Inputs<'_>) -> Result<Draft, ConvertError> {
     };
     let fail = ConvertError::layer(inputs.index);
     let analysis = analyse_slots(inputs.source, &moments, phases, &inputs.steps).map_err(&fail)?;
-    let settings =
-        DraftSettings { slots: inputs.slots, rank: inputs.rank, steps: inputs.steps, bias: inputs.bias };
+    let settings = DraftSettings { slots: inputs.slots, rank: inputs.rank, steps: inputs.steps, bias: inputs.bias };
     draft(inputs.source, &moments, phases, &analysis, &settings).map_err(&fail)
 }
 
@@ -104,7 +103,10 @@ fn refit_values(
                 let fit = refit(&moments.gram(), &moments.cross(), None, VALUE_RIDGE, inputs.bias, "pooled latents")
                     .map_err(ConvertError::layer(inputs.index))?;
                 if fit.ridge > VALUE_RIDGE * RIDGE_NOTE {
-                    notes.push(format!("head {h}: singular pooled latents, value refit regularised by {:.0e}", fit.ridge));
+                    notes.push(format!(
+                        "head {h}: singular pooled latents, value refit regularised by {:.0e}",
+                        fit.ridge
+                    ));
                 }
                 ups.slice_mut(s![columns.clone(), ..]).assign(&fit.weight);
                 constants.slice_mut(s![columns.clone()]).assign(&fit.offset);

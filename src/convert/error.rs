@@ -55,7 +55,9 @@ pub enum ConvertError {
         value: String,
     },
     /// An output tensor came out NaN or infinite: a fault of this tool or of the calibration statistics, never written.
-    #[error("output tensor `{name}`: not finite after conversion; nothing was published\n\nhint: please report this with the model and the command")]
+    #[error(
+        "output tensor `{name}`: not finite after conversion; nothing was published\n\nhint: please report this with the model and the command"
+    )]
     Produced {
         /// Tensor.
         name: String,

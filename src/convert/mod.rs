@@ -1,9 +1,18 @@
 //! The conversion loop: plan, calibrate, factorise, emit, publish. See `docs/architecture.md`.
 
+mod aware;
+mod error;
 mod plan;
+mod prepare;
+mod run;
 mod settings;
+mod streams;
+mod survey;
 
+pub use error::ConvertError;
 pub use plan::{ConversionReport, LayerReport, Plan, PlannedGeometry};
+pub use prepare::Job;
+pub use run::{Extras, SCHEMA_VERSION, convert, peak_rss_bytes, plan};
 pub use settings::{
     Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, RopeGrid, Steps, TargetKind,
 };

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::ConvertSettings;
+use super::streams::Stream;
+use super::{ConvertError, ConvertSettings, Job, Method, SCHEMA_VERSION};
+use crate::write::ShardPlan;
 
 /// Widths of the MLA layer that will be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -115,4 +117,83 @@ pub struct ConversionReport {
     pub peak_rss_bytes: u64,
     /// Wall seconds by phase.
     pub seconds: BTreeMap<String, f64>,
+}
+
+impl ConversionReport {
+    /// The part that the same inputs and settings give again: what is written into the folder, whose bytes must not
+    /// depend on the machine, the path or the clock.
+    pub(super) fn reproducible(&self) -> serde_json::Value {
+        let mut value = serde_json::to_value(self).unwrap_or_default();
+        if let Some(map) = value.as_object_mut() {
+            for key in ["output", "peak_rss_bytes", "seconds"] {
+                map.remove(key);
+            }
+        }
+        value
+    }
+}
+
+/// Floating-point rate assumed for the time estimate, per core, and bytes per second of writing.
+const FLOPS_PER_CORE: f64 = 8e10;
+const BYTES_PER_SECOND: f64 = 4e8;
+
+/// The plan of a prepared job.
+pub(super) fn describe(job: &Job<'_>, tokens: usize, predicted_error: Option<f64>) -> Result<Plan, ConvertError> {
+    let (arch, settings) = (job.arch, job.settings);
+    let tensors = job.planned_tensors();
+    let shards = ShardPlan::new(&tensors, settings.max_shard_bytes)?;
+    let flops = flops(job, tokens);
+    let streams = match settings.method {
+        Method::Exact => 0,
+        Method::AttentionAware => 2,
+        Method::Transmla | Method::Care => 1,
+    };
+    // Hidden states of each stream; inputs, head outputs, queries, keys and values of the layer at work, in f32.
+    let hidden = Stream::bytes(tokens, arch.hidden);
+    let heads = Stream::bytes(tokens, arch.heads * job.shape.head_dim);
+    let activations = if streams == 0 { 0 } else { (streams as u64 + 3) * hidden + 5 * heads };
+    let head_row = (arch.vocab * arch.hidden) as u64 * 12;
+    let peak = 60_000_000 + activations + job.layer_bytes().max(head_row);
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get()) as f64;
+    Ok(Plan {
+        schema_version: SCHEMA_VERSION,
+        source: job.source.spec.clone(),
+        family: arch.family.clone(),
+        settings: settings.clone(),
+        decisions: job.decisions.clone(),
+        geometry: job.spec.geometry,
+        layers: arch.layers,
+        cache_values_per_token_per_layer: job.cache_values(),
+        source_cache_values_per_token_per_layer: arch.cache_values(),
+        tensors: tensors.into_iter().map(|t| (t.name, t.dtype.name().to_owned(), t.shape)).collect(),
+        shards: shards.shards().iter().map(|s| (s.file.clone(), s.file_bytes())).collect(),
+        output_bytes: shards.file_bytes() + job.source.files.iter().map(|f| f.size).sum::<u64>(),
+        peak_memory_bytes: peak,
+        calibration_tokens: tokens,
+        flops,
+        estimated_seconds: flops / (FLOPS_PER_CORE * cores) + shards.file_bytes() as f64 / BYTES_PER_SECOND,
+        predicted_error,
+        engines: Vec::new(),
+    })
+}
+
+/// Products of calibration and factorisation, two operations each.
+fn flops(job: &Job<'_>, tokens: usize) -> f64 {
+    let arch = job.arch;
+    let (t, d, i, l) = (tokens as f64, arch.hidden as f64, arch.intermediate as f64, arch.layers as f64);
+    let (q, kv) = ((arch.heads * job.shape.head_dim) as f64, (job.shape.kv_heads * job.shape.head_dim) as f64);
+    let rank = job.spec.geometry.kv_lora_rank as f64;
+    let seq = job.settings.calibration.seq_len as f64;
+    let source = 2.0 * t * (d * (2.0 * q + 2.0 * kv) + 3.0 * d * i + seq * q);
+    let moments = 2.0 * t * d * d;
+    let z = 2.0 * kv;
+    let solve = 30.0 * z.powi(3) + 6.0 * z * d * d;
+    l * match job.settings.method {
+        Method::Exact => 0.0,
+        Method::Transmla | Method::Care => source + moments + solve,
+        Method::AttentionAware => {
+            let pooled = arch.heads as f64 * 2.0 * t * rank * (rank + seq);
+            2.0 * source + moments + pooled + 4.0 * t * q * (q + d) + 3.0 * solve
+        }
+    }
 }

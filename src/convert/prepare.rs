@@ -2,7 +2,6 @@
 
 use crate::arch::{ArchError, Architecture, GqaShape, check_tensors};
 use crate::methods::{exact, transmla};
-use crate::runtime::LayerTensors;
 use crate::source::{Dtype, ModelSource, find_non_finite};
 use crate::target::TargetSpec;
 use crate::write::PlannedTensor;
@@ -11,6 +10,10 @@ use super::{Budget, ConvertError, ConvertSettings, Method, OutputDtype, PlannedG
 
 /// Up to this many bytes every weight is scanned for NaN before anything starts; above, each layer when it is read.
 const SCAN_FIRST: u64 = 8 << 30;
+
+/// A query latent with a constant row is padded with zero rows to a multiple of this: an odd width would leave f32 tensors
+/// unaligned behind bf16 ones.
+const QUERY_LATENT_MULTIPLE: usize = 16;
 
 /// A conversion that is known to be possible.
 #[derive(Debug, Clone)]
@@ -82,8 +85,9 @@ impl<'a> Job<'a> {
         let query_bias = shape.qkv_bias;
         let q_lora_rank = match (settings.q_lora_rank, query_bias) {
             (None, false) => None,
-            (None, true) => Some(hidden + 1),
-            (Some(rank), bias) => Some(rank + usize::from(bias)),
+            (None, true) => Some((hidden + 1).next_multiple_of(QUERY_LATENT_MULTIPLE)),
+            (Some(rank), true) => Some((rank + 1).next_multiple_of(QUERY_LATENT_MULTIPLE)),
+            (Some(rank), false) => Some(rank),
         };
         let geometry = PlannedGeometry {
             kv_lora_rank: rank,
@@ -128,7 +132,9 @@ impl<'a> Job<'a> {
             return Ok(());
         }
         Err(ConvertError::refused(
-            format!("the output would cache {new} values per token and layer, the source caches {old}: nothing is saved"),
+            format!(
+                "the output would cache {new} values per token and layer, the source caches {old}: nothing is saved"
+            ),
             "lower `--kv-budget`, `--kv-lora-rank` or `--qk-rope-head-dim`, or say `--force`",
         ))
     }
@@ -144,7 +150,8 @@ impl<'a> Job<'a> {
         let (arch, spec) = (self.arch, &self.spec);
         let names = &arch.names;
         let (v, d, i) = (arch.vocab, arch.hidden, arch.intermediate);
-        let plain = |name: String, from: &str, shape: Vec<usize>| PlannedTensor { name, dtype: self.copied_dtype(from), shape };
+        let plain =
+            |name: String, from: &str, shape: Vec<usize>| PlannedTensor { name, dtype: self.copied_dtype(from), shape };
         let mut out = vec![PlannedTensor {
             name: "model.embed_tokens.weight".into(),
             dtype: self.stream_dtype(&names.embed),
@@ -187,7 +194,7 @@ impl<'a> Job<'a> {
     pub fn layer_bytes(&self) -> u64 {
         let (d, i) = (self.arch.hidden as u64, self.arch.intermediate as u64);
         let attention = (self.arch.heads + self.shape.kv_heads) as u64 * self.shape.head_dim as u64 * d * 2;
-        let mlp = 3 * d * i * size_of::<LayerTensors>().min(4) as u64;
+        let mlp = 3 * d * i * 4;
         attention * 12 + mlp + 4 * (d + 1) * (d + 1) * 8
     }
 }
@@ -222,8 +229,12 @@ fn context(
         && asked > window
     {
         return Err(ConvertError::refused(
-            format!("the model attends within a sliding window of {window} tokens, its context is {asked}; no MLA class has windows"),
-            format!("`--max-context {window}` converts it for contexts within the window, where the window changes nothing"),
+            format!(
+                "the model attends within a sliding window of {window} tokens, its context is {asked}; no MLA class has windows"
+            ),
+            format!(
+                "`--max-context {window}` converts it for contexts within the window, where the window changes nothing"
+            ),
         ));
     }
     if asked != arch.max_position {
@@ -309,7 +320,10 @@ fn widths(
         && rope + rank != b
     {
         return Err(ConvertError::refused(
-            format!("--qk-rope-head-dim {rope} and --kv-lora-rank {rank} make {}, --kv-budget asks for {b}", rope + rank),
+            format!(
+                "--qk-rope-head-dim {rope} and --kv-lora-rank {rank} make {}, --kv-budget asks for {b}",
+                rope + rank
+            ),
             "leave one of the three out",
         ));
     }
@@ -345,7 +359,11 @@ fn widths(
             ),
             format!(
                 "qk_rope_head_dim has to be even, at most {most_rope}{}, and kv_lora_rank at most {} - qk_rope_head_dim",
-                if most_rope == g * d && grid == RopeGrid::Free { String::new() } else { format!(" and a divisor of {d}") },
+                if most_rope == g * d && grid == RopeGrid::Free {
+                    String::new()
+                } else {
+                    format!(" and a divisor of {d}")
+                },
                 2 * g * d
             ),
         ));
@@ -397,7 +415,8 @@ fn default_budget(source: usize, decisions: &mut Vec<String>) -> usize {
             return kernel;
         }
     }
-    decisions.push(format!("cache of half the source's {source} values: no kernel width (576, 320) saves a third of it"));
+    decisions
+        .push(format!("cache of half the source's {source} values: no kernel width (576, 320) saves a third of it"));
     source / 2
 }
 

@@ -10,9 +10,7 @@ use super::streams::{SourceLayer, Stream, first_windows};
 use super::survey::{Survey, survey, transmla_settings};
 use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, Plan};
 use crate::arch::Architecture;
-use crate::calibrate::{
-    LatentAttention, Moments, calibration_windows, output_projection, read_texts, relative_error,
-};
+use crate::calibrate::{LatentAttention, Moments, calibration_windows, output_projection, read_texts, relative_error};
 use crate::methods::{MlaLayer, care, exact, transmla};
 use crate::observe::{Event, Observer};
 use crate::runtime::Cpu;
@@ -77,7 +75,7 @@ pub fn plan(
     let mut job = Job::prepare(source, arch, settings)?;
     let windows = windows(&job, observer)?;
     let open = job.splits.len() > 1 || settings.method != Method::Exact && predict;
-    let found = if open { survey(&mut job, &Cpu::new(), &windows, predict, observer)? } else { Survey::default() };
+    let found = if open { survey(&mut job, &Cpu, &windows, predict, observer)? } else { Survey::default() };
     let tokens: usize = windows.iter().map(Vec::len).sum();
     super::plan::describe(&job, tokens, found.predicted_error)
 }
@@ -102,11 +100,15 @@ pub fn convert(
     let options = StagingOptions {
         overwrite: settings.overwrite,
         source: Some(source.dir.clone()),
-        needed_bytes: job.planned_tensors().iter().map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64).sum(),
+        needed_bytes: job
+            .planned_tensors()
+            .iter()
+            .map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64)
+            .sum(),
     };
     let staging = Staging::create(output, &options)?;
     clock.lap("prepare");
-    let backend = Cpu::new();
+    let backend = Cpu;
     let found = survey(&mut job, &backend, &windows, false, observer)?;
     for decision in &job.decisions {
         observer.event(Event::Note(decision.clone()));
@@ -204,7 +206,10 @@ fn convert_layers(
         let last = index + 1 == layers;
         let source = SourceLayer::load(job, backend, index)?;
         let (layer, report) = match &mut stream {
-            None => (exact::convert(&source.attention, job.spec.geometry.qk_nope_head_dim), LayerReport { layer: index, ..LayerReport::default() }),
+            None => (
+                exact::convert(&source.attention, job.spec.geometry.qk_nope_head_dim),
+                LayerReport { layer: index, ..LayerReport::default() },
+            ),
             Some(stream) if aware => {
                 let pass = source.attend(stream, true)?;
                 let seen = match &converted {

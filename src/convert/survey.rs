@@ -154,8 +154,8 @@ fn survey_slots(
             let mut moments = Moments::new(job.arch.hidden);
             moments.add(pass.x.view());
             if let Some(phases) = &pass.phases {
-                let analysis = analyse_slots(&layer.attention, &moments, phases, &steps)
-                    .map_err(ConvertError::layer(index))?;
+                let analysis =
+                    analyse_slots(&layer.attention, &moments, phases, &steps).map_err(ConvertError::layer(index))?;
                 values.push(analysis.value);
             }
             Ok(())

@@ -113,7 +113,8 @@ mod tests {
         let scale = trace_product(&mv, &cv) / trace_product(&mk, &ck);
         let error = &z - &matmul(&latents, &f.up.t());
         let (ek, ev) = (error.slice(s![.., ..4]).to_owned(), error.slice(s![.., 4..]).to_owned());
-        let measured = (trace_product(&(&mk * scale), &matmul(&ek.t(), &ek)) + trace_product(&mv, &matmul(&ev.t(), &ev))) / 200.0;
+        let measured =
+            (trace_product(&(&mk * scale), &matmul(&ek.t(), &ek)) + trace_product(&mv, &matmul(&ev.t(), &ev))) / 200.0;
         let predicted: f64 = f.spectrum.iter().skip(5).sum();
         assert!((measured / predicted - 1.0).abs() < 1e-6, "{measured} {predicted}");
     }
@@ -132,7 +133,8 @@ mod tests {
             let cross = matmul(&c, &a.t());
             let (up, _) = super::super::linalg::solve_right_spd(&matmul(&a, &cross), &cross, 0.0, "t").unwrap();
             let left = &c - &matmul(&up, &cross.t());
-            let scale = trace_product(&mv, &c.slice(s![3.., 3..]).to_owned()) / trace_product(&mk, &c.slice(s![..3, ..3]).to_owned());
+            let scale = trace_product(&mv, &c.slice(s![3.., 3..]).to_owned())
+                / trace_product(&mk, &c.slice(s![..3, ..3]).to_owned());
             let error: f64 = left.diag().iter().enumerate().map(|(i, x)| if i < 3 { x * scale } else { *x }).sum();
             assert!(error >= best * (1.0 - 1e-9), "{error} {best}");
         }

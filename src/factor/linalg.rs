@@ -54,7 +54,10 @@ macro_rules! product {
         ///
         /// # Panics
         /// If the inner dimensions differ.
-        pub fn $name<A: Data<Elem = $t>, B: Data<Elem = $t>>(a: &ArrayBase<A, Ix2>, b: &ArrayBase<B, Ix2>) -> Array2<$t> {
+        pub fn $name<A: Data<Elem = $t>, B: Data<Elem = $t>>(
+            a: &ArrayBase<A, Ix2>,
+            b: &ArrayBase<B, Ix2>,
+        ) -> Array2<$t> {
             let mut out = Array2::<$t>::zeros((a.nrows(), b.ncols()));
             $add(&mut out, 1.0, a, b);
             out
@@ -123,8 +126,7 @@ pub fn eigh(a: &Array2<f64>, what: &'static str) -> Result<(Array1<f64>, Array2<
     if n == 0 {
         return Ok((Array1::zeros(0), Array2::zeros((0, 0))));
     }
-    let evd =
-        to_faer(a).self_adjoint_eigen(Side::Lower).map_err(|_| FactorError::NoConvergence { what, n })?;
+    let evd = to_faer(a).self_adjoint_eigen(Side::Lower).map_err(|_| FactorError::NoConvergence { what, n })?;
     let (u, s) = (evd.U(), evd.S());
     // faer orders ascending.
     let values = Array1::from_shape_fn(n, |i| s[n - 1 - i]);

@@ -12,7 +12,9 @@ pub mod slots;
 #[non_exhaustive]
 pub enum FactorError {
     /// An input holds NaN or infinity.
-    #[error("{what}: not finite\n\nhint: a weight or a calibration statistic is NaN or infinite; see the first warning")]
+    #[error(
+        "{what}: not finite\n\nhint: a weight or a calibration statistic is NaN or infinite; see the first warning"
+    )]
     NotFinite {
         /// Which matrix.
         what: &'static str,

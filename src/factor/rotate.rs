@@ -3,8 +3,8 @@
 
 use ndarray::Array2;
 
-use super::linalg::eigh;
 use super::FactorError;
+use super::linalg::eigh;
 
 /// Orthogonal change of key coordinates `[g d, g d]`: `k = basis k'`. Rows of `k'` come in DeepSeek order, so that its
 /// first `d / collapse` rows are the rotated key, pair `p` at rows `(2p, 2p + 1)` with the angle of source pair

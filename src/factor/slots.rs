@@ -43,7 +43,8 @@ pub fn pair_components(
         let floor = query_energy.column(j).sum().max(f64::MIN_POSITIVE) * 1e-9;
         let w = Array1::from_shape_fn(g, |a| query_energy[[a, j]].max(floor).sqrt());
         let s = Array2::from_shape_fn((g, g), |(a, b)| {
-            let (ar, ai, br, bi) = (a * head_dim + j, a * head_dim + j + half, b * head_dim + j, b * head_dim + j + half);
+            let (ar, ai, br, bi) =
+                (a * head_dim + j, a * head_dim + j + half, b * head_dim + j, b * head_dim + j + half);
             let re = key_moment[[ar, br]] + key_moment[[ai, bi]];
             let im = key_moment[[ai, br]] - key_moment[[ar, bi]];
             c64::new(re, im) * w[a] * w[b]
@@ -70,7 +71,8 @@ pub fn rotation_value(components: &PairComponents, query_energy: &Array2<f64>, p
         for h in 0..heads {
             let a = h / n;
             // Share of this head's query that reads component c.
-            let share = components.basis[j][[a, c]].norm_sqr() / components.weight[[j, a]].powi(2).max(f64::MIN_POSITIVE);
+            let share =
+                components.basis[j][[a, c]].norm_sqr() / components.weight[[j, a]].powi(2).max(f64::MIN_POSITIVE);
             let energy = share * query_energy[[h, j]];
             lost += energy * (1.0 - phases[[h, j]].norm_sqr()).max(0.0);
             total += energy;
@@ -98,12 +100,10 @@ pub fn share_slots(values: &[Array2<f64>], slots: usize) -> Vec<usize> {
     }
     let mut counts = vec![0; half];
     for _ in 0..slots.min(half * g) {
-        let best = (0..half)
-            .filter(|&j| counts[j] < g)
-            .fold(None, |best: Option<usize>, j| match best {
-                Some(b) if total[[b, counts[b]]] >= total[[j, counts[j]]] => Some(b),
-                _ => Some(j),
-            });
+        let best = (0..half).filter(|&j| counts[j] < g).fold(None, |best: Option<usize>, j| match best {
+            Some(b) if total[[b, counts[b]]] >= total[[j, counts[j]]] => Some(b),
+            _ => Some(j),
+        });
         if let Some(j) = best {
             counts[j] += 1;
         }

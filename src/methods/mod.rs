@@ -122,8 +122,7 @@ pub(crate) fn output_bias_with_values(source: &AttentionSource) -> Option<Array1
     let mut bias = source.bo.clone();
     if let Some(bv) = &source.bv {
         let (d, n) = (source.head_dim, source.group());
-        let repeated =
-            Array1::from_shape_fn(source.heads * d, |i| bv[(i / d / n) * d + i % d]);
+        let repeated = Array1::from_shape_fn(source.heads * d, |i| bv[(i / d / n) * d + i % d]);
         let carried = source.wo.dot(&repeated);
         bias = Some(bias.map_or(carried.clone(), |b| b + &carried));
     }

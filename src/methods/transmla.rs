@@ -185,7 +185,8 @@ fn check(source: &AttentionSource, settings: &Settings) -> Result<(), MethodErro
     }
     let collapse = d / settings.rope_dim;
     if !is_valid_fold(d, collapse, settings.fold) {
-        let valid: Vec<String> = (1..=d / 2).filter(|f| is_valid_fold(d, collapse, *f)).map(|f| f.to_string()).collect();
+        let valid: Vec<String> =
+            (1..=d / 2).filter(|f| is_valid_fold(d, collapse, *f)).map(|f| f.to_string()).collect();
         return setting(
             format!("freqfold {} does not fit head size {d} with collapse {collapse}", settings.fold),
             Some(format!("possible values are {}", valid.join(", "))),

@@ -11,8 +11,8 @@
 use ndarray::{Array1, Array2, s};
 use serde_json::{Map, Value, json};
 
-use super::rope::{RopeConfig, rope_config};
 use super::OutTensor;
+use super::rope::{RopeConfig, rope_config};
 use crate::arch::Architecture;
 use crate::convert::PlannedGeometry;
 use crate::factor::norm::{neutral_scales, rms_bound};
@@ -145,11 +145,7 @@ impl TargetSpec {
             let bias = mla.wo_bias.clone().unwrap_or_else(|| Array1::zeros(d));
             values.push((bias * self.stream_scale).to_vec());
         }
-        planned
-            .into_iter()
-            .zip(values)
-            .map(|(p, values)| OutTensor { name: p.name, shape: p.shape, values })
-            .collect()
+        planned.into_iter().zip(values).map(|(p, values)| OutTensor { name: p.name, shape: p.shape, values }).collect()
     }
 
     /// `q_a = [s X; 0]`, bias `[0; s]`, `q_b = [W_q | b_q]` (T8): the constant last latent carries the query bias. `X` is the
@@ -164,8 +160,8 @@ impl TargetSpec {
         values: &mut Vec<Vec<f64>>,
     ) {
         let d = mla.hidden();
-        let inner = rank - usize::from(self.constant_row);
         let down = mla.query.down.clone().unwrap_or_else(|| Array2::eye(d));
+        let inner = down.nrows();
         let one = self.constant_row.then(|| Array1::from_elem(1, 1.0));
         let scales = neutral_scales(rms_bound(&down, gain, one.as_ref()), LATENT_EPS);
         // The factor that no power of two holds goes to `q_a`, so that `q_b` keeps the source's digits.
@@ -200,7 +196,7 @@ impl TargetSpec {
 
     /// Frequencies as the output's config will express them.
     pub fn rope(&self, frequencies: &[f64], arch: &Architecture, source: &Value, max_position: usize) -> RopeConfig {
-        let scaling = ["rope_parameters", "rope_scaling"].iter().find_map(|k| source.get(k).and_then(Value::as_object));
+        let scaling = ["rope_scaling", "rope_parameters"].iter().find_map(|k| source.get(k).and_then(Value::as_object));
         rope_config(frequencies, arch.rope.theta, scaling, max_position)
     }
 
