@@ -12,7 +12,8 @@ use crate::{listing, sample, samples, write};
 
 const OUTPUT: &str = "GQA2MLA_TEST_OUTPUT";
 
-/// Not a test of its own: what the child does, told by the environment.
+/// Not a test of its own: what the child does, told by the environment. Its parent reads the progress on stderr.
+#[allow(clippy::print_stderr)]
 #[test]
 fn child() {
     let Some(output) = std::env::var_os(OUTPUT) else { return };
