@@ -8,7 +8,10 @@ use super::path::read_small;
 /// Largest `tokenizer.json` read; the largest in the field are about 35 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 
-/// Text to token ids and back, as `transformers` does by default.
+/// Text to token ids and back, as `tokenizer.json` says: what `tok(text)` gives in transformers by default.
+///
+/// One deviation is known: transformers 5 rebuilds the pre-tokenizer of some classes (`GPT2Tokenizer`) and drops what
+/// the file says, such as the splitting of digits the model was trained with. The file is followed here.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,

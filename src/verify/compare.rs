@@ -62,8 +62,8 @@ pub fn compare<S: Backend, C: Backend>(
     if predicted == 0 {
         return Err(VerifyError::TooShort { windows: windows.len() });
     }
-    let of_source = |error: RuntimeError| VerifyError::Run { model: "source", error };
-    let of_converted = |error: RuntimeError| VerifyError::Run { model: "converted", error };
+    let of_source = |error: RuntimeError| VerifyError::Run { model: "source", error: Box::new(error) };
+    let of_converted = |error: RuntimeError| VerifyError::Run { model: "converted", error: Box::new(error) };
 
     observer.event(Event::Phase { name: "source", steps: Some(source.architecture().layers as u64) });
     let hidden_source = source.final_hidden(windows, observer).map_err(of_source)?;

@@ -10,8 +10,7 @@ pub enum VerifyError {
         /// `source`, `converted` or `evaluated`.
         model: &'static str,
         /// What happened.
-        #[source]
-        error: crate::runtime::RuntimeError,
+        error: Box<crate::runtime::RuntimeError>,
     },
     /// The models do not share a vocabulary.
     #[error(

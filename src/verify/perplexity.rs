@@ -43,7 +43,7 @@ pub fn perplexity<B: Backend>(
     windows: &[Vec<u32>],
     observer: &dyn Observer,
 ) -> Result<Evaluation, VerifyError> {
-    let run = |error: RuntimeError| VerifyError::Run { model: "evaluated", error };
+    let run = |error: RuntimeError| VerifyError::Run { model: "evaluated", error: Box::new(error) };
     let next = next_tokens(windows);
     let tokens = next.iter().flatten().count();
     if tokens == 0 {
