@@ -4,6 +4,17 @@ struct P;
 impl Observer for P { fn event(&self, e: Event) { match e { Event::Note(n)|Event::Warning(n) => eprintln!("note: {n}"), _ => {} } } }
 fn main() {
     let a: Vec<String> = std::env::args().collect();
+    if a[1] == "eval" {
+        for dir in &a[3..] {
+            let t = std::time::Instant::now();
+            let w: Vec<Vec<u32>> = serde_json::from_str(&fs_err::read_to_string(&a[2]).unwrap()).unwrap();
+            let src = ModelSource::open(dir, &Default::default(), &P).unwrap();
+            let arch = Architecture::from_config(&src.config).unwrap();
+            let e = gqa2mla::verify::perplexity(&gqa2mla::runtime::Model::new(&src, &arch, &gqa2mla::runtime::Cpu), &w, &P).unwrap();
+            println!("{dir}: ppl {:.4} nll {:.4} ({:.1} s)", e.perplexity, e.nll_nats_per_token, t.elapsed().as_secs_f64());
+        }
+        return;
+    }
     let mut s = ConvertSettings { overwrite: true, ..Default::default() };
     let mut i = 3;
     while i < a.len() {
