@@ -7,3 +7,5 @@ pub use plan::{ConversionReport, LayerReport, Plan, PlannedGeometry};
 pub use settings::{
     Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, RopeGrid, Steps, TargetKind,
 };
+mod stub;
+pub use stub::*;
