@@ -1,11 +1,35 @@
 //! From a folder or hub id to a validated directory of memory-mapped tensors.
 //!
-//! Knows files and formats; knows nothing of attention.
+//! Knows files and formats; knows nothing of attention. Nothing that is read here is trusted: every length, offset,
+//! name and path is checked before it is used, and no code shipped with a model is ever executed.
 
+mod config;
+mod directory;
 mod dtype;
+mod error;
+mod finite;
+mod hash;
+mod header;
+#[cfg(feature = "hub")]
+mod hub;
+mod index;
+mod open;
+mod path;
+mod side;
 mod tensor;
+mod tokenizer;
 
+pub use directory::{TensorDirectory, TensorInfo, WeightFingerprint};
 pub use dtype::Dtype;
+pub use error::SourceError;
+pub use finite::{NonFinite, find_non_finite};
+pub use hash::{FileDigest, sha256_file};
+pub use header::{Header, HeaderEntry, HeaderError, MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_TENSORS};
+pub use open::{ModelSource, OpenOptions};
+pub use side::SideFile;
 pub use tensor::TensorView;
-mod stub;
-pub use stub::*;
+pub use tokenizer::Tokenizer;
+
+pub(crate) use hash::{Sha256Stream, hex};
+pub(crate) use header::check_name;
+pub(crate) use path::plain_file_name;

@@ -1,0 +1,87 @@
+//! The files of a model folder that are neither weights nor `config.json`.
+
+use std::path::{Path, PathBuf};
+
+use fs_err as fs;
+
+use super::SourceError;
+use super::path::resolve_regular;
+
+/// A file to be carried over to the converted model: tokenizer, generation settings, licence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SideFile {
+    /// Name in the model folder.
+    pub name: String,
+    /// Path to read it from.
+    pub path: PathBuf,
+    /// Size in bytes.
+    pub size: u64,
+}
+
+/// Larger files next to a model are data or media, not settings.
+const MAX_SIDE_BYTES: u64 = 256 << 20;
+
+/// Extensions of weights and archives, of code, and of media: never copied.
+const NOT_COPIED: [&str; 29] = [
+    "safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "onnx", "onnx_data", "h5", "msgpack", "ot", "npz",
+    "npy", "pkl", "pickle", "joblib", "tflite", "mlmodel", "zip", "tar", "gz", "7z", "py", "ipynb", "so", "png",
+    "jpg", "mp4",
+];
+
+/// Files this program writes itself, or that describe weights it replaces.
+const REPLACED: [&str; 5] = ["config.json", "README.md", "manifest.json", "conversion.json", "params.json"];
+
+/// Whether a top-level file called `name` belongs with a converted model.
+pub(super) fn wanted(name: &str) -> bool {
+    let lower = name.to_ascii_lowercase();
+    let extension = Path::new(&lower).extension().and_then(|e| e.to_str());
+    !name.starts_with('.')
+        && !REPLACED.contains(&name)
+        && !lower.ends_with(".index.json")
+        && !extension.is_some_and(|e| NOT_COPIED.contains(&e))
+        && !name.chars().any(char::is_control)
+}
+
+/// Side files of `dir` sorted by name, and the names of regular files that are left behind (weights, `config.json`
+/// and `README.md` not counted).
+pub(super) fn side_files(dir: &Path) -> Result<(Vec<SideFile>, Vec<String>), SourceError> {
+    let mut files = Vec::new();
+    let mut skipped = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let Ok(name) = entry?.file_name().into_string() else { continue };
+        // Folders, pipes and links that lead elsewhere are none of the model's files.
+        let Ok((path, size)) = resolve_regular(dir, &name) else { continue };
+        if wanted(&name) && size <= MAX_SIDE_BYTES {
+            files.push(SideFile { name, path, size });
+        } else if !name.ends_with(".safetensors") && !name.ends_with(".index.json") && !REPLACED.contains(&name.as_str())
+        {
+            skipped.push(name);
+        }
+    }
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    skipped.sort();
+    Ok((files, skipped))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::wanted;
+
+    #[test]
+    fn what_is_copied() {
+        for name in [
+            "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json",
+            "special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "LICENSE", "LICENSE.txt", "NOTICE",
+            "tekken.json", "tokenizer.model", "spiece.model",
+        ] {
+            assert!(wanted(name), "{name}");
+        }
+        for name in [
+            "config.json", "README.md", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+            "pytorch_model.bin.index.json", "consolidated.00.pth", "x.gguf", "model.onnx", "tf_model.h5",
+            "flax_model.msgpack", "modeling_x.py", ".gitattributes", "PYTORCH_MODEL.BIN",
+        ] {
+            assert!(!wanted(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! The tokenizer of a model, from `tokenizer.json`.
+
+use std::path::{Path, PathBuf};
+
+use super::SourceError;
+use super::path::read_small;
+
+/// Largest `tokenizer.json` read; the largest in the field are about 35 MB.
+const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
+
+/// Text to token ids and back, as `transformers` does by default.
+#[derive(Clone)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a model folder.
+    ///
+    /// # Errors
+    /// [`SourceError::Tokenizer`] when the file is missing or not understood.
+    pub fn from_dir(dir: &Path) -> Result<Self, SourceError> {
+        let path = dir.join("tokenizer.json");
+        if fs_err::symlink_metadata(&path).is_err() {
+            let slow = ["tokenizer.model", "vocab.txt", "tekken.json"].iter().any(|f| dir.join(f).exists());
+            let hint = if slow {
+                "only the old tokenizer files are present; load it once with transformers' `AutoTokenizer` and \
+                 `save_pretrained`, which writes `tokenizer.json`"
+            } else {
+                "copy `tokenizer.json` of the model into the folder"
+            };
+            return Err(SourceError::Tokenizer { path, reason: "no such file".to_owned(), hint });
+        }
+        let content = read_small(dir, "tokenizer.json", MAX_TOKENIZER_BYTES)?;
+        let bad = |reason: String| SourceError::Tokenizer {
+            path: path.clone(),
+            reason,
+            hint: "download the file again; if it is intact it needs a newer version of this program",
+        };
+        let mut inner = tokenizers::Tokenizer::from_bytes(&content).map_err(|e| bad(e.to_string()))?;
+        // A file may carry the truncation and padding of its training; `tok(text)` in transformers switches both off.
+        inner.with_truncation(None).map_err(|e| bad(e.to_string()))?;
+        inner.with_padding(None);
+        Ok(Tokenizer { inner, path })
+    }
+
+    /// Token ids of `text` with the special tokens its post-processor adds, as `tok(text)` in transformers.
+    ///
+    /// The text is encoded in one piece: cutting it changes merges and whitespace runs of some pre-tokenizers.
+    ///
+    /// # Errors
+    /// [`SourceError::Tokenizer`] when the model of the tokenizer cannot represent the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, SourceError> {
+        self.encode_with(text, true)
+    }
+
+    /// As [`Tokenizer::encode`], with a choice about special tokens: a rendered chat template already holds them.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SourceError> {
+        // `encode_fast` skips the offsets into the text, which nobody reads here; the ids are the same.
+        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(|e| self.failed(e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Text of `ids`, special tokens included.
+    ///
+    /// # Errors
+    /// [`SourceError::Tokenizer`] when the decoder fails. Ids outside the vocabulary are left out.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, SourceError> {
+        self.inner.decode(ids, false).map_err(|e| self.failed(e))
+    }
+
+    /// Text of `ids` without special tokens, for people to read.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn decode_plain(&self, ids: &[u32]) -> Result<String, SourceError> {
+        self.inner.decode(ids, true).map_err(|e| self.failed(e))
+    }
+
+    /// Number of tokens, added ones included. The embedding of the model may have more rows (padding).
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// Id of a token given by its text, such as `<|im_end|>`.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    fn failed(&self, e: tokenizers::Error) -> SourceError {
+        SourceError::Tokenizer {
+            path: self.path.clone(),
+            reason: e.to_string(),
+            hint: "check that the tokenizer belongs to the model",
+        }
+    }
+}
