@@ -1,1 +1,30 @@
-//! Placeholder.
+//! The reference forward pass: GQA and MLA decoders, written once over a small op trait.
+//!
+//! [`Backend`] is about a dozen operations on row-major matrices `[rows, columns]` of f32; [`Cpu`] implements them. A
+//! [`Layer`] is one decoder layer on a backend, fed and read as host arrays, so that a conversion needs the memory of
+//! one layer. A [`Model`] streams tokens through all layers from a checkpoint; a [`Resident`] holds all layers, and a
+//! [`Session`] decodes on it with a KV cache. Nothing here knows how a conversion works.
+//!
+//! Activations of several windows of text lie under each other: `[T, D]` with `T` the sum of the window lengths. Each
+//! window starts at position 0 and attends to itself only.
+
+mod attention;
+mod backend;
+mod cpu;
+mod error;
+mod layer;
+mod model;
+mod rotation;
+mod session;
+mod statistics;
+mod tensors;
+
+pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, Span};
+pub use cpu::Cpu;
+pub use error::RuntimeError;
+pub use layer::{Layer, MlpTrace};
+pub use model::{Head, Model};
+pub use rotation::Rotation;
+pub use session::{Resident, Session};
+pub use statistics::{ProbabilityTile, Qkv};
+pub use tensors::{AttentionTensors, GqaTensors, LayerTensors, Linear, MlaTensors, MlpTensors, QueryTensors};

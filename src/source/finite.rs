@@ -54,10 +54,7 @@ fn scan<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool + Sync + Sen
             let first = (count > 0).then(|| chunk.iter().position(|&e| bad(e))).flatten();
             (u64::from(count), first.map(|p| i * CHUNK + p))
         })
-        .reduce(
-            || (0, None),
-            |a, b| (a.0 + b.0, a.1.into_iter().chain(b.1).min()),
-        )
+        .reduce(|| (0, None), |a, b| (a.0 + b.0, a.1.into_iter().chain(b.1).min()))
 }
 
 /// `NaN`, `inf` or `-inf`, from the bits of a value known not to be finite.
@@ -96,10 +93,9 @@ mod tests {
     fn every_16_bit_pattern_agrees_with_half() {
         for bits in 0..=u16::MAX {
             let bytes = bits.to_le_bytes();
-            for (dtype, x) in [
-                (Dtype::Bf16, bf16::from_bits(bits).to_f32()),
-                (Dtype::F16, f16::from_bits(bits).to_f32()),
-            ] {
+            for (dtype, x) in
+                [(Dtype::Bf16, bf16::from_bits(bits).to_f32()), (Dtype::F16, f16::from_bits(bits).to_f32())]
+            {
                 let found = find_non_finite(view(dtype, &[1], &bytes));
                 assert_eq!(found.is_some(), !x.is_finite(), "{dtype} {bits:#x}");
                 if let Some(f) = found {

@@ -60,8 +60,10 @@ pub enum HeaderError {
         end: u64,
     },
     /// A hole or an overlap in the data.
-    #[error("tensor `{name}` begins at byte {begin}, expected {expected}: tensors must follow each other without \
-             hole or overlap")]
+    #[error(
+        "tensor `{name}` begins at byte {begin}, expected {expected}: tensors must follow each other without \
+             hole or overlap"
+    )]
     NotContiguous {
         /// Tensor.
         name: String,

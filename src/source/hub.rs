@@ -89,7 +89,8 @@ pub(super) fn fetch(spec: &str, options: &OpenOptions, observer: &dyn Observer) 
 
     if options.hub_offline.unwrap_or_else(offline_by_environment) {
         let config = repo.download_file().filename("config.json").revision(revision).local_files_only(true).send();
-        let config = config.map_err(|_| SourceError::NotCached { repo: target.repo(), revision: target.revision, cache })?;
+        let config =
+            config.map_err(|_| SourceError::NotCached { repo: target.repo(), revision: target.revision, cache })?;
         return snapshot_of(&config).ok_or_else(not_found);
     }
 
@@ -135,7 +136,9 @@ fn choose(listing: Vec<RepoTreeEntry>) -> Vec<Remote> {
         index::SINGLE => true,
         index::INDEX => !single,
         // With an index, other formats of the same weights (`consolidated.safetensors`) are left out by their name.
-        n if n.ends_with(".safetensors") => !single && (!index || n.starts_with("model-")) && !n.starts_with("adapter_"),
+        n if n.ends_with(".safetensors") => {
+            !single && (!index || n.starts_with("model-")) && !n.starts_with("adapter_")
+        }
         n => side::wanted(n),
     };
     all.iter().filter(|f| keep(f)).cloned().collect()
@@ -180,7 +183,8 @@ fn check(path: &Path, file: &Remote) -> Result<(), Fault> {
     // Large files are stored under their SHA-256 in the cache; small ones under a git hash of 40 digits.
     let blob = fs::canonicalize(path).ok();
     let blob = blob.as_deref().and_then(Path::file_name).and_then(|n| n.to_str());
-    let announced = file.sha256.as_deref().or(blob).filter(|h| h.len() == 64 && h.bytes().all(|b| b.is_ascii_hexdigit()));
+    let announced =
+        file.sha256.as_deref().or(blob).filter(|h| h.len() == 64 && h.bytes().all(|b| b.is_ascii_hexdigit()));
     if let Some(expected) = announced {
         let found = sha256_file(path).map_err(|e| Err(e.into()))?.sha256;
         if !found.eq_ignore_ascii_case(expected) {

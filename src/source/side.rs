@@ -23,9 +23,35 @@ const MAX_SIDE_BYTES: u64 = 256 << 20;
 
 /// Extensions of weights and archives, of code, and of media: never copied.
 const NOT_COPIED: [&str; 29] = [
-    "safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "onnx", "onnx_data", "h5", "msgpack", "ot", "npz",
-    "npy", "pkl", "pickle", "joblib", "tflite", "mlmodel", "zip", "tar", "gz", "7z", "py", "ipynb", "so", "png",
-    "jpg", "mp4",
+    "safetensors",
+    "bin",
+    "pt",
+    "pth",
+    "ckpt",
+    "gguf",
+    "ggml",
+    "onnx",
+    "onnx_data",
+    "h5",
+    "msgpack",
+    "ot",
+    "npz",
+    "npy",
+    "pkl",
+    "pickle",
+    "joblib",
+    "tflite",
+    "mlmodel",
+    "zip",
+    "tar",
+    "gz",
+    "7z",
+    "py",
+    "ipynb",
+    "so",
+    "png",
+    "jpg",
+    "mp4",
 ];
 
 /// Files this program writes itself, or that describe weights it replaces.
@@ -53,7 +79,9 @@ pub(super) fn side_files(dir: &Path) -> Result<(Vec<SideFile>, Vec<String>), Sou
         let Ok((path, size)) = resolve_regular(dir, &name) else { continue };
         if wanted(&name) && size <= MAX_SIDE_BYTES {
             files.push(SideFile { name, path, size });
-        } else if !name.ends_with(".safetensors") && !name.ends_with(".index.json") && !REPLACED.contains(&name.as_str())
+        } else if !name.ends_with(".safetensors")
+            && !name.ends_with(".index.json")
+            && !REPLACED.contains(&name.as_str())
         {
             skipped.push(name);
         }
@@ -70,16 +98,38 @@ mod tests {
     #[test]
     fn what_is_copied() {
         for name in [
-            "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "generation_config.json",
-            "special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "LICENSE", "LICENSE.txt", "NOTICE",
-            "tekken.json", "tokenizer.model", "spiece.model",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "vocab.json",
+            "merges.txt",
+            "generation_config.json",
+            "special_tokens_map.json",
+            "chat_template.jinja",
+            "added_tokens.json",
+            "LICENSE",
+            "LICENSE.txt",
+            "NOTICE",
+            "tekken.json",
+            "tokenizer.model",
+            "spiece.model",
         ] {
             assert!(wanted(name), "{name}");
         }
         for name in [
-            "config.json", "README.md", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-            "pytorch_model.bin.index.json", "consolidated.00.pth", "x.gguf", "model.onnx", "tf_model.h5",
-            "flax_model.msgpack", "modeling_x.py", ".gitattributes", "PYTORCH_MODEL.BIN",
+            "config.json",
+            "README.md",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+            "consolidated.00.pth",
+            "x.gguf",
+            "model.onnx",
+            "tf_model.h5",
+            "flax_model.msgpack",
+            "modeling_x.py",
+            ".gitattributes",
+            "PYTORCH_MODEL.BIN",
         ] {
             assert!(!wanted(name), "{name}");
         }

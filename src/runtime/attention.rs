@@ -1,0 +1,407 @@
+//! The two attention variants on a backend: projections, cores and caches.
+
+use ndarray::Array2;
+
+use super::tensors::{AttentionTensors, GqaTensors, Linear, MlaTensors, QueryTensors};
+use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
+use crate::arch::{Architecture, Attention, GqaShape, MlaShape};
+
+/// A linear layer on a backend.
+pub(super) struct Projection<T> {
+    weight: T,
+    bias: Option<T>,
+}
+
+impl<T> Projection<T> {
+    /// Check the shape and move the weights over.
+    pub(super) fn new<B: Backend<Tensor = T>>(
+        backend: &B,
+        role: &'static str,
+        linear: Linear,
+        out: usize,
+        inner: usize,
+    ) -> Result<Self, RuntimeError> {
+        check(role, &[out, inner], linear.weight.shape())?;
+        let bias = match linear.bias {
+            Some(bias) => Some(vector(backend, role, bias, out)?),
+            None => None,
+        };
+        Ok(Self { weight: backend.upload(linear.weight), bias })
+    }
+
+    pub(super) fn apply<B: Backend<Tensor = T>>(&self, backend: &B, x: &T) -> T {
+        backend.linear(x, &self.weight, self.bias.as_ref())
+    }
+}
+
+fn check(role: &'static str, expected: &[usize], found: &[usize]) -> Result<(), RuntimeError> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(RuntimeError::Shape { role, expected: expected.to_vec(), found: found.to_vec() })
+}
+
+/// A vector on a backend, `[1, len]`.
+pub(super) fn vector<B: Backend>(
+    backend: &B,
+    role: &'static str,
+    values: Vec<f32>,
+    len: usize,
+) -> Result<B::Tensor, RuntimeError> {
+    check(role, &[len], &[values.len()])?;
+    let found = values.len();
+    let row = Array2::from_shape_vec((1, len), values);
+    row.map(|row| backend.upload(row)).map_err(|_| RuntimeError::Shape {
+        role,
+        expected: vec![len],
+        found: vec![found],
+    })
+}
+
+/// Queries, keys and values of every head, rotated.
+pub(super) struct Expanded<T> {
+    /// `[T, H d_qk]`.
+    pub q: T,
+    /// `[S, kv_heads d_qk]`.
+    pub k: T,
+    /// `[S, ..]`, columns as `shape.values` says.
+    pub v: T,
+    pub shape: AttentionShape,
+}
+
+/// What decoding keeps of earlier tokens, one row per position.
+pub(super) enum Cache<T> {
+    /// Rotated keys and values, `[capacity, g d]` each.
+    Gqa { k: T, v: T },
+    /// `[capacity, r + d_R]`: the normed latent, then the rotated shared key.
+    Mla(T),
+}
+
+impl<T> Cache<T> {
+    /// Bytes allocated.
+    pub(super) fn bytes<B: Backend<Tensor = T>>(&self, backend: &B) -> usize {
+        let of = |t: &T| {
+            let (rows, columns) = backend.shape(t);
+            rows * columns * size_of::<f32>()
+        };
+        match self {
+            Cache::Gqa { k, v } => of(k) + of(v),
+            Cache::Mla(rows) => of(rows),
+        }
+    }
+}
+
+/// How decoding reads an MLA cache. Both are the same function; they differ in cost and rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LatentPath {
+    /// Attention over the latent itself, `kv_b` folded into queries and outputs: cost per key `H (2 r + d_R)`.
+    Absorbed,
+    /// Expand keys and values of all cached rows first: cheaper once there are many query rows.
+    Expanded,
+}
+
+/// New rows of a session: where they go, and how they are turned.
+pub(super) struct Step<'a> {
+    /// Rows already in the cache.
+    pub start: usize,
+    /// Table over at least the new positions.
+    pub rotation: &'a Rotation,
+    /// `start..start + new rows`.
+    pub positions: &'a [usize],
+    pub path: LatentPath,
+}
+
+impl Step<'_> {
+    fn span(&self) -> [Span; 1] {
+        let new = self.positions.len();
+        [Span { queries: 0..new, keys: 0..self.start + new }]
+    }
+}
+
+/// Attention of one layer.
+pub(super) enum AttentionBlock<T> {
+    Gqa(Gqa<T>),
+    Mla(Mla<T>),
+}
+
+impl<T: Send + Sync> AttentionBlock<T> {
+    pub(super) fn new<B: Backend<Tensor = T>>(
+        backend: &B,
+        arch: &Architecture,
+        tensors: AttentionTensors,
+    ) -> Result<Self, RuntimeError> {
+        match (&arch.attention, tensors) {
+            (Attention::Gqa(shape), AttentionTensors::Gqa(t)) => Ok(Self::Gqa(Gqa::new(backend, arch, *shape, t)?)),
+            (Attention::Mla(shape), AttentionTensors::Mla(t)) => Ok(Self::Mla(Mla::new(backend, arch, *shape, t)?)),
+            (Attention::Gqa(_), _) => Err(RuntimeError::Variant { expected: "gqa", found: "mla" }),
+            (Attention::Mla(_), _) => Err(RuntimeError::Variant { expected: "mla", found: "gqa" }),
+        }
+    }
+
+    /// Project and rotate: `x [T, D]`, one position per row.
+    pub(super) fn expand<B: Backend<Tensor = T>>(
+        &self,
+        backend: &B,
+        x: &T,
+        rotation: &Rotation,
+        positions: &[usize],
+    ) -> Expanded<T> {
+        match self {
+            Self::Gqa(a) => a.expand(backend, x, rotation, positions),
+            Self::Mla(a) => {
+                let latent = a.latent(backend, x, rotation, positions);
+                let q = a.queries(backend, x, rotation, positions);
+                a.expand(backend, q, &latent)
+            }
+        }
+    }
+
+    pub(super) fn output<B: Backend<Tensor = T>>(&self, backend: &B, heads: &T) -> T {
+        match self {
+            Self::Gqa(a) => a.o.apply(backend, heads),
+            Self::Mla(a) => a.o.apply(backend, heads),
+        }
+    }
+
+    /// Width of the head outputs, `H d_V`.
+    pub(super) fn heads_width(&self) -> usize {
+        match self {
+            Self::Gqa(a) => a.heads * a.shape.head_dim,
+            Self::Mla(a) => a.heads * a.shape.v_head_dim,
+        }
+    }
+
+    pub(super) fn cache<B: Backend<Tensor = T>>(&self, backend: &B, capacity: usize) -> Cache<T> {
+        match self {
+            Self::Gqa(a) => {
+                let width = a.shape.kv_heads * a.shape.head_dim;
+                Cache::Gqa { k: backend.zeros(capacity, width), v: backend.zeros(capacity, width) }
+            }
+            Self::Mla(a) => Cache::Mla(backend.zeros(capacity, a.shape.kv_lora_rank + a.shape.qk_rope_head_dim)),
+        }
+    }
+
+    /// Append rows to the cache and attend from them to all of it: `x [new, D]` to head outputs `[new, H d_V]`.
+    pub(super) fn decode<B: Backend<Tensor = T>>(
+        &self,
+        backend: &B,
+        x: &T,
+        cache: &mut Cache<T>,
+        step: &Step<'_>,
+    ) -> Result<T, RuntimeError> {
+        match (self, cache) {
+            (Self::Gqa(a), Cache::Gqa { k, v }) => {
+                let new = a.expand(backend, x, step.rotation, step.positions);
+                backend.write_rows(k, step.start, &new.k);
+                backend.write_rows(v, step.start, &new.v);
+                Ok(backend.attention(&new.q, k, v, &new.shape, &step.span()))
+            }
+            (Self::Mla(a), Cache::Mla(rows)) => {
+                let latent = a.latent(backend, x, step.rotation, step.positions);
+                backend.write_rows(rows, step.start, &latent);
+                let q = a.queries(backend, x, step.rotation, step.positions);
+                Ok(match step.path {
+                    LatentPath::Absorbed => a.attend_latent(backend, &q, rows, &step.span()),
+                    LatentPath::Expanded => {
+                        let end = step.start + step.positions.len();
+                        let all = a.expand(backend, q, &backend.rows(rows, 0..end));
+                        backend.attention(&all.q, &all.k, &all.v, &all.shape, &step.span())
+                    }
+                })
+            }
+            (Self::Gqa(_), _) => Err(RuntimeError::Variant { expected: "gqa", found: "mla" }),
+            (Self::Mla(_), _) => Err(RuntimeError::Variant { expected: "mla", found: "gqa" }),
+        }
+    }
+}
+
+/// Grouped-query attention.
+pub(super) struct Gqa<T> {
+    heads: usize,
+    shape: GqaShape,
+    q: Projection<T>,
+    k: Projection<T>,
+    v: Projection<T>,
+    o: Projection<T>,
+}
+
+impl<T: Send + Sync> Gqa<T> {
+    fn new<B: Backend<Tensor = T>>(
+        backend: &B,
+        arch: &Architecture,
+        shape: GqaShape,
+        t: GqaTensors,
+    ) -> Result<Self, RuntimeError> {
+        let (heads, hidden) = (arch.heads, arch.hidden);
+        let (q, kv) = (heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        Ok(Self {
+            heads,
+            shape,
+            q: Projection::new(backend, "q", t.q, q, hidden)?,
+            k: Projection::new(backend, "k", t.k, kv, hidden)?,
+            v: Projection::new(backend, "v", t.v, kv, hidden)?,
+            o: Projection::new(backend, "o", t.o, hidden, q)?,
+        })
+    }
+
+    fn expand<B: Backend<Tensor = T>>(
+        &self,
+        backend: &B,
+        x: &T,
+        rotation: &Rotation,
+        positions: &[usize],
+    ) -> Expanded<T> {
+        let columns = HeadColumns::dense(self.shape.head_dim);
+        let mut q = self.q.apply(backend, x);
+        let mut k = self.k.apply(backend, x);
+        let v = self.v.apply(backend, x);
+        backend.rope(&mut q, rotation, positions, columns, self.heads);
+        backend.rope(&mut k, rotation, positions, columns, self.shape.kv_heads);
+        let shape = AttentionShape {
+            heads: self.heads,
+            kv_heads: self.shape.kv_heads,
+            keys: columns,
+            values: columns,
+            scale: (self.shape.head_dim as f64).powf(-0.5),
+            sliding_window: self.shape.sliding_window,
+        };
+        Expanded { q, k, v, shape }
+    }
+}
+
+/// The query path of MLA.
+enum Query<T> {
+    Direct(Projection<T>),
+    LowRank { a: Projection<T>, norm: T, b: Projection<T> },
+}
+
+/// Multi-head latent attention.
+pub(super) struct Mla<T> {
+    heads: usize,
+    shape: MlaShape,
+    query: Query<T>,
+    kv_a: Projection<T>,
+    kv_a_norm: T,
+    kv_b: Projection<T>,
+    o: Projection<T>,
+}
+
+impl<T: Send + Sync> Mla<T> {
+    fn new<B: Backend<Tensor = T>>(
+        backend: &B,
+        arch: &Architecture,
+        shape: MlaShape,
+        t: MlaTensors,
+    ) -> Result<Self, RuntimeError> {
+        let (heads, hidden, rank) = (arch.heads, arch.hidden, shape.kv_lora_rank);
+        let q = heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim);
+        let query = match t.query {
+            QueryTensors::Direct(linear) => Query::Direct(Projection::new(backend, "q", linear, q, hidden)?),
+            QueryTensors::LowRank { a, norm, b } => {
+                let rank = a.weight.nrows();
+                Query::LowRank {
+                    a: Projection::new(backend, "q_a", a, rank, hidden)?,
+                    norm: vector(backend, "q_a_norm", norm, rank)?,
+                    b: Projection::new(backend, "q_b", b, q, rank)?,
+                }
+            }
+        };
+        let kv = heads * (shape.qk_nope_head_dim + shape.v_head_dim);
+        if let Some(bias) = &t.kv_b.bias {
+            // It could not be absorbed, and no stock class has one.
+            return Err(RuntimeError::Shape { role: "kv_b bias", expected: vec![], found: vec![bias.len()] });
+        }
+        Ok(Self {
+            heads,
+            shape,
+            query,
+            kv_a: Projection::new(backend, "kv_a", t.kv_a, rank + shape.qk_rope_head_dim, hidden)?,
+            kv_a_norm: vector(backend, "kv_a_norm", t.kv_a_norm, rank)?,
+            kv_b: Projection::new(backend, "kv_b", t.kv_b, kv, rank)?,
+            o: Projection::new(backend, "o", t.o, hidden, heads * shape.v_head_dim)?,
+        })
+    }
+
+    /// Width of a query or key, `d_N + d_R`.
+    fn qk(&self) -> usize {
+        self.shape.qk_nope_head_dim + self.shape.qk_rope_head_dim
+    }
+
+    /// Queries `[T, H (d_N + d_R)]`, the last `d_R` of each head rotated.
+    fn queries<B: Backend<Tensor = T>>(&self, backend: &B, x: &T, rotation: &Rotation, positions: &[usize]) -> T {
+        let mut q = match &self.query {
+            Query::Direct(q) => q.apply(backend, x),
+            Query::LowRank { a, norm, b } => {
+                let latent = backend.rms_norm(&a.apply(backend, x), norm, self.shape.latent_eps);
+                b.apply(backend, &latent)
+            }
+        };
+        backend.rope(&mut q, rotation, positions, self.rotated_query(), self.heads);
+        q
+    }
+
+    fn rotated_query(&self) -> HeadColumns {
+        HeadColumns { start: self.shape.qk_nope_head_dim, stride: self.qk(), width: self.shape.qk_rope_head_dim }
+    }
+
+    /// What is cached per token: `[T, r + d_R]`, normed latent and rotated key.
+    fn latent<B: Backend<Tensor = T>>(&self, backend: &B, x: &T, rotation: &Rotation, positions: &[usize]) -> T {
+        let (rank, rope) = (self.shape.kv_lora_rank, self.shape.qk_rope_head_dim);
+        let mut both = self.kv_a.apply(backend, x);
+        let rotated = HeadColumns { start: rank, stride: 0, width: rope };
+        backend.rope(&mut both, rotation, positions, rotated, 1);
+        let latent = backend.gather_heads(&[HeadPart { from: &both, columns: HeadColumns::dense(rank) }], 1);
+        let normed = backend.rms_norm(&latent, &self.kv_a_norm, self.shape.latent_eps);
+        let parts =
+            [HeadPart { from: &normed, columns: HeadColumns::dense(rank) }, HeadPart { from: &both, columns: rotated }];
+        backend.gather_heads(&parts, 1)
+    }
+
+    /// Keys and values of every head from cached rows.
+    fn expand<B: Backend<Tensor = T>>(&self, backend: &B, q: T, cached: &T) -> Expanded<T> {
+        let s = &self.shape;
+        let (rank, nope, value) = (s.kv_lora_rank, s.qk_nope_head_dim, s.v_head_dim);
+        let latent = backend.gather_heads(&[HeadPart { from: cached, columns: HeadColumns::dense(rank) }], 1);
+        let v = self.kv_b.apply(backend, &latent);
+        let parts = [
+            HeadPart { from: &v, columns: HeadColumns { start: 0, stride: nope + value, width: nope } },
+            HeadPart { from: cached, columns: HeadColumns { start: rank, stride: 0, width: s.qk_rope_head_dim } },
+        ];
+        let k = backend.gather_heads(&parts, self.heads);
+        let shape = AttentionShape {
+            heads: self.heads,
+            kv_heads: self.heads,
+            keys: HeadColumns::dense(self.qk()),
+            values: HeadColumns { start: nope, stride: nope + value, width: value },
+            scale: s.score_scale,
+            sliding_window: None,
+        };
+        Expanded { q, k, v, shape }
+    }
+
+    /// Absorbed attention: `q [T, H (d_N + d_R)]` over `cached [S, r + d_R]` to `[T, H d_V]`.
+    fn attend_latent<B: Backend<Tensor = T>>(&self, backend: &B, q: &T, cached: &T, spans: &[Span]) -> T {
+        let s = &self.shape;
+        let (rank, nope, rope, value) = (s.kv_lora_rank, s.qk_nope_head_dim, s.qk_rope_head_dim, s.v_head_dim);
+        let plain = HeadColumns { start: 0, stride: self.qk(), width: nope };
+        let plain = backend.gather_heads(&[HeadPart { from: q, columns: plain }], self.heads);
+        let key_rows = HeadColumns { start: 0, stride: nope + value, width: nope };
+        let absorbed = backend.head_linear(&plain, &self.kv_b.weight, key_rows, self.heads, true);
+        let parts = [
+            HeadPart { from: &absorbed, columns: HeadColumns::dense(rank) },
+            HeadPart { from: q, columns: self.rotated_query() },
+        ];
+        let q = backend.gather_heads(&parts, self.heads);
+        let shape = AttentionShape {
+            heads: self.heads,
+            kv_heads: 1,
+            keys: HeadColumns { start: 0, stride: 0, width: rank + rope },
+            values: HeadColumns { start: 0, stride: 0, width: rank },
+            scale: s.score_scale,
+            sliding_window: None,
+        };
+        let mixed = backend.attention(&q, cached, cached, &shape, spans);
+        let value_rows = HeadColumns { start: nope, stride: nope + value, width: value };
+        backend.head_linear(&mixed, &self.kv_b.weight, value_rows, self.heads, false)
+    }
+}

@@ -1,0 +1,161 @@
+//! The operations a device has to offer.
+
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayView2};
+
+use super::{Rotation, RuntimeError};
+
+/// Columns of a matrix that belong to heads: head `h` owns columns `start + h stride .. start + h stride + width`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadColumns {
+    /// First column of head 0.
+    pub start: usize,
+    /// Distance between heads; 0 when all heads share the columns.
+    pub stride: usize,
+    /// Columns per head.
+    pub width: usize,
+}
+
+impl HeadColumns {
+    /// Heads that lie side by side from column 0.
+    pub fn dense(width: usize) -> Self {
+        Self { start: 0, stride: width, width }
+    }
+
+    /// Columns of head `h`.
+    pub fn of(&self, h: usize) -> Range<usize> {
+        let first = self.start + h * self.stride;
+        first..first + self.width
+    }
+}
+
+/// A piece of every head, for [`Backend::gather_heads`].
+#[derive(Debug)]
+pub struct HeadPart<'a, T> {
+    /// Where it is read from, `[T, columns]`.
+    pub from: &'a T,
+    /// Which columns.
+    pub columns: HeadColumns,
+}
+
+/// Geometry of one attention call. Query head `h` reads KV head `h / (heads / kv_heads)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads; queries lie side by side, `[rows, heads * keys.width]`.
+    pub heads: usize,
+    /// KV heads.
+    pub kv_heads: usize,
+    /// Columns of the key of each KV head.
+    pub keys: HeadColumns,
+    /// Columns of the value of each KV head. May overlap the keys: absorbed MLA reads both from the latent.
+    pub values: HeadColumns,
+    /// What multiplies `<q, k>`.
+    pub scale: f64,
+    /// Query at position `i` sees keys `i - sliding_window + 1 ..= i`, where given.
+    pub sliding_window: Option<usize>,
+}
+
+/// Rows of one sequence. The last query stands at the last key: query `i` of `n` sees the first
+/// `keys.len() - n + i + 1` keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Span {
+    /// Rows of the queries.
+    pub queries: Range<usize>,
+    /// Rows of the keys and values.
+    pub keys: Range<usize>,
+}
+
+impl Span {
+    /// Spans of windows that lie under each other and attend to themselves.
+    pub fn of_windows(windows: &[usize]) -> Vec<Span> {
+        let mut first = 0;
+        let span = |&length: &usize| {
+            let rows = first..first + length;
+            first += length;
+            Span { queries: rows.clone(), keys: rows }
+        };
+        windows.iter().map(span).collect()
+    }
+}
+
+/// A device that holds matrices of f32 and computes on them.
+///
+/// Matrices are row-major `[rows, columns]`; weights of linear layers are `[out, in]`; vectors are `[1, n]`. Operations
+/// may run asynchronously, so failures of the device surface in [`Backend::download`]. Shapes are checked by the callers
+/// in this module; a mismatch is a bug and may panic.
+pub trait Backend: Sync {
+    /// A matrix on the device.
+    type Tensor: Send + Sync;
+
+    /// Name for messages, such as `cpu`.
+    fn name(&self) -> &str;
+
+    /// Move a host matrix to the device.
+    fn upload(&self, host: Array2<f32>) -> Self::Tensor;
+
+    /// Copy a host matrix to the device.
+    fn upload_view(&self, host: ArrayView2<'_, f32>) -> Self::Tensor {
+        self.upload(host.to_owned())
+    }
+
+    /// Move a matrix back to the host.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Device`] when this or an earlier operation failed.
+    fn download(&self, tensor: Self::Tensor) -> Result<Array2<f32>, RuntimeError>;
+
+    /// `(rows, columns)`.
+    fn shape(&self, tensor: &Self::Tensor) -> (usize, usize);
+
+    /// A matrix of zeros.
+    fn zeros(&self, rows: usize, columns: usize) -> Self::Tensor;
+
+    /// Overwrite rows `first..` of `into` by `rows`.
+    fn write_rows(&self, into: &mut Self::Tensor, first: usize, rows: &Self::Tensor);
+
+    /// Rows of a matrix.
+    fn rows(&self, x: &Self::Tensor, rows: Range<usize>) -> Self::Tensor;
+
+    /// `x W^T + bias`: `x [T, in]`, `weight [out, in]`, `bias [1, out]` to `[T, out]`.
+    fn linear(&self, x: &Self::Tensor, weight: &Self::Tensor, bias: Option<&Self::Tensor>) -> Self::Tensor;
+
+    /// A small linear layer per head, its weight being rows `of(h)` of `weight [rows, r]`.
+    ///
+    /// `absorb` false: `x [T, heads r]` to `[T, heads width]`, each head by `W_h^T`. True: `x [T, heads width]` to
+    /// `[T, heads r]`, each head by `W_h`.
+    fn head_linear(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        of: HeadColumns,
+        heads: usize,
+        absorb: bool,
+    ) -> Self::Tensor;
+
+    /// `x / sqrt(mean(x^2) + eps) * gain` per row; `gain [1, columns]`.
+    fn rms_norm(&self, x: &Self::Tensor, gain: &Self::Tensor, eps: f64) -> Self::Tensor;
+
+    /// Turn the given columns of each head in place. Row `t` stands at `positions[t]`.
+    fn rope(&self, x: &mut Self::Tensor, rotation: &Rotation, positions: &[usize], columns: HeadColumns, heads: usize);
+
+    /// New matrix `[T, heads * sum of widths]` with the parts of each head side by side.
+    fn gather_heads(&self, parts: &[HeadPart<'_, Self::Tensor>], heads: usize) -> Self::Tensor;
+
+    /// Causal softmax attention within each span, `[rows of q, heads * values.width]`. Memory beyond the result is
+    /// bounded by tiles of scores, never all of them.
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        shape: &AttentionShape,
+        spans: &[Span],
+    ) -> Self::Tensor;
+
+    /// `silu(gate) * up`, element by element.
+    fn silu_mul(&self, gate: Self::Tensor, up: &Self::Tensor) -> Self::Tensor;
+
+    /// `x += y`.
+    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor);
+}

@@ -1,0 +1,99 @@
+//! Row kernels, written so that the compiler vectorises them.
+
+/// `e^x` within 2 ulp for `x` in [-87, 88], clamped outside; NaN stays NaN.
+///
+/// Written out rather than taken from the C library: that one is scalar, and its last bit differs between systems.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = x.clamp(-87.0, 88.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    // The high part has 10 significant bits, so `n * LN2_HIGH` is exact.
+    let r = x - n * LN2_HIGH - n * LN2_LOW;
+    // Taylor series: |r| <= ln(2)/2, so the first term left out is below 6e-9.
+    let mut p = 1.0 / 5040.0;
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = p * r + c;
+    }
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+    p * f32::from_bits(exponent << 23)
+}
+
+/// `gate = silu(gate) * up`.
+pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        *g = *g / (1.0 + exp(-*g)) * u;
+    }
+}
+
+/// RMSNorm of one row in place; the mean of squares is taken in f64.
+pub(super) fn rms_norm(row: &mut [f32], gain: &[f32], eps: f64) {
+    const LANES: usize = 8;
+    let mut sums = [0.0f64; LANES];
+    let blocks = row.chunks_exact(LANES);
+    let tail: f64 = blocks.remainder().iter().map(|x| f64::from(*x).powi(2)).sum();
+    for block in blocks {
+        for (sum, x) in sums.iter_mut().zip(block) {
+            *sum += f64::from(*x) * f64::from(*x);
+        }
+    }
+    let mean = (sums.iter().sum::<f64>() + tail) / row.len() as f64;
+    let factor = (1.0 / (mean + eps).sqrt()) as f32;
+    for (x, g) in row.iter_mut().zip(gain) {
+        *x = *x * factor * g;
+    }
+}
+
+/// Softmax of one row in place; returns nothing but leaves probabilities that sum to 1 within rounding.
+pub(super) fn softmax(row: &mut [f32]) {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sums = [0.0f32; 16];
+    let mut blocks = row.chunks_exact_mut(16);
+    for block in &mut blocks {
+        for (sum, x) in sums.iter_mut().zip(block) {
+            *x = exp(*x - max);
+            *sum += *x;
+        }
+    }
+    let mut total: f64 = 0.0;
+    for x in blocks.into_remainder() {
+        *x = exp(*x - max);
+        total += f64::from(*x);
+    }
+    total += sums.iter().map(|s| f64::from(*s)).sum::<f64>();
+    let inverse = (1.0 / total) as f32;
+    row.iter_mut().for_each(|x| *x *= inverse);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_ulp() {
+        let mut worst = 0.0f64;
+        for i in -870_000..880_000i32 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - exact).abs() / (exact * f64::from(f32::EPSILON)));
+        }
+        assert!(worst < 2.0, "{worst} ulp");
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn softmax_keeps_nan_and_sums_to_one() {
+        let mut row: Vec<f32> = (0..1000).map(|i| ((i * 37) % 101) as f32 * 0.3 - 12.0).collect();
+        softmax(&mut row);
+        let total: f64 = row.iter().map(|x| f64::from(*x)).sum();
+        assert!((total - 1.0).abs() < 1e-6, "{total}");
+        row[3] = f32::NAN;
+        softmax(&mut row);
+        assert!(row.iter().all(|x| x.is_nan()));
+    }
+}

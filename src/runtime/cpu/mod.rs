@@ -1,0 +1,180 @@
+//! The CPU backend: faer's gemm for products, rayon for everything else.
+//!
+//! Results do not depend on the number of threads: work is cut by shape alone, and every sum is taken in one task.
+
+mod attention;
+mod elementwise;
+mod gemm;
+
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayView2, Axis, s};
+use rayon::prelude::*;
+
+use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
+
+pub(super) use attention::{probability_tile, tile_rows};
+
+/// Rows per task of elementwise work.
+const ROWS: usize = 16;
+
+/// The host processor. Tensors are `Array2<f32>` in standard layout.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Cpu;
+
+/// The elements of a tensor, row-major. Every constructor in this module makes the standard layout.
+fn flat(x: &Array2<f32>) -> &[f32] {
+    x.as_slice().expect("cpu tensors are in standard layout")
+}
+
+fn flat_mut(x: &mut Array2<f32>) -> &mut [f32] {
+    x.as_slice_mut().expect("cpu tensors are in standard layout")
+}
+
+/// Run `f(first row, rows)` over blocks of rows of `x`, in parallel.
+fn for_row_blocks(x: &mut Array2<f32>, f: impl Fn(usize, &mut [f32]) + Sync + Send) {
+    let columns = x.ncols();
+    if columns == 0 {
+        return;
+    }
+    let run = |(block, rows): (usize, &mut [f32])| f(block * ROWS, rows);
+    flat_mut(x).par_chunks_mut(ROWS * columns).enumerate().for_each(run);
+}
+
+impl Backend for Cpu {
+    type Tensor = Array2<f32>;
+
+    fn name(&self) -> &str {
+        "cpu"
+    }
+
+    fn upload(&self, host: Array2<f32>) -> Array2<f32> {
+        if host.is_standard_layout() { host } else { host.as_standard_layout().into_owned() }
+    }
+
+    fn upload_view(&self, host: ArrayView2<'_, f32>) -> Array2<f32> {
+        host.as_standard_layout().into_owned()
+    }
+
+    fn download(&self, tensor: Array2<f32>) -> Result<Array2<f32>, RuntimeError> {
+        Ok(tensor)
+    }
+
+    fn shape(&self, tensor: &Array2<f32>) -> (usize, usize) {
+        tensor.dim()
+    }
+
+    fn zeros(&self, rows: usize, columns: usize) -> Array2<f32> {
+        Array2::zeros((rows, columns))
+    }
+
+    fn write_rows(&self, into: &mut Array2<f32>, first: usize, rows: &Array2<f32>) {
+        into.slice_mut(s![first..first + rows.nrows(), ..]).assign(rows);
+    }
+
+    fn rows(&self, x: &Array2<f32>, rows: Range<usize>) -> Array2<f32> {
+        x.slice(s![rows, ..]).to_owned()
+    }
+
+    fn linear(&self, x: &Array2<f32>, weight: &Array2<f32>, bias: Option<&Array2<f32>>) -> Array2<f32> {
+        let mut out = gemm::linear(x.view(), weight.view());
+        if let Some(bias) = bias {
+            let columns = out.ncols();
+            for_row_blocks(&mut out, |_, rows| {
+                for row in rows.chunks_exact_mut(columns) {
+                    row.iter_mut().zip(flat(bias)).for_each(|(y, b)| *y += b);
+                }
+            });
+        }
+        out
+    }
+
+    fn head_linear(
+        &self,
+        x: &Array2<f32>,
+        weight: &Array2<f32>,
+        of: HeadColumns,
+        heads: usize,
+        absorb: bool,
+    ) -> Array2<f32> {
+        let (inner, outer) = if absorb { (of.width, weight.ncols()) } else { (weight.ncols(), of.width) };
+        let mut out = Array2::zeros((x.nrows(), heads * outer));
+        if outer == 0 || inner == 0 {
+            return out;
+        }
+        out.axis_chunks_iter_mut(Axis(1), outer).into_par_iter().enumerate().for_each(|(h, out)| {
+            let x = x.slice(s![.., h * inner..(h + 1) * inner]);
+            let w = weight.slice(s![of.of(h), ..]);
+            gemm::serial(out, x, if absorb { w } else { w.reversed_axes() }, 1.0);
+        });
+        out
+    }
+
+    fn rms_norm(&self, x: &Array2<f32>, gain: &Array2<f32>, eps: f64) -> Array2<f32> {
+        let mut out = x.clone();
+        let columns = out.ncols();
+        for_row_blocks(&mut out, |_, rows| {
+            for row in rows.chunks_exact_mut(columns) {
+                elementwise::rms_norm(row, flat(gain), eps);
+            }
+        });
+        out
+    }
+
+    fn rope(&self, x: &mut Array2<f32>, rotation: &Rotation, positions: &[usize], columns: HeadColumns, heads: usize) {
+        let width = x.ncols();
+        for_row_blocks(x, |first, rows| {
+            for (row, position) in rows.chunks_exact_mut(width).zip(&positions[first..]) {
+                for h in 0..heads {
+                    rotation.turn(&mut row[columns.of(h)], *position);
+                }
+            }
+        });
+    }
+
+    fn gather_heads(&self, parts: &[HeadPart<'_, Array2<f32>>], heads: usize) -> Array2<f32> {
+        let rows = parts.first().map_or(0, |p| p.from.nrows());
+        let width: usize = parts.iter().map(|p| p.columns.width).sum();
+        let mut out = Array2::zeros((rows, heads * width));
+        for_row_blocks(&mut out, |first, block| {
+            for (t, row) in block.chunks_exact_mut(heads * width).enumerate() {
+                let mut rest = row;
+                for h in 0..heads {
+                    for part in parts {
+                        let from = &flat(part.from)[(first + t) * part.from.ncols()..][part.columns.of(h)];
+                        let (head, tail) = rest.split_at_mut(from.len());
+                        head.copy_from_slice(from);
+                        rest = tail;
+                    }
+                }
+            }
+        });
+        out
+    }
+
+    fn attention(
+        &self,
+        q: &Array2<f32>,
+        k: &Array2<f32>,
+        v: &Array2<f32>,
+        shape: &AttentionShape,
+        spans: &[Span],
+    ) -> Array2<f32> {
+        attention::attention(q.view(), k.view(), v.view(), shape, spans)
+    }
+
+    fn silu_mul(&self, mut gate: Array2<f32>, up: &Array2<f32>) -> Array2<f32> {
+        let columns = gate.ncols();
+        for_row_blocks(&mut gate, |first, rows| {
+            elementwise::silu_mul(rows, &flat(up)[first * columns..]);
+        });
+        gate
+    }
+
+    fn add(&self, x: &mut Array2<f32>, y: &Array2<f32>) {
+        let columns = x.ncols();
+        for_row_blocks(x, |first, rows| {
+            rows.iter_mut().zip(&flat(y)[first * columns..]).for_each(|(x, y)| *x += y);
+        });
+    }
+}

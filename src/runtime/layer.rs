@@ -1,0 +1,307 @@
+//! One decoder layer, fed and read as host arrays.
+
+use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
+
+use super::attention::{AttentionBlock, Cache, LatentPath, Projection, Step, vector};
+use super::tensors::LayerTensors;
+use super::{Backend, HeadColumns, HeadPart, Qkv, Rotation, RuntimeError, Span};
+use crate::arch::{Architecture, Rope};
+
+/// Tokens that are worked on at once: bounds the MLP's intermediate and the expanded keys and values.
+const CHUNK: usize = 4096;
+
+/// The MLP of a layer with what passed through it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MlpTrace {
+    /// Normed input, `[T, D]`.
+    pub input: Array2<f32>,
+    /// `silu(gate) * up`, `[T, I]`: the input of `down`.
+    pub activated: Array2<f32>,
+    /// Output, `[T, D]`, to be added to the hidden state.
+    pub output: Array2<f32>,
+}
+
+/// One decoder layer on a backend.
+///
+/// Methods take activations `[T, D]` of windows that lie under each other, with their lengths in `windows`.
+pub struct Layer<'b, B: Backend> {
+    backend: &'b B,
+    hidden: usize,
+    norm_eps: f64,
+    rope: Rope,
+    input_norm: B::Tensor,
+    attention: AttentionBlock<B::Tensor>,
+    post_norm: B::Tensor,
+    gate: Projection<B::Tensor>,
+    up: Projection<B::Tensor>,
+    down: Projection<B::Tensor>,
+}
+
+impl<B: Backend> std::fmt::Debug for Layer<'_, B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Layer").field("backend", &self.backend.name()).field("hidden", &self.hidden).finish()
+    }
+}
+
+impl<'b, B: Backend> Layer<'b, B> {
+    /// Put weights on a backend. Geometry, RoPE and epsilons come from `arch`; its tensor names are not used.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Shape`] or [`RuntimeError::Variant`] when weights and architecture disagree.
+    pub fn new(backend: &'b B, arch: &Architecture, tensors: LayerTensors) -> Result<Self, RuntimeError> {
+        let (d, i) = (arch.hidden, arch.intermediate);
+        Ok(Self {
+            backend,
+            hidden: d,
+            norm_eps: arch.norm_eps,
+            rope: arch.rope.clone(),
+            input_norm: vector(backend, "input_norm", tensors.input_norm, d)?,
+            attention: AttentionBlock::new(backend, arch, tensors.attention)?,
+            post_norm: vector(backend, "post_norm", tensors.post_norm, d)?,
+            gate: Projection::new(backend, "gate", tensors.mlp.gate, i, d)?,
+            up: Projection::new(backend, "up", tensors.mlp.up, i, d)?,
+            down: Projection::new(backend, "down", tensors.mlp.down, d, i)?,
+        })
+    }
+
+    /// The attention's input: RMSNorm of `hidden [T, D]`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`]; [`RuntimeError::Device`] as in every method here.
+    pub fn attention_input(&self, hidden: ArrayView2<'_, f32>) -> Result<Array2<f32>, RuntimeError> {
+        self.check(hidden, self.hidden, None)?;
+        self.by_rows(hidden, |x| self.backend.rms_norm(&x, &self.input_norm, self.norm_eps))
+    }
+
+    /// Attention of `x [T, D]` ([`Layer::attention_input`]) with the output projection: `[T, D]`, to be added to the
+    /// hidden state.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`], [`RuntimeError::Windows`].
+    pub fn attention_output(&self, x: ArrayView2<'_, f32>, windows: &[usize]) -> Result<Array2<f32>, RuntimeError> {
+        self.check(x, self.hidden, Some(windows))?;
+        self.by_windows(x, windows, |x, windows| self.attention.output(self.backend, &self.heads(&x, windows)))
+    }
+
+    /// Head outputs before the output projection, `[T, H d_V]`.
+    ///
+    /// # Errors
+    /// As [`Layer::attention_output`].
+    pub fn attention_heads(&self, x: ArrayView2<'_, f32>, windows: &[usize]) -> Result<Array2<f32>, RuntimeError> {
+        self.check(x, self.hidden, Some(windows))?;
+        self.by_windows(x, windows, |x, windows| self.heads(&x, windows))
+    }
+
+    /// The output projection of head outputs `[T, H d_V]`, bias included: `[T, D]`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`].
+    pub fn output_projection(&self, heads: ArrayView2<'_, f32>) -> Result<Array2<f32>, RuntimeError> {
+        self.check(heads, self.attention.heads_width(), None)?;
+        self.by_rows(heads, |x| self.attention.output(self.backend, &x))
+    }
+
+    /// Queries, keys and values after RoPE, for statistics. Not chunked: holds all `T` rows.
+    ///
+    /// # Errors
+    /// As [`Layer::attention_output`].
+    pub fn project_qkv(&self, x: ArrayView2<'_, f32>, windows: &[usize]) -> Result<Qkv, RuntimeError> {
+        self.check(x, self.hidden, Some(windows))?;
+        let b = self.backend;
+        let (rotation, positions) = self.rotation(windows);
+        let all = self.attention.expand(b, &b.upload_view(x), &rotation, &positions);
+        let shape = all.shape;
+        let dense = shape.values == HeadColumns::dense(shape.values.width);
+        let v = match dense {
+            true => all.v,
+            false => b.gather_heads(&[HeadPart { from: &all.v, columns: shape.values }], shape.kv_heads),
+        };
+        Ok(Qkv {
+            q: b.download(all.q)?,
+            k: b.download(all.k)?,
+            v: b.download(v)?,
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            qk_dim: shape.keys.width,
+            v_dim: shape.values.width,
+            scale: shape.scale,
+            sliding_window: shape.sliding_window,
+        })
+    }
+
+    /// Norm and gated MLP of the hidden state after attention: `[T, D]`, to be added to it.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`].
+    pub fn mlp_output(&self, hidden: ArrayView2<'_, f32>) -> Result<Array2<f32>, RuntimeError> {
+        self.check(hidden, self.hidden, None)?;
+        self.by_rows(hidden, |x| self.mlp(&x))
+    }
+
+    /// As [`Layer::mlp_output`], with the normed input and the activated intermediate. Holds all `T` rows of both.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`].
+    pub fn mlp_trace(&self, hidden: ArrayView2<'_, f32>) -> Result<MlpTrace, RuntimeError> {
+        self.check(hidden, self.hidden, None)?;
+        let b = self.backend;
+        let input = b.rms_norm(&b.upload_view(hidden), &self.post_norm, self.norm_eps);
+        let activated = self.activated(&input);
+        let output = b.download(self.down.apply(b, &activated))?;
+        Ok(MlpTrace { input: b.download(input)?, activated: b.download(activated)?, output })
+    }
+
+    /// The whole layer in place: `hidden [T, D]`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`], [`RuntimeError::Windows`].
+    pub fn forward(&self, hidden: &mut Array2<f32>, windows: &[usize]) -> Result<(), RuntimeError> {
+        self.check(hidden.view(), self.hidden, Some(windows))?;
+        let b = self.backend;
+        let mut first = 0;
+        for windows in groups(windows) {
+            let rows = windows.iter().sum::<usize>();
+            let mut part = hidden.slice_mut(s![first..first + rows, ..]);
+            let mut x = b.upload_view(part.view());
+            let normed = b.rms_norm(&x, &self.input_norm, self.norm_eps);
+            let heads = self.heads(&normed, windows);
+            b.add(&mut x, &self.attention.output(b, &heads));
+            // Groups of windows may exceed CHUNK when a single window does.
+            if rows <= CHUNK {
+                let out = self.mlp(&x);
+                b.add(&mut x, &out);
+                part.assign(&b.download(x)?);
+            } else {
+                let x = b.download(x)?;
+                part.assign(&x);
+                part += &self.mlp_output(x.view())?;
+            }
+            first += rows;
+        }
+        Ok(())
+    }
+
+    /// The whole layer in place on one window `[T, D]`, token by token over a cache, as decoding does.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`].
+    pub fn forward_cached(&self, hidden: &mut Array2<f32>) -> Result<(), RuntimeError> {
+        self.check(hidden.view(), self.hidden, None)?;
+        let mut cache = self.cache(hidden.nrows());
+        for t in 0..hidden.nrows() {
+            let rotation = Rotation::new(&self.rope, t..t + 1);
+            let step = Step { start: t, rotation: &rotation, positions: &[t], path: LatentPath::Absorbed };
+            let mut x = self.backend.upload_view(hidden.slice(s![t..t + 1, ..]));
+            self.decode(&mut x, &mut cache, &step)?;
+            hidden.slice_mut(s![t..t + 1, ..]).assign(&self.backend.download(x)?);
+        }
+        Ok(())
+    }
+
+    /// An empty cache for `capacity` positions.
+    pub(super) fn cache(&self, capacity: usize) -> Cache<B::Tensor> {
+        self.attention.cache(self.backend, capacity)
+    }
+
+    /// Rotary embedding of this layer.
+    pub(super) fn rope(&self) -> &Rope {
+        &self.rope
+    }
+
+    /// The whole layer on new rows of a session, in place on the device.
+    pub(super) fn decode(
+        &self,
+        x: &mut B::Tensor,
+        cache: &mut Cache<B::Tensor>,
+        step: &Step<'_>,
+    ) -> Result<(), RuntimeError> {
+        let b = self.backend;
+        let normed = b.rms_norm(x, &self.input_norm, self.norm_eps);
+        let heads = self.attention.decode(b, &normed, cache, step)?;
+        b.add(x, &self.attention.output(b, &heads));
+        let out = self.mlp(x);
+        b.add(x, &out);
+        Ok(())
+    }
+
+    fn heads(&self, x: &B::Tensor, windows: &[usize]) -> B::Tensor {
+        let (rotation, positions) = self.rotation(windows);
+        let all = self.attention.expand(self.backend, x, &rotation, &positions);
+        self.backend.attention(&all.q, &all.k, &all.v, &all.shape, &Span::of_windows(windows))
+    }
+
+    fn activated(&self, normed: &B::Tensor) -> B::Tensor {
+        let b = self.backend;
+        b.silu_mul(self.gate.apply(b, normed), &self.up.apply(b, normed))
+    }
+
+    fn mlp(&self, x: &B::Tensor) -> B::Tensor {
+        let b = self.backend;
+        let normed = b.rms_norm(x, &self.post_norm, self.norm_eps);
+        self.down.apply(b, &self.activated(&normed))
+    }
+
+    fn rotation(&self, windows: &[usize]) -> (Rotation, Vec<usize>) {
+        let longest = windows.iter().copied().max().unwrap_or(0);
+        let positions = windows.iter().flat_map(|&n| 0..n).collect();
+        (Rotation::new(&self.rope, 0..longest), positions)
+    }
+
+    fn check(&self, x: ArrayView2<'_, f32>, width: usize, windows: Option<&[usize]>) -> Result<(), RuntimeError> {
+        if x.ncols() != width {
+            return Err(RuntimeError::Width { expected: width, found: x.ncols() });
+        }
+        let total = windows.map_or(x.nrows(), |w| w.iter().sum());
+        if total != x.nrows() {
+            return Err(RuntimeError::Windows { windows: total, rows: x.nrows() });
+        }
+        Ok(())
+    }
+
+    fn by_rows(&self, x: ArrayView2<'_, f32>, f: impl Fn(B::Tensor) -> B::Tensor) -> Result<Array2<f32>, RuntimeError> {
+        let chunk = |x| self.backend.download(f(self.backend.upload_view(x)));
+        join(x.axis_chunks_iter(Axis(0), CHUNK).map(chunk).collect::<Result<_, _>>()?)
+    }
+
+    fn by_windows(
+        &self,
+        x: ArrayView2<'_, f32>,
+        windows: &[usize],
+        f: impl Fn(B::Tensor, &[usize]) -> B::Tensor,
+    ) -> Result<Array2<f32>, RuntimeError> {
+        let mut parts = Vec::new();
+        let mut first = 0;
+        for group in groups(windows) {
+            let rows = group.iter().sum::<usize>();
+            let x = self.backend.upload_view(x.slice(s![first..first + rows, ..]));
+            parts.push(self.backend.download(f(x, group))?);
+            first += rows;
+        }
+        join(parts)
+    }
+}
+
+/// Runs of windows of at most [`CHUNK`] tokens together, one window at least.
+fn groups(windows: &[usize]) -> Vec<&[usize]> {
+    let mut out = Vec::new();
+    let (mut first, mut tokens) = (0, 0);
+    for (i, &length) in windows.iter().enumerate() {
+        if i > first && tokens + length > CHUNK {
+            out.push(&windows[first..i]);
+            (first, tokens) = (i, 0);
+        }
+        tokens += length;
+    }
+    if first < windows.len() {
+        out.push(&windows[first..]);
+    }
+    out
+}
+
+fn join(mut parts: Vec<Array2<f32>>) -> Result<Array2<f32>, RuntimeError> {
+    if parts.len() == 1 {
+        return Ok(parts.remove(0));
+    }
+    let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
+    concatenate(Axis(0), &views).map_err(|_| RuntimeError::NoTokens)
+}

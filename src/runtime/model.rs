@@ -1,0 +1,181 @@
+//! A model streamed from its checkpoint, one layer in memory at a time.
+
+use ndarray::{Array2, ArrayView2};
+
+use super::attention::{Projection, vector};
+use super::tensors::{LayerTensors, load_matrix};
+use super::{Backend, Layer, RuntimeError};
+use crate::arch::Architecture;
+use crate::observe::{Event, Observer};
+use crate::source::{ModelSource, TensorView};
+
+/// A checkpoint seen as a function of tokens. Loads what it needs when it needs it.
+#[derive(Debug)]
+pub struct Model<'a, B: Backend> {
+    source: &'a ModelSource,
+    arch: &'a Architecture,
+    backend: &'a B,
+}
+
+impl<B: Backend> Clone for Model<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Model<'_, B> {}
+
+impl<'a, B: Backend> Model<'a, B> {
+    /// Nothing is read yet.
+    pub fn new(source: &'a ModelSource, arch: &'a Architecture, backend: &'a B) -> Self {
+        Self { source, arch, backend }
+    }
+
+    /// The model's shape.
+    pub fn architecture(&self) -> &'a Architecture {
+        self.arch
+    }
+
+    /// Where it computes.
+    pub fn backend(&self) -> &'a B {
+        self.backend
+    }
+
+    /// Rows of the embedding, `[T, D]`. Reads only those rows.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Token`] for an id outside the vocabulary, [`RuntimeError::Source`].
+    pub fn embed(&self, tokens: &[u32]) -> Result<Array2<f32>, RuntimeError> {
+        let (vocab, d) = (self.arch.vocab, self.arch.hidden);
+        let view = self.source.tensors.view(&self.arch.names.embed)?;
+        if view.shape != [vocab, d] {
+            let expected = vec![vocab, d];
+            return Err(RuntimeError::Shape { role: "embed", expected, found: view.shape.to_vec() });
+        }
+        let bytes = d * view.dtype.size();
+        let mut out = Array2::zeros((tokens.len(), d));
+        for (mut row, &token) in out.rows_mut().into_iter().zip(tokens) {
+            let index = token as usize;
+            if index >= vocab {
+                return Err(RuntimeError::Token { token, vocab });
+            }
+            let stored = TensorView { shape: &view.shape[1..], bytes: &view.bytes[index * bytes..][..bytes], ..view };
+            row.iter_mut().zip(stored.to_f32()).for_each(|(x, y)| *x = y);
+        }
+        Ok(out)
+    }
+
+    /// Load one layer.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
+    pub fn layer(&self, index: usize) -> Result<Layer<'a, B>, RuntimeError> {
+        Layer::new(self.backend, self.arch, LayerTensors::load(self.source, self.arch, index)?)
+    }
+
+    /// Load the final norm and the output head.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
+    pub fn head(&self) -> Result<Head<'a, B>, RuntimeError> {
+        let names = &self.arch.names;
+        let name = if self.arch.tied_head { &names.embed } else { &names.head };
+        let weight = load_matrix(self.source, "head", name, self.arch.vocab, self.arch.hidden)?;
+        let norm = self.source.tensors.view(&names.final_norm)?.to_f32();
+        Ok(Head {
+            backend: self.backend,
+            hidden: self.arch.hidden,
+            norm_eps: self.arch.norm_eps,
+            norm: vector(self.backend, "final_norm", norm, self.arch.hidden)?,
+            weight: Projection::new(self.backend, "head", weight.into(), self.arch.vocab, self.arch.hidden)?,
+        })
+    }
+
+    /// The residual stream after the last layer, before the final norm, `[T, D]`: windows under each other.
+    ///
+    /// Streams layer by layer: memory is `T D` floats and one layer. Reports one [`Event::Step`] per layer.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NotFinite`] naming the layer, [`RuntimeError::ContextTooLong`], [`RuntimeError::Token`],
+    /// [`RuntimeError::NoTokens`].
+    pub fn final_hidden(&self, windows: &[Vec<u32>], observer: &dyn Observer) -> Result<Array2<f32>, RuntimeError> {
+        let (mut hidden, lengths) = self.start(windows)?;
+        for index in 0..self.arch.layers {
+            self.layer(index)?.forward(&mut hidden, &lengths)?;
+            self.check_layer(index, hidden.view())?;
+            observer.event(Event::Step { done: index as u64 + 1, tokens: hidden.nrows() as u64 });
+        }
+        Ok(hidden)
+    }
+
+    /// Fail when the output of layer `index` is not finite.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NotFinite`] naming the layer.
+    pub fn check_layer(&self, index: usize, hidden: ArrayView2<'_, f32>) -> Result<(), RuntimeError> {
+        check_finite(hidden, || format!("layer {index}"))
+    }
+
+    /// Embed windows and check them: the stream that enters layer 0, and the window lengths.
+    ///
+    /// # Errors
+    /// As [`Model::final_hidden`].
+    pub fn start(&self, windows: &[Vec<u32>]) -> Result<(Array2<f32>, Vec<usize>), RuntimeError> {
+        let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
+        let length = lengths.iter().copied().max().unwrap_or(0);
+        if length == 0 {
+            return Err(RuntimeError::NoTokens);
+        }
+        if length > self.arch.max_position {
+            return Err(RuntimeError::ContextTooLong { length, max: self.arch.max_position });
+        }
+        let hidden = self.embed(&windows.concat())?;
+        check_finite(hidden.view(), || "the embedding".into())?;
+        Ok((hidden, lengths))
+    }
+}
+
+/// The final norm and the output head.
+pub struct Head<'b, B: Backend> {
+    backend: &'b B,
+    hidden: usize,
+    norm_eps: f64,
+    norm: B::Tensor,
+    weight: Projection<B::Tensor>,
+}
+
+impl<B: Backend> std::fmt::Debug for Head<'_, B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Head").field("backend", &self.backend.name()).finish()
+    }
+}
+
+impl<B: Backend> Head<'_, B> {
+    /// Logits `[T, V]` of rows of [`Model::final_hidden`]; applies the final norm. Give it some hundred rows at a time.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`], [`RuntimeError::NotFinite`].
+    pub fn logits(&self, rows: ArrayView2<'_, f32>) -> Result<Array2<f32>, RuntimeError> {
+        if rows.ncols() != self.hidden {
+            return Err(RuntimeError::Width { expected: self.hidden, found: rows.ncols() });
+        }
+        let logits = self.backend.download(self.on_device(&self.backend.upload_view(rows)))?;
+        check_finite(logits.view(), || "the output head".into())?;
+        Ok(logits)
+    }
+
+    pub(super) fn on_device(&self, rows: &B::Tensor) -> B::Tensor {
+        let normed = self.backend.rms_norm(rows, &self.norm, self.norm_eps);
+        self.weight.apply(self.backend, &normed)
+    }
+}
+
+/// Fail where an element is NaN or infinite.
+pub(super) fn check_finite(x: ArrayView2<'_, f32>, place: impl Fn() -> String) -> Result<(), RuntimeError> {
+    // No early exit within a row, so that it vectorises.
+    let bad = |row: ndarray::ArrayView1<'_, f32>| row.iter().fold(false, |bad, x| bad | !x.is_finite());
+    if x.rows().into_iter().any(bad) {
+        return Err(RuntimeError::NotFinite { place: place() });
+    }
+    Ok(())
+}

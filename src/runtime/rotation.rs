@@ -1,0 +1,81 @@
+//! Cosines and sines of a range of positions.
+
+use std::ops::Range;
+
+use crate::arch::{Rope, RopeLayout};
+
+/// Rotary embedding tabulated for a range of positions.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    first: usize,
+    pairs: usize,
+    layout: RopeLayout,
+    /// `(cos, sin)`, each times the amplitude, `[positions, pairs]`.
+    table: Vec<(f32, f32)>,
+}
+
+impl Rotation {
+    /// Tabulate `rope` at `positions`.
+    ///
+    /// The angle is the f32 product of position and frequency, as every stock runtime computes it: at position 8000 its
+    /// rounding turns the fastest pair by up to 2^-12 radians, so a more accurate angle would be a different model.
+    pub fn new(rope: &Rope, positions: Range<usize>) -> Self {
+        let amplitude = rope.amplitude as f32;
+        let (first, pairs) = (positions.start, rope.inv_freq.len());
+        let mut table = Vec::with_capacity(positions.len() * pairs);
+        for position in positions {
+            for &frequency in &rope.inv_freq {
+                let angle = position as f32 * frequency as f32;
+                let (sin, cos) = f64::from(angle).sin_cos();
+                table.push((cos as f32 * amplitude, sin as f32 * amplitude));
+            }
+        }
+        Self { first, pairs, layout: rope.layout, table }
+    }
+
+    /// Which coordinates form a pair.
+    pub fn layout(&self) -> RopeLayout {
+        self.layout
+    }
+
+    /// Rotated width, twice the number of pairs.
+    pub fn width(&self) -> usize {
+        2 * self.pairs
+    }
+
+    /// First position of the table.
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
+    /// `(cos, sin)` of all pairs, position after position from [`Rotation::first`].
+    pub fn table(&self) -> &[(f32, f32)] {
+        &self.table
+    }
+
+    /// `(cos, sin)` of each pair at a position of the table.
+    pub fn at(&self, position: usize) -> &[(f32, f32)] {
+        let row = position - self.first;
+        &self.table[row * self.pairs..(row + 1) * self.pairs]
+    }
+
+    /// Turn `head`, `[width]`, by the angles of one position.
+    pub fn turn(&self, head: &mut [f32], position: usize) {
+        let angles = self.at(position);
+        match self.layout {
+            RopeLayout::Half => {
+                let (left, right) = head.split_at_mut(self.pairs);
+                for ((a, b), (cos, sin)) in left.iter_mut().zip(right).zip(angles) {
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+            RopeLayout::Interleaved => {
+                for (pair, (cos, sin)) in head.chunks_exact_mut(2).zip(angles) {
+                    let (a, b) = (pair[0], pair[1]);
+                    pair[0] = a * cos - b * sin;
+                    pair[1] = b * cos + a * sin;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! What can stop a comparison.
+
+/// Errors of verification. A threshold that is not met is not an error but a [`super::Verdict`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VerifyError {
+    /// A model could not be run.
+    #[error("{model} model: {error}")]
+    Run {
+        /// `source`, `converted` or `evaluated`.
+        model: &'static str,
+        /// What happened.
+        #[source]
+        error: crate::runtime::RuntimeError,
+    },
+    /// The models do not share a vocabulary.
+    #[error(
+        "the source model has a vocabulary of {source_vocab}, the converted one of {converted_vocab}\n\nhint: was the second made from the first?"
+    )]
+    Vocabulary {
+        /// Vocabulary of the source.
+        source_vocab: usize,
+        /// Vocabulary of the converted model.
+        converted_vocab: usize,
+    },
+    /// No window has a token to predict.
+    #[error(
+        "there is nothing to predict: {windows} windows, none longer than one token\n\nhint: give a longer text or shorter windows"
+    )]
+    TooShort {
+        /// Windows given.
+        windows: usize,
+    },
+}
