@@ -1,0 +1,394 @@
+#!/usr/bin/env python3
+"""Makes the random-weight pico models of `fixtures/` and their golden logits.
+
+    python scripts/make_fixtures.py                  # writes every folder
+    python scripts/make_fixtures.py pico-llama       # only this one
+    python scripts/make_fixtures.py --check          # compares with what is committed, writes nothing; exit 1 if they differ
+
+Weights come from seeded numpy generators, one per tensor, so adding a tensor or a model never changes the others. The
+golden logits come from stock transformers loading the folder just as a user would, in float32 with eager attention.
+
+Scales are chosen so that mistakes show: attention logits spread over several units (uniform attention would hide an
+error in queries, keys or positions), norm weights and biases are visibly off one and zero, and inputs of the norms are
+small enough for the epsilon to matter.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 8128
+LENGTHS = (37, 24)
+# Between two machines or two releases of the same maths in float32; logits are of order one.
+TOLERANCE = 5e-5
+QUERY_KEY_SCALE = 1.6
+EMBED_STD = 0.12
+BIAS_STD = 0.3
+
+
+class Weights:
+    """The tensors of one model, each drawn from a generator seeded by the model's and the tensor's name."""
+
+    def __init__(self, model: str, dtype: torch.dtype):
+        self.model, self.dtype, self.tensors = model, dtype, {}
+
+    def normal(self, name: str, shape, std: float, mean: float = 0.0, row_scale=None) -> None:
+        rng = np.random.default_rng([SEED, zlib.crc32(self.model.encode()), zlib.crc32(name.encode())])
+        value = rng.standard_normal(shape) * std + mean
+        if row_scale is not None:
+            value *= np.asarray(row_scale).reshape(-1, *[1] * (value.ndim - 1))
+        self.tensors[name] = torch.from_numpy(value.astype(np.float32)).to(self.dtype)
+
+    def linear(self, name: str, out: int, inp: int, gain: float = 1.0, bias: bool = False, row_scale=None) -> None:
+        self.normal(f"{name}.weight", (out, inp), gain * inp**-0.5, row_scale=row_scale)
+        if bias:
+            self.normal(f"{name}.bias", (out,), BIAS_STD, row_scale=row_scale)
+
+    def norm(self, name: str, size: int) -> None:
+        self.normal(f"{name}.weight", (size,), 0.2, mean=1.0)
+
+
+def common(w: Weights, c: dict) -> None:
+    """Embedding, norms, gated MLPs, final norm and head: the same in every family here."""
+    hidden, inner = c["hidden_size"], c["intermediate_size"]
+    w.normal("model.embed_tokens.weight", (c["vocab_size"], hidden), EMBED_STD)
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        w.norm(f"{layer}.input_layernorm", hidden)
+        w.norm(f"{layer}.post_attention_layernorm", hidden)
+        w.linear(f"{layer}.mlp.gate_proj", inner, hidden)
+        w.linear(f"{layer}.mlp.up_proj", inner, hidden)
+        w.linear(f"{layer}.mlp.down_proj", hidden, inner, 0.7)
+    w.norm("model.norm", hidden)
+    if not c["tie_word_embeddings"]:
+        w.linear("lm_head", c["vocab_size"], hidden)
+
+
+def grouped(w: Weights, c: dict, qkv_bias: bool = False, o_bias: bool = False) -> None:
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    groups = c.get("num_key_value_heads", heads)
+    d = c.get("head_dim", hidden // heads)
+    for i in range(c["num_hidden_layers"]):
+        attn = f"model.layers.{i}.self_attn"
+        w.linear(f"{attn}.q_proj", heads * d, hidden, QUERY_KEY_SCALE, qkv_bias)
+        w.linear(f"{attn}.k_proj", groups * d, hidden, QUERY_KEY_SCALE, qkv_bias)
+        w.linear(f"{attn}.v_proj", groups * d, hidden, 1.0, qkv_bias)
+        w.linear(f"{attn}.o_proj", hidden, heads * d, 1.0, o_bias)
+
+
+def latent(w: Weights, c: dict) -> None:
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    nope, rope, v, r = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"], c["kv_lora_rank"]
+    bias = c["attention_bias"]
+    # The latents are small before their norms, where the class uses an epsilon of 1e-6 whatever `rms_norm_eps` says: a
+    # reader who passes the configured epsilon to these norms is off by half a per cent.
+    down = np.concatenate([np.full(r, 0.03), np.full(rope, QUERY_KEY_SCALE)])
+    # Of each head's rows in kv_b, the first `nope` make keys and the others values.
+    up = np.tile(np.concatenate([np.full(nope, QUERY_KEY_SCALE), np.ones(v)]), heads)
+    for i in range(c["num_hidden_layers"]):
+        attn = f"model.layers.{i}.self_attn"
+        if c["q_lora_rank"] is None:
+            w.linear(f"{attn}.q_proj", heads * (nope + rope), hidden, QUERY_KEY_SCALE)
+        else:
+            w.linear(f"{attn}.q_a_proj", c["q_lora_rank"], hidden, 1.0, bias, np.full(c["q_lora_rank"], 0.03))
+            w.norm(f"{attn}.q_a_layernorm", c["q_lora_rank"])
+            w.linear(f"{attn}.q_b_proj", heads * (nope + rope), c["q_lora_rank"], QUERY_KEY_SCALE)
+        w.linear(f"{attn}.kv_a_proj_with_mqa", r + rope, hidden, 1.0, bias, down)
+        w.norm(f"{attn}.kv_a_layernorm", r)
+        w.linear(f"{attn}.kv_b_proj", heads * (nope + v), r, 1.0, False, up)
+        w.linear(f"{attn}.o_proj", hidden, heads * v, 1.0, bias)
+
+
+def config(architecture: str, model_type: str, dtype_key: str, dtype: str, **fields) -> dict:
+    """`dtype_key` is `torch_dtype` in checkpoints saved before transformers 5 and `dtype` in newer ones."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        dtype_key: dtype,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "use_cache": True,
+        **fields,
+    }
+
+
+def deepseek(dtype: str, **fields) -> dict:
+    """Every layer dense: the experts are described, as the class wants, and none is ever built."""
+    layers = fields["num_hidden_layers"]
+    return config(
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        "torch_dtype",
+        dtype,
+        first_k_dense_replace=layers,
+        moe_layer_freq=1,
+        moe_intermediate_size=16,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+        num_nextn_predict_layers=0,
+        pretraining_tp=1,
+        rope_interleave=True,
+        **fields,
+    )
+
+
+LONGROPE = [1.0, 1.7, 0.6, 3.2]
+
+# name -> (config, attention tensors, number of shards)
+MODELS = {
+    # Heads times head_dim (48) differs from the hidden size, which transformers still wants to be a multiple of the heads.
+    # The config keys are those of most checkpoints on the hub.
+    "pico-llama": (
+        config(
+            "LlamaForCausalLM", "llama", "torch_dtype", "float32",
+            vocab_size=131, hidden_size=42, intermediate_size=72, num_hidden_layers=2,
+            num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+            max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=True,
+            attention_bias=False, mlp_bias=False, pretraining_tp=1,
+            rope_theta=10000.0, rope_scaling=None,
+        ),
+        lambda w, c: grouped(w, c),
+        1,
+    ),
+    # llama3 scaling whose three bands all hold some of the eight frequencies, and biases on all four projections.
+    "pico-llama3": (
+        config(
+            "LlamaForCausalLM", "llama", "torch_dtype", "bfloat16",
+            vocab_size=128, hidden_size=56, intermediate_size=96, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            max_position_embeddings=256, rms_norm_eps=1e-5, tie_word_embeddings=False,
+            attention_bias=True, mlp_bias=False, pretraining_tp=1,
+            rope_theta=500.0,
+            rope_scaling={
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        lambda w, c: grouped(w, c, qkv_bias=True, o_bias=True),
+        2,
+    ),
+    # Multi-query attention, config in the form that transformers 5 writes.
+    "pico-mistral": (
+        config(
+            "MistralForCausalLM", "mistral", "dtype", "float32",
+            vocab_size=120, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=1, head_dim=16,
+            max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False,
+            sliding_window=None,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        ),
+        lambda w, c: grouped(w, c),
+        1,
+    ),
+    # Biases on queries, keys and values but not on the output, and no `head_dim`, as the family has it.
+    "pico-qwen2": (
+        config(
+            "Qwen2ForCausalLM", "qwen2", "torch_dtype", "bfloat16",
+            vocab_size=151, hidden_size=56, intermediate_size=88, num_hidden_layers=3,
+            num_attention_heads=7, num_key_value_heads=1,
+            max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=True,
+            use_sliding_window=False, sliding_window=128, max_window_layers=3,
+            rope_theta=1000000.0,
+        ),
+        lambda w, c: grouped(w, c, qkv_bias=True),
+        1,
+    ),
+    # As many key/value heads as query heads, said by leaving the key out; the oldest spelling of YaRN (`type`).
+    "pico-mha": (
+        config(
+            "LlamaForCausalLM", "llama", "torch_dtype", "float32",
+            vocab_size=101, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=False,
+            rope_theta=10000.0,
+            rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+        lambda w, c: grouped(w, c),
+        1,
+    ),
+    # Stock MLA, nothing special: full-rank queries, no bias, plain frequencies.
+    "pico-deepseek-v3": (
+        deepseek(
+            "float32",
+            vocab_size=113, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4,
+            q_lora_rank=None, kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10,
+            max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False, attention_bias=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        latent,
+        1,
+    ),
+    # Everything the class offers a converter: low-rank queries, biases, and one frequency per rotary pair of its own
+    # through LongRoPE factors that change nothing else.
+    "pico-deepseek-v3-bias": (
+        deepseek(
+            "float32",
+            vocab_size=113, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4,
+            q_lora_rank=28, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
+            max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=True, attention_bias=True,
+            rope_theta=10000.0,
+            rope_scaling={
+                "rope_type": "longrope", "short_factor": LONGROPE, "long_factor": LONGROPE,
+                "attention_factor": 1.0, "factor": 1.0, "original_max_position_embeddings": 128,
+            },
+        ),
+        latent,
+        1,
+    ),
+}
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def save(tensors: dict, path: Path, metadata: dict | None = None) -> None:
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(0o644)  # the library makes files that only their owner can read
+
+
+def write_weights(folder: Path, tensors: dict, shards: int) -> None:
+    metadata = {"format": "pt"}
+    if shards == 1:
+        save(tensors, folder / "model.safetensors", metadata)
+        return
+    # Cut where the bytes pass each share; names stay in reading order, so a layer may lie across the cut.
+    size = lambda t: t.numel() * t.element_size()
+    total, running = sum(map(size, tensors.values())), 0
+    parts, weight_map = [{} for _ in range(shards)], {}
+    for name, tensor in tensors.items():
+        shard = min(running * shards // total, shards - 1)
+        parts[shard][name] = tensor
+        weight_map[name] = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        running += size(tensor)
+    for i, part in enumerate(parts):
+        save(part, folder / f"model-{i + 1:05d}-of-{shards:05d}.safetensors", metadata)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+@torch.no_grad()
+def golden(folder: Path, name: str, vocab: int) -> tuple[dict, dict]:
+    """What stock transformers makes of the folder: tensors and facts."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            raise SystemExit(f"{name}: {problem}: {info[problem]}")
+    model.eval()
+    tensors = {}
+    for i, length in enumerate(LENGTHS):
+        rng = np.random.default_rng([SEED, zlib.crc32(name.encode()), i])
+        ids = torch.from_numpy(rng.integers(0, vocab, length))
+        tensors[f"tokens.{i}"] = ids
+        tensors[f"logits.{i}"] = model(input_ids=ids[None], use_cache=False).logits[0].contiguous()
+    rotary = model.model.rotary_emb
+    tensors["rope.inv_freq"] = rotary.inv_freq.float().clone()
+    facts = {
+        "class": type(model).__name__,
+        "torch": torch.__version__.split("+")[0],
+        "transformers": transformers.__version__,
+        "attention": "eager",
+        "computed_in": "float32",
+        "rope_attention_scaling": float(rotary.attention_scaling),
+        "softmax_scale": float(model.model.layers[0].self_attn.scaling),
+        "lengths": list(LENGTHS),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    return tensors, facts
+
+
+def make(name: str, folder: Path) -> None:
+    cfg, attention, shards = MODELS[name]
+    dtype = getattr(torch, cfg.get("torch_dtype") or cfg["dtype"])
+    weights = Weights(name, dtype)
+    common(weights, cfg)
+    attention(weights, cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", cfg)
+    write_weights(folder, weights.tensors, shards)
+    tensors, facts = golden(folder, name, cfg["vocab_size"])
+    save(tensors, folder / "golden.safetensors")
+    write_json(folder / "golden.json", facts)
+
+
+def differences(made: Path, kept: Path) -> list[str]:
+    """Everything but the golden values must be equal byte for byte; those within the tolerance."""
+    found = []
+    names = {p.name for p in made.iterdir()} | ({p.name for p in kept.iterdir()} if kept.is_dir() else set())
+    for name in sorted(names):
+        a, b = made / name, kept / name
+        if not a.exists() or not b.exists():
+            found.append(f"{b}: {'missing' if a.exists() else 'not made by this script'}")
+        elif name == "golden.safetensors":
+            x, y = load_file(a), load_file(b)
+            if x.keys() != y.keys():
+                found.append(f"{b}: tensors {sorted(y)}, expected {sorted(x)}")
+                continue
+            for key in x:
+                worst = (x[key].double() - y[key].double()).abs().max().item() if x[key].shape == y[key].shape else np.inf
+                if not worst <= (TOLERANCE if x[key].is_floating_point() else 0):
+                    found.append(f"{b}: {key} differs by {worst:.3g}")
+        elif name == "golden.json":
+            x, y = json.loads(a.read_text()), json.loads(b.read_text())
+            for facts in (x, y):
+                facts.pop("torch"), facts.pop("transformers")
+            if x != y:
+                found.append(f"{b}: differs")
+        elif a.read_bytes() != b.read_bytes():
+            found.append(f"{b}: differs")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"one of {', '.join(MODELS)}; default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "fixtures")
+    parser.add_argument("--check", action="store_true", help="compare with the committed folders instead of writing")
+    args = parser.parse_args()
+    if unknown := set(args.models) - set(MODELS):
+        parser.error(f"unknown model {', '.join(sorted(unknown))}")
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    problems = []
+    for name in args.models or MODELS:
+        if args.check:
+            with tempfile.TemporaryDirectory() as scratch:
+                make(name, Path(scratch) / name)
+                found = differences(Path(scratch) / name, args.out / name)
+            print(f"{name}: {'ok' if not found else 'DIFFERS'}")
+            problems += found
+        else:
+            make(name, args.out / name)
+            size = sum(p.stat().st_size for p in (args.out / name).iterdir())
+            print(f"{name}: {size / 1000:.0f} kB")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
