@@ -1,0 +1,296 @@
+//! Dense linear algebra on `ndarray` arrays, by `faer`.
+//!
+//! Products run on the rayon pool and split only the output, so their bits do not depend on the thread count.
+//! Decompositions run on one thread for the same reason: their reductions would be split otherwise.
+
+use std::sync::Once;
+
+use faer::linalg::matmul::matmul as faer_matmul;
+use faer::linalg::solvers::Solve;
+use faer::{Accum, Mat, MatMut, MatRef, Par, Side, c64};
+use ndarray::{Array1, Array2, ArrayBase, ArrayView2, CowArray, Data, Ix2};
+
+use super::FactorError;
+
+fn sequential_solvers() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| faer::set_global_parallelism(Par::Seq));
+}
+
+/// A contiguous operand: borrowed where the view is row-major or column-major already, copied otherwise.
+enum Operand<'a, T> {
+    Rows(CowArray<'a, T, Ix2>),
+    Cols(ArrayView2<'a, T>),
+}
+
+impl<'a, T: Copy> Operand<'a, T> {
+    fn new(view: ArrayView2<'a, T>) -> Self {
+        if !view.is_standard_layout() && view.t().is_standard_layout() {
+            return Operand::Cols(view.reversed_axes());
+        }
+        if view.is_standard_layout() {
+            return Operand::Rows(CowArray::from(view));
+        }
+        Operand::Rows(CowArray::from(view.as_standard_layout().into_owned()))
+    }
+
+    fn as_faer(&self) -> MatRef<'_, T> {
+        match self {
+            Operand::Rows(a) => {
+                let (rows, cols) = a.dim();
+                MatRef::from_row_major_slice(a.as_slice().unwrap_or(&[]), rows, cols)
+            }
+            Operand::Cols(t) => {
+                let (cols, rows) = t.dim();
+                MatRef::from_column_major_slice(t.as_slice().unwrap_or(&[]), rows, cols)
+            }
+        }
+    }
+}
+
+macro_rules! product {
+    ($name:ident, $add:ident, $t:ty, $doc:literal) => {
+        #[doc = $doc]
+        ///
+        /// # Panics
+        /// If the inner dimensions differ.
+        pub fn $name<A: Data<Elem = $t>, B: Data<Elem = $t>>(a: &ArrayBase<A, Ix2>, b: &ArrayBase<B, Ix2>) -> Array2<$t> {
+            let mut out = Array2::<$t>::zeros((a.nrows(), b.ncols()));
+            $add(&mut out, 1.0, a, b);
+            out
+        }
+
+        /// `out += alpha * a * b` on a row-major `out`.
+        ///
+        /// # Panics
+        /// If the dimensions do not fit.
+        pub fn $add<A: Data<Elem = $t>, B: Data<Elem = $t>>(
+            out: &mut Array2<$t>,
+            alpha: $t,
+            a: &ArrayBase<A, Ix2>,
+            b: &ArrayBase<B, Ix2>,
+        ) {
+            assert_eq!(a.ncols(), b.nrows(), "inner dimensions differ");
+            assert_eq!((a.nrows(), b.ncols()), out.dim(), "the output has another shape");
+            if a.nrows() == 0 || b.ncols() == 0 || a.ncols() == 0 {
+                return;
+            }
+            let (a, b) = (Operand::new(a.view()), Operand::new(b.view()));
+            let (rows, cols) = out.dim();
+            let dst = out.as_slice_mut().map(|s| MatMut::from_row_major_slice_mut(s, rows, cols));
+            if let Some(dst) = dst {
+                faer_matmul(dst, Accum::Add, a.as_faer(), b.as_faer(), alpha, Par::rayon(0));
+            }
+        }
+    };
+}
+
+product!(matmul, matmul_add, f64, "`a * b` in f64.");
+product!(matmul_f32, matmul_add_f32, f32, "`a * b` in f32.");
+
+fn to_faer(a: &Array2<f64>) -> Mat<f64> {
+    Mat::from_fn(a.nrows(), a.ncols(), |i, j| a[[i, j]])
+}
+
+/// Eigenvalues (descending, `[n]`) and eigenvectors (columns, `[n, n]`) of a symmetric matrix.
+///
+/// The sign of each eigenvector is fixed: its entry of largest magnitude is positive.
+///
+/// # Errors
+/// [`FactorError::NotFinite`] or [`FactorError::NoConvergence`], with `what` in the message.
+pub fn eigh(a: &Array2<f64>, what: &'static str) -> Result<(Array1<f64>, Array2<f64>), FactorError> {
+    sequential_solvers();
+    let n = a.nrows();
+    if a.iter().any(|x| !x.is_finite()) {
+        return Err(FactorError::NotFinite { what });
+    }
+    if n == 0 {
+        return Ok((Array1::zeros(0), Array2::zeros((0, 0))));
+    }
+    let evd =
+        to_faer(a).self_adjoint_eigen(Side::Lower).map_err(|_| FactorError::NoConvergence { what, n })?;
+    let (u, s) = (evd.U(), evd.S());
+    // faer orders ascending.
+    let values = Array1::from_shape_fn(n, |i| s[n - 1 - i]);
+    let mut vectors = Array2::from_shape_fn((n, n), |(i, j)| u[(i, n - 1 - j)]);
+    for mut column in vectors.columns_mut() {
+        let peak = column.iter().copied().fold(0.0_f64, |m, x| if x.abs() > m.abs() { x } else { m });
+        if peak < 0.0 {
+            column.mapv_inplace(|x| -x);
+        }
+    }
+    Ok((values, vectors))
+}
+
+/// Eigenvalues (descending) and eigenvectors (columns) of a Hermitian matrix.
+///
+/// The phase of each eigenvector is fixed: its entry of largest magnitude is real and positive.
+///
+/// # Errors
+/// As [`eigh`].
+pub fn eigh_complex(a: &Array2<c64>, what: &'static str) -> Result<(Array1<f64>, Array2<c64>), FactorError> {
+    sequential_solvers();
+    let n = a.nrows();
+    if a.iter().any(|x| !(x.re.is_finite() && x.im.is_finite())) {
+        return Err(FactorError::NotFinite { what });
+    }
+    let m = Mat::from_fn(n, n, |i, j| a[[i, j]]);
+    let evd = m.self_adjoint_eigen(Side::Lower).map_err(|_| FactorError::NoConvergence { what, n })?;
+    let (u, s) = (evd.U(), evd.S());
+    let values = Array1::from_shape_fn(n, |i| s[n - 1 - i].re);
+    let mut vectors = Array2::from_shape_fn((n, n), |(i, j)| u[(i, n - 1 - j)]);
+    for mut column in vectors.columns_mut() {
+        let peak = column.iter().copied().fold(c64::new(0.0, 0.0), |m, x| if x.norm() > m.norm() { x } else { m });
+        if peak.norm() > 0.0 {
+            let phase = peak.conj() / peak.norm();
+            column.mapv_inplace(|x| x * phase);
+        }
+    }
+    Ok((values, vectors))
+}
+
+/// Solve `x * a = b` for `x`, with `a` symmetric positive definite `[n, n]` and `b` `[m, n]`.
+///
+/// `ridge` times the mean diagonal of `a` is added to its diagonal; when the factorisation still fails the ridge grows
+/// tenfold, at most six times. Returns the solution and the ridge that was used.
+///
+/// # Errors
+/// [`FactorError::NotFinite`] or [`FactorError::Singular`].
+pub fn solve_right_spd(
+    a: &Array2<f64>,
+    b: &Array2<f64>,
+    ridge: f64,
+    what: &'static str,
+) -> Result<(Array2<f64>, f64), FactorError> {
+    sequential_solvers();
+    let n = a.nrows();
+    if n == 0 {
+        return Ok((Array2::zeros((b.nrows(), 0)), ridge));
+    }
+    if a.iter().chain(b.iter()).any(|x| !x.is_finite()) {
+        return Err(FactorError::NotFinite { what });
+    }
+    let mean = a.diag().mean().unwrap_or(0.0).max(f64::MIN_POSITIVE);
+    let rhs = Mat::from_fn(n, b.nrows(), |i, j| b[[j, i]]);
+    let mut ridge = ridge;
+    for _ in 0..7 {
+        let m = Mat::from_fn(n, n, |i, j| a[[i, j]] + if i == j { ridge * mean } else { 0.0 });
+        if let Ok(llt) = m.llt(Side::Lower) {
+            let x = llt.solve(&rhs);
+            let out = Array2::from_shape_fn((b.nrows(), n), |(i, j)| x[(j, i)]);
+            if out.iter().all(|v| v.is_finite()) {
+                return Ok((out, ridge));
+            }
+        }
+        ridge = if ridge == 0.0 { 1e-12 } else { ridge * 10.0 };
+    }
+    Err(FactorError::Singular { what })
+}
+
+/// Symmetric square root and its inverse of a positive semidefinite matrix; eigenvalues below `floor` times the largest
+/// are raised to it, so that the inverse exists.
+///
+/// # Errors
+/// As [`eigh`].
+pub fn sqrt_and_inverse(
+    a: &Array2<f64>,
+    floor: f64,
+    what: &'static str,
+) -> Result<(Array2<f64>, Array2<f64>), FactorError> {
+    let (values, u) = eigh(a, what)?;
+    let least = values.first().copied().unwrap_or(0.0).max(f64::MIN_POSITIVE) * floor;
+    let scaled = |power: f64| {
+        let mut m = u.clone();
+        for (mut column, &v) in m.columns_mut().into_iter().zip(values.iter()) {
+            column *= v.max(least).powf(power);
+        }
+        matmul(&m, &u.t())
+    };
+    Ok((scaled(0.5), scaled(-0.5)))
+}
+
+/// Largest asymmetry removed: `(a + a^T) / 2`.
+pub fn symmetrise(a: &Array2<f64>) -> Array2<f64> {
+    (a + &a.t()) * 0.5
+}
+
+/// `tr(a b)` without the product; both `[n, n]`.
+pub fn trace_product(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
+    a.indexed_iter().map(|((i, j), x)| x * b[[j, i]]).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::s;
+
+    /// A fixed, well-mixed matrix: no random crate needed.
+    fn sample(rows: usize, cols: usize) -> Array2<f64> {
+        Array2::from_shape_fn((rows, cols), |(i, j)| ((i * 37 + j * 101 + i * j * 7) % 97) as f64 / 48.5 - 1.0)
+    }
+
+    #[test]
+    fn products_take_any_layout() {
+        let (a, b) = (sample(7, 5), sample(5, 9));
+        let want = a.dot(&b);
+        for got in [
+            matmul(&a, &b),
+            matmul(&a.t().to_owned().t(), &b),
+            matmul(&a, &b.t().to_owned().t()),
+            matmul(&sample(14, 5).slice(s![..;2, ..]), &b) - sample(14, 5).slice(s![..;2, ..]).dot(&b) + &want,
+        ] {
+            let error = (&got - &want).iter().fold(0.0_f64, |m, x| m.max(x.abs()));
+            // 5 products of values in [-1, 1], each rounded once: 5 * 5 * 2^-53 at most.
+            assert!(error <= 25.0 * f64::EPSILON, "{error}");
+        }
+    }
+
+    #[test]
+    fn eigh_reconstructs_in_descending_order() {
+        let a = sample(23, 11);
+        let gram = matmul(&a.t(), &a);
+        let (values, u) = eigh(&gram, "gram").unwrap();
+        assert!(values.windows(2).into_iter().all(|w| w[0] >= w[1]));
+        let back = matmul(&(&u * &values), &u.t());
+        let tolerance = f64::EPSILON * values[0] * (8.0 * 11.0_f64).sqrt();
+        assert!((&back - &gram).iter().all(|x| x.abs() <= tolerance * 4.0));
+        let eye = matmul(&u.t(), &u);
+        assert!((&eye - &Array2::<f64>::eye(11)).iter().all(|x| x.abs() <= 32.0 * f64::EPSILON));
+    }
+
+    #[test]
+    fn hermitian_eigenvectors_diagonalise() {
+        let n = 6;
+        let z = Array2::from_shape_fn((9, n), |(i, j)| c64::new(sample(9, n)[[i, j]], sample(9, 12)[[i, j + 6]]));
+        let gram = Array2::from_shape_fn((n, n), |(i, j)| (0..9).map(|t| z[[t, i]] * z[[t, j]].conj()).sum::<c64>());
+        let (values, u) = eigh_complex(&gram, "gram").unwrap();
+        for c in 0..n {
+            for i in 0..n {
+                let au: c64 = (0..n).map(|k| gram[[i, k]] * u[[k, c]]).sum();
+                assert!((au - u[[i, c]] * values[c]).norm() <= 1e-12 * values[0]);
+            }
+        }
+    }
+
+    #[test]
+    fn right_solve_and_square_root_invert() {
+        let a = sample(40, 8);
+        let spd = matmul(&a.t(), &a);
+        let b = sample(3, 8);
+        let (x, _) = solve_right_spd(&spd, &b, 0.0, "spd").unwrap();
+        assert!((matmul(&x, &spd) - &b).iter().all(|e| e.abs() < 1e-9));
+        let (root, inverse) = sqrt_and_inverse(&spd, 1e-14, "spd").unwrap();
+        assert!((matmul(&root, &root) - &spd).iter().all(|e| e.abs() < 1e-10));
+        assert!((matmul(&root, &inverse) - &Array2::<f64>::eye(8)).iter().all(|e| e.abs() < 1e-9));
+    }
+
+    #[test]
+    fn a_singular_matrix_is_regularised_and_a_poisoned_one_refused() {
+        let spd = Array2::from_elem((4, 4), 1.0);
+        let (x, ridge) = solve_right_spd(&spd, &sample(2, 4), 0.0, "rank one").unwrap();
+        assert!(ridge > 0.0 && x.iter().all(|v| v.is_finite()));
+        let mut nan = spd;
+        nan[[1, 2]] = f64::NAN;
+        assert!(matches!(eigh(&nan, "poisoned"), Err(FactorError::NotFinite { what: "poisoned" })));
+    }
+}
