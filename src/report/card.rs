@@ -1,9 +1,9 @@
 //! The model card of a converted checkpoint.
 
-use minijinja::{Environment, UndefinedBehavior, Value, context};
+use minijinja::{Environment, UndefinedBehavior, Value, context, syntax::SyntaxConfig};
 
 use super::table::Table;
-use super::{Verdict, units};
+use super::{Verification, units};
 use crate::convert::{ConversionReport, Method};
 
 const TEMPLATE: &str = include_str!("card.md.j2");
@@ -13,11 +13,12 @@ const TEMPLATE: &str = include_str!("card.md.j2");
 ///
 /// # Panics
 /// If the embedded template is broken, which the tests of this module rule out.
-pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verdict>) -> String {
+pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verification>) -> String {
     let mut env = Environment::new();
     env.set_undefined_behavior(UndefinedBehavior::Strict);
-    env.set_trim_blocks(true);
-    env.set_lstrip_blocks(true);
+    if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
+        env.set_syntax(syntax);
+    }
     let ratio = report.cache_values_per_token_per_layer as f64 / report.source_cache_values_per_token_per_layer as f64;
     let exact = report.method == Method::Exact.name();
     let values = context! {
@@ -39,7 +40,7 @@ pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verdict>)
         decisions => report.decisions.iter().map(|d| inline(d)).collect::<Vec<_>>(),
         verdict => verdict.map_or(Value::from(()), |v| Value::from(measured(v).markdown())),
         passed => verdict.is_some_and(|v| v.passed),
-        tokens => verdict.map_or(0, |v| v.tokens),
+        tokens => verdict.map_or(0, |v| v.figures.tokens),
         text => verdict.map_or_else(String::new, |v| inline(&v.text)),
     };
     env.render_str(TEMPLATE, values).expect("the embedded template renders every report")
@@ -57,13 +58,13 @@ fn geometry(r: &ConversionReport) -> Table {
     t
 }
 
-fn measured(v: &Verdict) -> Table {
+fn measured(v: &Verification) -> Table {
     let mut t = Table::new(&["figure", ">value"]);
-    t.row(["perplexity of the source", &units::figure(v.ppl_source)]);
-    t.row(["perplexity of this model", &units::figure(v.ppl_converted)]);
-    t.row(["KL(source ‖ this model), nats per token", &units::figure(v.kl_nats_per_token)]);
-    t.row(["same likeliest token", &units::percent(v.top1_agreement)]);
-    t.row(["largest logit difference", &units::figure(v.max_abs_dlogit)]);
+    t.row(["perplexity of the source", &units::figure(v.figures.ppl_source)]);
+    t.row(["perplexity of this model", &units::figure(v.figures.ppl_converted)]);
+    t.row(["KL(source ‖ this model), nats per token", &units::figure(v.figures.kl_nats_per_token)]);
+    t.row(["same likeliest token", &units::percent(v.figures.top1_agreement)]);
+    t.row(["largest logit difference", &units::figure(v.figures.max_abs_dlogit)]);
     t
 }
 
@@ -140,7 +141,7 @@ mod tests {
 
     #[test]
     fn every_branch_of_the_template_renders() {
-        let verdict = crate::report::verdict::tests::verdict();
+        let verdict = crate::report::verification::tests::verification(Default::default());
         for method in Method::ALL {
             for source in ["org/some-model@main", "/data/some-model/"] {
                 for v in [None, Some(&verdict)] {

@@ -9,14 +9,14 @@ pub mod text;
 pub mod units;
 
 mod card;
-mod comparison;
 mod inspect;
-mod verdict;
+mod methods;
+mod verification;
 
 pub use card::card;
-pub use comparison::{Comparison, ComparisonFigures, ComparisonRow};
+pub use methods::{MethodComparison, MethodFigures, MethodRow};
 pub use inspect::{InspectedMla, InspectedModel, TargetOption};
-pub use verdict::{Evaluation, Limits, Verdict};
+pub use verification::{Evaluation, Verification};
 
 /// Version of every JSON document this tool writes. It grows when a key changes meaning or goes away; new keys do not
 /// change it.

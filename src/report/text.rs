@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::engines::{EngineVerdict, Loads};
 use super::table::Table;
-use super::{Evaluation, InspectedModel, Verdict, units};
+use super::{Evaluation, InspectedModel, Verification, units};
 use crate::convert::{ConversionReport, Plan, PlannedGeometry};
 
 /// Models side by side, then the budgets of each.
@@ -220,27 +220,28 @@ fn bars(values: &[f64]) -> String {
 }
 
 /// How close two models are.
-pub fn verdict(v: &Verdict, width: usize) -> String {
+pub fn verification(v: &Verification, width: usize) -> String {
     let mut t = Table::new(&["figure", ">value", ">limit"]);
     let limit = |l: Option<f64>, sign: &str| l.map_or_else(|| "-".to_owned(), |l| format!("{sign} {l}"));
-    let l = &v.thresholds;
-    t.row(["perplexity of the source".to_owned(), units::figure(v.ppl_source), "-".to_owned()]);
-    t.row(["perplexity of the conversion".to_owned(), units::figure(v.ppl_converted), "-".to_owned()]);
-    let ratio = v.ppl_converted / v.ppl_source;
-    t.row(["ratio of perplexities".to_owned(), format!("{ratio:.4}"), limit(l.max_ppl_ratio, "<=")]);
+    let (f, l) = (&v.figures, &v.thresholds);
+    t.row(["perplexity of the source".to_owned(), units::figure(f.ppl_source), "-".to_owned()]);
+    t.row(["perplexity of the conversion".to_owned(), units::figure(f.ppl_converted), "-".to_owned()]);
+    let ratio = f.ppl_converted / f.ppl_source;
+    t.row(["ratio of perplexities".to_owned(), format!("{ratio:.4}"), limit(l.ppl_ratio, "<=")]);
     t.row(["excess, nats per token".to_owned(), format!("{:.4}", v.excess()), "-".to_owned()]);
-    t.row(["KL(source || conversion), nats".to_owned(), units::figure(v.kl_nats_per_token), limit(l.max_kl, "<=")]);
-    t.row(["same likeliest token".to_owned(), units::percent(v.top1_agreement), limit(l.min_top1, ">=")]);
-    t.row(["largest logit difference".to_owned(), units::figure(v.max_abs_dlogit), limit(l.max_dlogit, "<=")]);
+    t.row(["KL(source || conversion), nats".to_owned(), units::figure(f.kl_nats_per_token), limit(l.kl, "<=")]);
+    t.row(["same likeliest token".to_owned(), units::percent(f.top1_agreement), limit(l.top1, ">=")]);
+    t.row(["largest logit difference".to_owned(), units::figure(f.max_abs_dlogit), limit(l.max_abs_dlogit, "<=")]);
     t.row([
         "cached against full decoding".to_owned(),
-        units::figure(v.cached_vs_full_max_abs_dlogit),
-        limit(l.max_cached_vs_full, "<="),
+        units::figure(f.cached_vs_full_max_abs_dlogit),
+        limit(l.cached_vs_full, "<="),
     ]);
     let mut out = t.render(width);
-    let _ = writeln!(out, "\n{} tokens of {}; limits: {}", v.tokens, v.text, v.thresholds_from);
+    let windows = format!("{} windows of {}, {}", f.windows, v.seq_len, v.text);
+    let _ = writeln!(out, "\n{} tokens ({windows}); limits: {}", f.tokens, v.thresholds_from);
     for failure in &v.failed {
-        let _ = writeln!(out, "failed: {failure}");
+        let _ = writeln!(out, "failed: {} is {}, limit {}", failure.measure, failure.found, failure.allowed);
     }
     let _ = writeln!(out, "{}", if v.passed { "passed" } else { "NOT PASSED" });
     out
@@ -249,19 +250,15 @@ pub fn verdict(v: &Verdict, width: usize) -> String {
 /// Perplexity of one model.
 pub fn evaluation(e: &Evaluation) -> String {
     format!(
-        "perplexity {}  ({:.4} nats per token, {} tokens in {} windows of {}, {})\n",
-        units::figure(e.perplexity),
-        e.nats_per_token,
-        e.tokens,
-        e.windows,
-        e.seq_len,
-        e.text
+        "perplexity {:.4}  ({:.4} nats per token, {} tokens in {} windows of {}, {})\n",
+        e.figures.perplexity, e.figures.nll_nats_per_token, e.figures.tokens, e.figures.windows, e.seq_len, e.text
     )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::verify::Thresholds;
 
     #[test]
     fn bars_grow_with_their_values() {
@@ -271,9 +268,8 @@ mod tests {
 
     #[test]
     fn a_failed_verdict_says_so_and_why() {
-        let v = crate::report::verdict::tests::verdict()
-            .judged(crate::report::Limits { max_dlogit: Some(1e-9), ..Default::default() }, "asked for");
-        let text = verdict(&v, 80);
+        let limits = Thresholds { max_abs_dlogit: Some(1e-9), ..Thresholds::default() };
+        let text = verification(&crate::report::verification::tests::verification(limits), 80);
         assert!(text.contains("failed: max_abs_dlogit"), "{text}");
         assert!(text.ends_with("NOT PASSED\n"));
     }

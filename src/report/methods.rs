@@ -9,7 +9,7 @@ use super::units;
 
 /// Result of `compare`.
 #[derive(Debug, Clone, Serialize)]
-pub struct Comparison {
+pub struct MethodComparison {
     /// Version of this document.
     pub schema_version: u32,
     /// Source model as the user named it.
@@ -17,25 +17,25 @@ pub struct Comparison {
     /// Where the text came from.
     pub text: String,
     /// Tokens predicted.
-    pub tokens: u64,
+    pub tokens: usize,
     /// Perplexity of the source.
     pub ppl_source: f64,
     /// `2 g d`.
     pub source_cache_values_per_token_per_layer: usize,
     /// One row per method and budget, in the order they were run.
-    pub rows: Vec<ComparisonRow>,
+    pub rows: Vec<MethodRow>,
 }
 
 /// One conversion, evaluated.
 #[derive(Debug, Clone, Serialize)]
 #[allow(missing_docs)]
-pub struct ComparisonRow {
+pub struct MethodRow {
     pub method: String,
     /// Budget asked for; `None` for a method that takes none.
     pub budget: Option<String>,
     /// `None` where the method failed.
     #[serde(flatten)]
-    pub figures: Option<ComparisonFigures>,
+    pub figures: Option<MethodFigures>,
     /// Why the method failed.
     pub error: Option<String>,
 }
@@ -43,7 +43,7 @@ pub struct ComparisonRow {
 /// Figures of one conversion.
 #[derive(Debug, Clone, Serialize)]
 #[allow(missing_docs)]
-pub struct ComparisonFigures {
+pub struct MethodFigures {
     pub kv_lora_rank: usize,
     pub qk_rope_head_dim: usize,
     pub cache_values_per_token_per_layer: usize,
@@ -56,9 +56,9 @@ pub struct ComparisonFigures {
     pub seconds: f64,
 }
 
-impl Comparison {
+impl MethodComparison {
     /// A document without rows.
-    pub fn new(source: &str, text: &str, tokens: u64, ppl_source: f64, source_cache: usize) -> Self {
+    pub fn new(source: &str, text: &str, tokens: usize, ppl_source: f64, source_cache: usize) -> Self {
         Self {
             schema_version: SCHEMA_VERSION,
             source: source.to_owned(),
@@ -132,8 +132,8 @@ impl Comparison {
 mod tests {
     use super::*;
 
-    fn row(method: &str, cache: usize, ppl: f64) -> ComparisonRow {
-        let figures = ComparisonFigures {
+    fn row(method: &str, cache: usize, ppl: f64) -> MethodRow {
+        let figures = MethodFigures {
             kv_lora_rank: cache - 64,
             qk_rope_head_dim: 64,
             cache_values_per_token_per_layer: cache,
@@ -143,14 +143,14 @@ mod tests {
             predicted_error: 0.1,
             seconds: 1.0,
         };
-        ComparisonRow { method: method.into(), budget: Some("50%".into()), figures: Some(figures), error: None }
+        MethodRow { method: method.into(), budget: Some("50%".into()), figures: Some(figures), error: None }
     }
 
     #[test]
     fn a_failed_method_keeps_its_row_and_leaves_the_plot() {
-        let mut c = Comparison::new("m", "text", 10, 10.0, 384);
+        let mut c = MethodComparison::new("m", "text", 10, 10.0, 384);
         c.rows.push(row("care", 192, 12.0));
-        c.rows.push(ComparisonRow {
+        c.rows.push(MethodRow {
             method: "transmla".into(),
             budget: Some("50%".into()),
             figures: None,
