@@ -15,6 +15,10 @@ pub(super) struct Config<'a> {
 }
 
 impl<'a> Config<'a> {
+    pub(super) fn new(map: &'a Map<String, Value>, family: &'a str) -> Self {
+        Self { map, family }
+    }
+
     fn present(&self, key: &str) -> Option<&'a Value> {
         self.map.get(key).filter(|v| !v.is_null())
     }
@@ -95,10 +99,10 @@ impl Architecture {
             found: "not an object".into(),
             expected: "a JSON object".into(),
         })?;
-        let probe = Config { map, family: "any" };
+        let probe = Config::new(map, "any");
         let model_type = probe.text("model_type")?.ok_or_else(|| probe.missing("model_type"))?;
         let family = Family::for_model_type(model_type)?;
-        let config = Config { map, family: &family.name };
+        let config = Config::new(map, &family.name);
         interpret(&config, &family, model_type)
     }
 }

@@ -89,6 +89,15 @@ impl Rope {
         })
     }
 
+    /// The frequencies that a config (or any object with the RoPE keys) gives a rotated width of `dim`.
+    ///
+    /// # Errors
+    /// As for a model's own config: unknown schemes, missing or impossible parameters.
+    pub fn from_json(config: &Value, dim: usize) -> Result<Self, ArchError> {
+        let empty = serde_json::Map::new();
+        Self::read(&Config::new(config.as_object().unwrap_or(&empty), "any"), dim, 10_000.0)
+    }
+
     /// Rotated width `d_R`.
     pub fn dim(&self) -> usize {
         2 * self.inv_freq.len()

@@ -1,0 +1,271 @@
+//! `DeepseekV3ForCausalLM`, dense: the class every stock engine knows.
+//!
+//! What the stock graph imposes, and how it is met exactly (targets.md 0, 1, 7):
+//! - `kv_a_layernorm` (and `q_a_layernorm`) are always applied, with epsilon 1e-6 in transformers and `rms_norm_eps`
+//!   elsewhere: both are made 1e-6, and the norms are neutralised by a dominant epsilon ([`crate::factor::norm`]);
+//! - a source with another epsilon `e` has its residual stream scaled by `a = sqrt(1e-6 / e)`: embedding, output and down
+//!   projections times `a`, head untied and unscaled, since `RMSNorm(a x; a^2 e) = RMSNorm(x; e)`;
+//! - query biases go through a constant row of `q_a_proj`;
+//! - loaders do arithmetic on MoE keys: they are there, as integers, and say "dense".
+
+use ndarray::{Array1, Array2, s};
+use serde_json::{Map, Value, json};
+
+use super::rope::{RopeConfig, rope_config};
+use super::{OutTensor, PlannedTensor};
+use crate::arch::Architecture;
+use crate::convert::PlannedGeometry;
+use crate::factor::norm::{neutral_scales, rms_bound};
+use crate::methods::MlaLayer;
+use crate::source::Dtype;
+
+/// Epsilon of the latent norms, and so of every norm of the output.
+pub const LATENT_EPS: f64 = 1e-6;
+
+/// Everything that decides names, shapes and dtypes of the output.
+#[derive(Debug, Clone)]
+pub struct TargetSpec {
+    /// Widths. `q_lora_rank` counts the constant row, if there is one.
+    pub geometry: PlannedGeometry,
+    /// `attention_bias`: biases on `kv_a`, `o` and, behind a query latent, `q_a`.
+    pub bias: bool,
+    /// Whether queries go through `q_a_proj`, and whether its last row is the constant that carries their bias.
+    pub constant_row: bool,
+    /// Dtype of rounded tensors.
+    pub base: Dtype,
+    /// Whether a tensor that `base` would round is written in f32 instead.
+    pub lossless: bool,
+    /// Whether the query and key/value weights are the source's own times powers of two (method `exact`).
+    pub plain_weights: bool,
+    /// Factor on the residual stream, `sqrt(1e-6 / eps)`.
+    pub stream_scale: f64,
+}
+
+impl TargetSpec {
+    /// Factor on the residual stream for a source epsilon.
+    pub fn stream_scale(source_eps: f64) -> f64 {
+        // An epsilon that is 1e-6 up to how it was printed needs no scaling.
+        if (source_eps / LATENT_EPS - 1.0).abs() < 1e-6 { 1.0 } else { (LATENT_EPS / source_eps).sqrt() }
+    }
+
+    fn rounded(&self) -> Dtype {
+        if self.lossless { Dtype::F32 } else { self.base }
+    }
+
+    /// Dtype of a tensor that is the source's times the stream scale.
+    pub fn scaled_dtype(&self) -> Dtype {
+        if self.stream_scale.log2().fract() == 0.0 { self.base } else { self.rounded() }
+    }
+
+    fn plain(&self) -> Dtype {
+        if self.plain_weights { self.base } else { self.rounded() }
+    }
+
+    /// Attention tensors of layer `layer`, in writing order.
+    pub fn planned_attention(&self, arch: &Architecture, layer: usize) -> Vec<PlannedTensor> {
+        let (g, d) = (&self.geometry, arch.hidden);
+        let prefix = format!("model.layers.{layer}.self_attn.");
+        let q = arch.heads * (g.qk_nope_head_dim + g.qk_rope_head_dim);
+        let mut out = Vec::new();
+        let mut push = |name: &str, dtype: Dtype, shape: Vec<usize>| {
+            out.push(PlannedTensor { name: format!("{prefix}{name}"), dtype, shape });
+        };
+        match g.q_lora_rank {
+            None => push("q_proj.weight", self.plain(), vec![q, d]),
+            Some(rank) => {
+                push("q_a_proj.weight", self.rounded(), vec![rank, d]);
+                if self.bias {
+                    push("q_a_proj.bias", self.rounded(), vec![rank]);
+                }
+                push("q_a_layernorm.weight", self.base, vec![rank]);
+                push("q_b_proj.weight", self.plain(), vec![q, rank]);
+            }
+        }
+        let kv_a = g.kv_lora_rank + g.qk_rope_head_dim;
+        push("kv_a_proj_with_mqa.weight", self.plain(), vec![kv_a, d]);
+        if self.bias {
+            push("kv_a_proj_with_mqa.bias", self.plain(), vec![kv_a]);
+        }
+        push("kv_a_layernorm.weight", self.base, vec![g.kv_lora_rank]);
+        let kv_b = arch.heads * (g.qk_nope_head_dim + g.v_head_dim);
+        push("kv_b_proj.weight", self.rounded(), vec![kv_b, g.kv_lora_rank]);
+        let o = if self.plain_weights { self.scaled_dtype() } else { self.rounded() };
+        push("o_proj.weight", o, vec![d, arch.heads * g.v_head_dim]);
+        if self.bias {
+            push("o_proj.bias", self.rounded(), vec![d]);
+        }
+        out
+    }
+
+    /// Values of [`TargetSpec::planned_attention`]'s tensors, in the same order. `gain` is the weight of the layer's input
+    /// norm, which bounds what the latent norms can meet.
+    pub fn attention_tensors(&self, arch: &Architecture, layer: usize, mla: &MlaLayer, gain: &[f64]) -> Vec<OutTensor> {
+        let planned = self.planned_attention(arch, layer);
+        let mut values: Vec<Vec<f64>> = Vec::new();
+        let (heads, nope, rope) = (mla.heads, mla.nope_dim(), mla.rope_dim());
+        let f = mla.score_scale * ((nope + rope) as f64).sqrt();
+        let interleave = |n: &Array2<f64>, r: &Array2<f64>| {
+            let mut out = Array2::zeros((heads * (nope + rope), n.ncols().max(r.ncols())));
+            for h in 0..heads {
+                let at = h * (nope + rope);
+                out.slice_mut(s![at..at + nope, ..]).assign(&n.slice(s![h * nope..(h + 1) * nope, ..]));
+                out.slice_mut(s![at + nope..at + nope + rope, ..]).assign(&r.slice(s![h * rope..(h + 1) * rope, ..]));
+            }
+            out
+        };
+        let q = interleave(&mla.query.nope, &mla.query.rope) * f;
+        match self.geometry.q_lora_rank {
+            None => values.push(flat(&q)),
+            Some(rank) => self.query_through_latent(mla, q, f, rank, gain, &mut values),
+        }
+        let scales = neutral_scales(rms_bound(&mla.latent, gain, None), LATENT_EPS);
+        let (r, d) = (mla.rank(), mla.hidden());
+        let mut kv_a = Array2::zeros((r + rope, d));
+        kv_a.slice_mut(s![..r, ..]).assign(&(&mla.latent * scales.down));
+        kv_a.slice_mut(s![r.., ..]).assign(&mla.k_rope);
+        values.push(flat(&kv_a));
+        if self.bias {
+            let mut bias = vec![0.0; r];
+            bias.extend(mla.k_rope_bias.clone().unwrap_or_else(|| Array1::zeros(rope)));
+            values.push(bias);
+        }
+        values.push(vec![scales.weight; r]);
+        let (value, up) = (mla.value_dim(), scales.up);
+        let mut kv_b = Array2::zeros((heads * (nope + value), r));
+        for h in 0..heads {
+            let at = h * (nope + value);
+            kv_b.slice_mut(s![at..at + nope, ..]).assign(&mla.k_up.slice(s![h * nope..(h + 1) * nope, ..]));
+            kv_b.slice_mut(s![at + nope..at + nope + value, ..])
+                .assign(&mla.v_up.slice(s![h * value..(h + 1) * value, ..]));
+        }
+        values.push(flat(&(kv_b * up)));
+        values.push(flat(&(&mla.wo * self.stream_scale)));
+        if self.bias {
+            let bias = mla.wo_bias.clone().unwrap_or_else(|| Array1::zeros(d));
+            values.push((bias * self.stream_scale).to_vec());
+        }
+        planned
+            .into_iter()
+            .zip(values)
+            .map(|(p, values)| OutTensor { name: p.name, shape: p.shape, values })
+            .collect()
+    }
+
+    /// `q_a = [s X; 0]`, bias `[0; s]`, `q_b = [W_q | b_q]` (T8): the constant last latent carries the query bias. `X` is the
+    /// identity, or the query latent's down-projection where there is one.
+    fn query_through_latent(
+        &self,
+        mla: &MlaLayer,
+        q: Array2<f64>,
+        f: f64,
+        rank: usize,
+        gain: &[f64],
+        values: &mut Vec<Vec<f64>>,
+    ) {
+        let d = mla.hidden();
+        let inner = rank - usize::from(self.constant_row);
+        let down = mla.query.down.clone().unwrap_or_else(|| Array2::eye(d));
+        let one = self.constant_row.then(|| Array1::from_elem(1, 1.0));
+        let scales = neutral_scales(rms_bound(&down, gain, one.as_ref()), LATENT_EPS);
+        // The factor that no power of two holds goes to `q_a`, so that `q_b` keeps the source's digits.
+        let s = scales.down * scales.up;
+        let mut q_a = Array2::zeros((rank, d));
+        q_a.slice_mut(s![..inner, ..]).assign(&(down * s));
+        values.push(flat(&q_a));
+        if self.bias {
+            let mut bias = vec![0.0; rank];
+            if self.constant_row {
+                bias[inner] = s;
+            }
+            values.push(bias);
+        }
+        values.push(vec![scales.weight; rank]);
+        let mut q_b = Array2::zeros((q.nrows(), rank));
+        q_b.slice_mut(s![.., ..inner]).assign(&q);
+        if self.constant_row {
+            let (nope, rope) = (mla.nope_dim(), mla.rope_dim());
+            for h in 0..mla.heads {
+                let at = h * (nope + rope);
+                for i in 0..nope {
+                    q_b[[at + i, inner]] = mla.query.nope_bias.as_ref().map_or(0.0, |b| b[h * nope + i]) * f;
+                }
+                for i in 0..rope {
+                    q_b[[at + nope + i, inner]] = mla.query.rope_bias.as_ref().map_or(0.0, |b| b[h * rope + i]) * f;
+                }
+            }
+        }
+        values.push(flat(&q_b));
+    }
+
+    /// Frequencies as the output's config will express them.
+    pub fn rope(&self, frequencies: &[f64], arch: &Architecture, source: &Value, max_position: usize) -> RopeConfig {
+        let scaling = ["rope_parameters", "rope_scaling"].iter().find_map(|k| source.get(k).and_then(Value::as_object));
+        rope_config(frequencies, arch.rope.theta, scaling, max_position)
+    }
+
+    /// `config.json`. Special token ids and sampling defaults come from the source's; nothing else of it survives.
+    pub fn config(&self, arch: &Architecture, source: &Value, rope: &RopeConfig, max_position: usize) -> Value {
+        let g = &self.geometry;
+        let mut config = json!({
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "vocab_size": arch.vocab,
+            "hidden_size": arch.hidden,
+            "intermediate_size": arch.intermediate,
+            "num_hidden_layers": arch.layers,
+            "num_attention_heads": arch.heads,
+            "num_key_value_heads": arch.heads,
+            "kv_lora_rank": g.kv_lora_rank,
+            "q_lora_rank": g.q_lora_rank,
+            "qk_nope_head_dim": g.qk_nope_head_dim,
+            "qk_rope_head_dim": g.qk_rope_head_dim,
+            "qk_head_dim": g.qk_nope_head_dim + g.qk_rope_head_dim,
+            "head_dim": g.qk_rope_head_dim,
+            "v_head_dim": g.v_head_dim,
+            "rope_theta": rope.theta,
+            "rope_scaling": rope.scaling,
+            "rope_interleave": true,
+            "max_position_embeddings": max_position,
+            "rms_norm_eps": LATENT_EPS,
+            "hidden_act": "silu",
+            "attention_bias": self.bias,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": false,
+            "use_cache": true,
+            "initializer_range": 0.02,
+            "pretraining_tp": 1,
+            // Dense, said the way every loader can do arithmetic on.
+            "first_k_dense_replace": arch.layers,
+            "moe_layer_freq": 1,
+            "moe_intermediate_size": 128,
+            "n_routed_experts": 2,
+            "num_experts_per_tok": 1,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "scoring_func": "softmax",
+            "norm_topk_prob": false,
+            "routed_scaling_factor": 1.0,
+            "num_nextn_predict_layers": 0,
+            "torch_dtype": match self.base {
+                Dtype::Bf16 => "bfloat16",
+                _ => "float32",
+            },
+        });
+        let map: &mut Map<String, Value> = match &mut config {
+            Value::Object(map) => map,
+            _ => unreachable!("json! of braces is an object"),
+        };
+        for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
+            if let Some(value) = source.get(key) {
+                map.insert(key.to_owned(), value.clone());
+            }
+        }
+        config
+    }
+}
+
+fn flat(a: &Array2<f64>) -> Vec<f64> {
+    a.as_standard_layout().iter().copied().collect()
+}

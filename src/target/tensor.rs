@@ -1,0 +1,62 @@
+//! Tensors on their way out.
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use crate::source::Dtype;
+
+/// A tensor to be written: its place in the plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedTensor {
+    /// Name in the output.
+    pub name: String,
+    /// Stored dtype.
+    pub dtype: Dtype,
+    /// Shape, `[out, in]` for linear layers.
+    pub shape: Vec<usize>,
+}
+
+impl PlannedTensor {
+    /// Stored size in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.shape.iter().product::<usize>() as u64 * self.dtype.size() as u64
+    }
+}
+
+/// A tensor with its values, not yet rounded.
+#[derive(Debug, Clone)]
+pub struct OutTensor {
+    /// Name in the output.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Row-major values.
+    pub values: Vec<f64>,
+}
+
+/// Round values to `dtype`, to nearest even, little endian.
+///
+/// # Panics
+/// For a dtype that is not a float type.
+pub fn encode(values: &[f64], dtype: Dtype) -> Vec<u8> {
+    const CHUNK: usize = 1 << 14;
+    let mut out = vec![0_u8; values.len() * dtype.size()];
+    let work = out.par_chunks_mut(CHUNK * dtype.size()).zip(values.par_chunks(CHUNK));
+    match dtype {
+        Dtype::F32 => work.for_each(|(o, v)| {
+            o.chunks_exact_mut(4).zip(v).for_each(|(o, v)| o.copy_from_slice(&(*v as f32).to_le_bytes()));
+        }),
+        // Through f64, not f32, so that a value is rounded once.
+        Dtype::Bf16 => work.for_each(|(o, v)| {
+            o.chunks_exact_mut(2).zip(v).for_each(|(o, v)| o.copy_from_slice(&bf16::from_f64(*v).to_le_bytes()));
+        }),
+        Dtype::F16 => work.for_each(|(o, v)| {
+            o.chunks_exact_mut(2).zip(v).for_each(|(o, v)| o.copy_from_slice(&f16::from_f64(*v).to_le_bytes()));
+        }),
+        Dtype::F64 => work.for_each(|(o, v)| {
+            o.chunks_exact_mut(8).zip(v).for_each(|(o, v)| o.copy_from_slice(&v.to_le_bytes()));
+        }),
+        other => panic!("cannot encode weights as {other}"),
+    }
+    out
+}
