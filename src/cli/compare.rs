@@ -9,12 +9,12 @@ use gqa2mla::convert::{self, Budget, ConvertSettings, Method, OutputDtype};
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::{MethodComparison, MethodFigures, MethodRow};
 
+use super::Context;
 use super::exit::ExitStatus;
 use super::measure::{self, Windows};
 use super::model::{self, OpenModel};
 use super::options::{self, CalibrationOptions, TextOptions};
 use super::output::width;
-use super::Context;
 
 /// Convert with several methods and budgets, evaluate each, print one table.
 ///
@@ -58,13 +58,8 @@ impl CompareArgs {
         }
         let scratch = scratch(self.output.as_deref())?;
         let base = measure::perplexity(&source, &windows, &context.progress)?;
-        let mut document = MethodComparison::new(
-            &self.model,
-            &windows.text,
-            base.tokens,
-            base.perplexity,
-            source.arch.cache_values(),
-        );
+        let mut document =
+            MethodComparison::new(&self.model, &windows.text, base.tokens, base.perplexity, source.arch.cache_values());
         for (method, budget) in self.runs() {
             let name = budget.map(describe);
             let title = name.as_deref().map_or_else(|| method.to_string(), |b| format!("{method} at {b}"));
@@ -164,4 +159,3 @@ fn reason(e: &anyhow::Error) -> String {
         e.chain().map(|l| l.to_string().split("\n\nhint: ").next().unwrap_or_default().to_owned()).collect();
     links.join(": ").replace('\n', " ")
 }
-

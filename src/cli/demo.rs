@@ -98,7 +98,8 @@ impl DemoArgs {
 
 fn text(d: &Demonstration) -> String {
     let source = d.source_cache_values_per_token_per_layer;
-    let mut t = Table::new(&["method", ">cache", ">of source", ">perplexity", ">same token", ">largest dlogit", "checks"]);
+    let mut t =
+        Table::new(&["method", ">cache", ">of source", ">perplexity", ">same token", ">largest dlogit", "checks"]);
     if let Some(first) = d.runs.first() {
         let ppl = format!("{:.4}", first.verification.figures.ppl_source);
         t.row(["(source)", &source.to_string(), "100.0%", &ppl, "", "", ""]);

@@ -60,9 +60,7 @@ pub fn classify(error: &anyhow::Error) -> ExitStatus {
 
 /// Whether the error is that the reader of our output went away.
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .any(|e| e.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == ErrorKind::BrokenPipe))
+    error.chain().any(|e| e.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == ErrorKind::BrokenPipe))
 }
 
 #[cfg(test)]

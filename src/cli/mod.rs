@@ -63,21 +63,13 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show what models are, what their caches cost, and which engines would load them as MLA
     Inspect(inspect::InspectArgs),
-    /// Show what convert would do and need; writes nothing
     Plan(plan::PlanArgs),
-    /// Convert a model and write the MLA checkpoint
     Convert(convert::ConvertArgs),
-    /// Compare the logits of a conversion with those of its source
     Verify(verify::VerifyArgs),
-    /// Measure the perplexity of a model, GQA or MLA
     Eval(eval::EvalArgs),
-    /// Convert with several methods and budgets, evaluate each, print one table
     Compare(compare::CompareArgs),
-    /// Convert and verify the small trained model that is built in
     Demo(demo::DemoArgs),
-    /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
     /// Print this command line's reference as Markdown
     #[command(hide = true)]
@@ -126,8 +118,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
     if let Some(n) = threads {
         rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("cannot start the threads")?;
     }
-    let context =
-        Context { format: if json { Format::Json } else { Format::Human }, progress: Progress::new(quiet) };
+    let context = Context { format: if json { Format::Json } else { Format::Human }, progress: Progress::new(quiet) };
     match cli.command {
         Command::Inspect(args) => args.execute(&context),
         Command::Plan(args) => args.execute(&context),
@@ -141,11 +132,17 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
     }
 }
 
+/// Logs are for debugging: what a user should know arrives as events and errors. Off unless RUST_LOG asks.
 fn start_logging() {
+    use std::io::IsTerminal as _;
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("error"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("off"));
     // A second subscriber is impossible in one process; if it happens the first one stays.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .try_init();
 }
 
 #[cfg(test)]

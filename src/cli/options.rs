@@ -171,7 +171,11 @@ impl ConvertOptions {
         let published = matches!(method, Method::Transmla | Method::Care);
         let ours = method == Method::AttentionAware;
         let ignored = [
-            (widths && method == Method::Exact, "--kv-budget, --kv-lora-rank and --qk-rope-head-dim", "a method that compresses"),
+            (
+                widths && method == Method::Exact,
+                "--kv-budget, --kv-lora-rank and --qk-rope-head-dim",
+                "a method that compresses",
+            ),
             (c.freqfold.is_some() && !published, "--freqfold", "--method transmla or care"),
             (c.balance_kv_ratio.is_some() && !published, "--balance-kv-ratio", "--method transmla or care"),
             (!c.without.is_empty() && !ours, "--without", "--method attention-aware"),

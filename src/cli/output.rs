@@ -123,7 +123,8 @@ fn explain(error: &anyhow::Error) -> (String, Vec<String>) {
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
-        let reorders = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        let reorders =
+            matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
         if reorders || (c.is_control() && c != '\n' && c != '\t') {
             out.extend(c.escape_unicode());
         } else {

@@ -19,7 +19,8 @@ pub fn execute() -> anyhow::Result<ExitStatus> {
 fn reference() -> String {
     let mut root = super::Cli::command();
     root.build();
-    let mut out = "# Command line\n\n<!-- Made by `gqa2mla reference > docs/cli.md`; a test compares the two. -->\n\n".to_owned();
+    let mut out =
+        "# Command line\n\n<!-- Made by `gqa2mla reference > docs/cli.md`; a test compares the two. -->\n\n".to_owned();
     out += &about(&root);
     let visible: Vec<&Command> =
         root.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help").collect();
@@ -36,7 +37,9 @@ fn reference() -> String {
         out += &about(command);
         let _ = write!(out, "```text\n{}\n```\n", usage(command));
         let mut heading = String::new();
-        for arg in command.get_arguments().filter(|a| !a.is_global_set() && a.get_id() != "help" && a.get_id() != "version") {
+        for arg in
+            command.get_arguments().filter(|a| !a.is_global_set() && a.get_id() != "help" && a.get_id() != "version")
+        {
             let of = match arg.get_help_heading() {
                 Some(h) => h.to_owned(),
                 None if arg.is_positional() => "Arguments".to_owned(),

@@ -71,7 +71,9 @@ fn measured(v: &Verification) -> Table {
 /// `org/name` without its revision; `None` for anything that looks like a path.
 fn hub_id(source: &str) -> Option<&str> {
     let id = source.split('@').next().unwrap_or(source);
-    let ok = |s: &str| !s.is_empty() && !s.starts_with('.') && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    let ok = |s: &str| {
+        !s.is_empty() && !s.starts_with('.') && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
     let (org, name) = id.split_once('/')?;
     (ok(org) && ok(name) && !std::path::Path::new(source).exists()).then_some(id)
 }

@@ -72,7 +72,7 @@ pub struct InspectedMla {
 /// One possible output.
 #[derive(Debug, Clone, Serialize)]
 pub struct TargetOption {
-    /// What asks for it: `exact`, `50%`, `256 + 64`, ...
+    /// What asks for it: `exact`, `1/2` of the source's cache, `256 + 64`, ...
     pub budget: String,
     /// `stock`, `free`, or `source` for a model that is MLA already.
     pub rope_grid: &'static str,
@@ -203,12 +203,12 @@ fn budgets(gqa: &GqaShape) -> Vec<(String, usize, usize)> {
         .filter(|(r, d)| r + d < source)
         .map(|(r, d)| (format!("{r} + {d}"), r, d))
         .collect();
-    for percent in [67, 50, 33, 25] {
-        let values = (source as f64 * f64::from(percent) / 100.0 / 2.0).round() as usize * 2;
+    for (name, parts, of) in [("2/3", 2, 3), ("1/2", 1, 2), ("1/3", 1, 3), ("1/4", 1, 4)] {
+        let values = source * parts / of / 2 * 2;
         // About a third of the cache for rotated keys is a good split at every budget that was measured.
         let rope = (values / 3 / 16 * 16).min(gqa.head_dim).max(2);
         if values > rope {
-            out.push((format!("{percent}%"), values - rope, rope));
+            out.push((name.to_owned(), values - rope, rope));
         }
     }
     out.sort_by_key(|(_, r, d)| std::cmp::Reverse(r + d));
@@ -248,7 +248,7 @@ mod tests {
             assert_eq!(g.kv_lora_rank + g.qk_rope_head_dim, t.cache_values_per_token_per_layer);
             assert_eq!(t.cache_values_per_token_per_layer < 384, t.budget != "exact", "{}", t.budget);
         }
-        let half = m.targets.iter().find(|t| t.budget == "50%").expect("50%");
+        let half = m.targets.iter().find(|t| t.budget == "1/2").expect("half");
         assert_eq!((half.geometry.kv_lora_rank, half.geometry.qk_rope_head_dim), (128, 64));
     }
 

@@ -72,7 +72,8 @@ impl MethodComparison {
 
     /// One line per row, the source first.
     pub fn table(&self) -> Table {
-        let mut t = Table::new(&["method", ">cache", ">of source", ">perplexity", ">excess", ">time", "split / failure"]);
+        let mut t =
+            Table::new(&["method", ">cache", ">of source", ">perplexity", ">excess", ">time", "split / failure"]);
         let source = self.source_cache_values_per_token_per_layer.to_string();
         t.row(["(source)", &source, "100.0%", &units::figure(self.ppl_source), "0", "", ""]);
         for row in &self.rows {
@@ -119,10 +120,7 @@ impl MethodComparison {
             x_label: "cached values per token and layer".to_owned(),
             y_label: "perplexity".to_owned(),
             series,
-            level: Some((
-                format!("source ({} values)", self.source_cache_values_per_token_per_layer),
-                self.ppl_source,
-            )),
+            level: Some((format!("source ({} values)", self.source_cache_values_per_token_per_layer), self.ppl_source)),
         }
         .render()
     }

@@ -14,8 +14,8 @@ mod methods;
 mod verification;
 
 pub use card::card;
-pub use methods::{MethodComparison, MethodFigures, MethodRow};
 pub use inspect::{InspectedMla, InspectedModel, TargetOption};
+pub use methods::{MethodComparison, MethodFigures, MethodRow};
 pub use verification::{Evaluation, Verification};
 
 /// Version of every JSON document this tool writes. It grows when a key changes meaning or goes away; new keys do not

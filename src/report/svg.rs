@@ -98,8 +98,7 @@ fn nice_step(x: f64) -> f64 {
 fn log_ticks(low: f64, high: f64) -> Vec<f64> {
     let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
     let factors: &[f64] = if last - first > 3 { &[1.0] } else { &[1.0, 2.0, 5.0] };
-    let all: Vec<f64> =
-        (first..=last).flat_map(|d| factors.iter().map(move |m| m * 10f64.powi(d))).collect();
+    let all: Vec<f64> = (first..=last).flat_map(|d| factors.iter().map(move |m| m * 10f64.powi(d))).collect();
     let from = all.iter().rposition(|t| *t <= low).unwrap_or(0);
     let to = all.iter().position(|t| *t >= high).unwrap_or(all.len() - 1);
     all[from..=to].to_vec()

@@ -112,7 +112,7 @@ fn targets(m: &InspectedModel, width: usize) -> String {
     out
 }
 
-/// `yes`, `if [1]`, `no [2]`: the word and the numbers of its reasons. What makes a `no` hides what makes an `if`.
+/// `yes`, `if [1]`, `no [2]`: the word and the numbers of its reasons.
 fn mark(e: &EngineVerdict, reasons: &mut Vec<&'static str>) -> String {
     if e.loads == Loads::Yes {
         return e.loads.word().to_owned();
@@ -187,7 +187,10 @@ pub fn conversion(r: &ConversionReport, width: usize) -> String {
     if let Some(worst) = r.layers.iter().max_by(|a, b| a.predicted_error.total_cmp(&b.predicted_error)) {
         let mean = units::percent(r.predicted_error);
         let most = units::percent(worst.predicted_error);
-        t.row(["predicted error", &format!("{mean} of a layer's attention output, at most {most} (layer {})", worst.layer)]);
+        t.row([
+            "predicted error",
+            &format!("{mean} of a layer's attention output, at most {most} (layer {})", worst.layer),
+        ]);
         let errors: Vec<f64> = r.layers.iter().map(|l| l.predicted_error).collect();
         t.row(["by layer", &bars(&errors)]);
     }
