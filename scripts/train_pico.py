@@ -234,7 +234,8 @@ windows began with `<s>`, and `</s>` was never trained.
 Made by `{f["command"]}` (seed {SEED}, torch {f["torch"]}, one thread) from `data/calib.txt`
 in {f["steps"]} steps of {f["batch"]} windows of {f["window"]} bytes; final training loss {f["train_loss"]:.3f} nats per byte (with dropout).
 
-Perplexity per byte on `data/heldout.txt`, windows of {f["window"]} bytes, no byte of it seen in training:
+Perplexity per byte on `data/heldout.txt`, no part of which was trained on, in consecutive windows of {f["window"]} bytes (the
+first byte of a window is given, and is the last of the window before):
 
 | model | perplexity |
 |---|---:|
@@ -277,7 +278,7 @@ def main() -> None:
     figures = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "command": "python scripts/train_pico.py",
-        "torch": torch.__version__,
+        "torch": torch.__version__.split("+")[0],
         "train_loss": loss,
         "steps": args.steps,
         "batch": args.batch,

@@ -1,9 +1,13 @@
 //! From text to the statistics that methods ask for. Second moments only: no activations outlive their layer.
 
+mod attend;
 mod corpus;
+mod latent;
 mod moments;
 mod profile;
 
+pub use attend::{attend, pool};
 pub use corpus::{CorpusError, bundled_calibration, bundled_heldout, calibration_windows, read_texts};
+pub use latent::{LatentAttention, output_projection, relative_error};
 pub use moments::{Moments, PooledMoments};
 pub use profile::DistanceProfile;

@@ -29,9 +29,10 @@ impl DistanceProfile {
         }
     }
 
-    /// Add another profile's mass.
-    pub fn merge(&mut self, other: &Self) {
-        self.mass += &other.mass;
+    /// Add a one-head profile to head `head`.
+    pub fn add_head(&mut self, head: usize, other: &Self) {
+        let mut mass = self.mass.row_mut(head);
+        mass += &other.mass.row(0);
     }
 
     /// `alpha[h, j] = sum_D P_h(D) exp(-i theta_j D)`, `[H, d / 2]`: the best constant in place of the rotation of a pair

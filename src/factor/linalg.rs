@@ -88,6 +88,22 @@ macro_rules! product {
 product!(matmul, matmul_add, f64, "`a * b` in f64.");
 product!(matmul_f32, matmul_add_f32, f32, "`a * b` in f32.");
 
+/// `a * b` in f32 on the calling thread, for work that is parallel one level up.
+///
+/// # Panics
+/// If the inner dimensions differ.
+pub fn matmul_f32_sequential(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> Array2<f32> {
+    assert_eq!(a.ncols(), b.nrows(), "inner dimensions differ");
+    let (rows, cols) = (a.nrows(), b.ncols());
+    let mut out = Array2::<f32>::zeros((rows, cols));
+    let (a, b) = (Operand::new(a), Operand::new(b));
+    if let Some(slice) = out.as_slice_mut() {
+        let dst = MatMut::from_row_major_slice_mut(slice, rows, cols);
+        faer_matmul(dst, Accum::Add, a.as_faer(), b.as_faer(), 1.0, Par::Seq);
+    }
+    out
+}
+
 fn to_faer(a: &Array2<f64>) -> Mat<f64> {
     Mat::from_fn(a.nrows(), a.ncols(), |i, j| a[[i, j]])
 }

@@ -28,17 +28,13 @@ impl Sha256Stream {
         self.bytes += piece.len() as u64;
     }
 
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     pub(crate) fn finish(self) -> FileDigest {
         FileDigest { bytes: self.bytes, sha256: hex(self.state.finalize().as_ref()) }
     }
 }
 
 /// Lower-case hexadecimal digits of `bytes`.
-pub(crate) fn hex(bytes: &[u8]) -> String {
+fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     bytes.iter().flat_map(|b| [DIGITS[usize::from(b >> 4)] as char, DIGITS[usize::from(b & 15)] as char]).collect()
 }

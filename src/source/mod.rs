@@ -30,6 +30,6 @@ pub use side::SideFile;
 pub use tensor::TensorView;
 pub use tokenizer::Tokenizer;
 
-pub(crate) use hash::{Sha256Stream, hex};
+pub(crate) use hash::Sha256Stream;
 pub(crate) use header::check_name;
 pub(crate) use path::plain_file_name;

@@ -12,12 +12,13 @@ use ndarray::{Array1, Array2, s};
 use serde_json::{Map, Value, json};
 
 use super::rope::{RopeConfig, rope_config};
-use super::{OutTensor, PlannedTensor};
+use super::OutTensor;
 use crate::arch::Architecture;
 use crate::convert::PlannedGeometry;
 use crate::factor::norm::{neutral_scales, rms_bound};
 use crate::methods::MlaLayer;
 use crate::source::Dtype;
+use crate::write::PlannedTensor;
 
 /// Epsilon of the latent norms, and so of every norm of the output.
 pub const LATENT_EPS: f64 = 1e-6;

@@ -6,4 +6,4 @@ mod tensor;
 
 pub use deepseek_v3::{LATENT_EPS, TargetSpec};
 pub use rope::{RopeConfig, rope_config};
-pub use tensor::{OutTensor, PlannedTensor, encode};
+pub use tensor::{OutTensor, encode};

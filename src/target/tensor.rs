@@ -5,24 +5,6 @@ use rayon::prelude::*;
 
 use crate::source::Dtype;
 
-/// A tensor to be written: its place in the plan.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PlannedTensor {
-    /// Name in the output.
-    pub name: String,
-    /// Stored dtype.
-    pub dtype: Dtype,
-    /// Shape, `[out, in]` for linear layers.
-    pub shape: Vec<usize>,
-}
-
-impl PlannedTensor {
-    /// Stored size in bytes.
-    pub fn bytes(&self) -> u64 {
-        self.shape.iter().product::<usize>() as u64 * self.dtype.size() as u64
-    }
-}
-
 /// A tensor with its values, not yet rounded.
 #[derive(Debug, Clone)]
 pub struct OutTensor {

@@ -1,0 +1,55 @@
+//! Attention as calibration needs it: outputs, pooled inputs and distances, from the runtime's own probabilities.
+
+use ndarray::{Array2, ArrayView2, s};
+
+use super::DistanceProfile;
+use crate::factor::linalg::matmul_f32_sequential;
+use crate::runtime::Qkv;
+
+/// Head outputs `[T, H d_V]` before the output projection and, if asked, how far back each head looks.
+pub fn attend(qkv: &Qkv, windows: &[usize], profile: bool) -> (Array2<f32>, Option<DistanceProfile>) {
+    let longest = windows.iter().copied().max().unwrap_or(0);
+    let width = qkv.v_dim;
+    let parts = qkv.fold_probabilities(
+        windows,
+        |window, _| (Array2::<f32>::zeros((windows[window], width)), profile.then(|| DistanceProfile::new(1, longest))),
+        |(out, distances), tile| {
+            let (rows, keys) = tile.probabilities.dim();
+            let columns = qkv.kv_head(tile.head) * width..(qkv.kv_head(tile.head) + 1) * width;
+            let values = qkv.v.slice(s![tile.window_start..tile.window_start + keys, columns]);
+            out.slice_mut(s![tile.row0..tile.row0 + rows, ..])
+                .assign(&matmul_f32_sequential(tile.probabilities, values));
+            if let Some(d) = distances {
+                d.add(0, tile.row0, tile.probabilities);
+            }
+        },
+    );
+    let mut out = Array2::zeros((windows.iter().sum(), qkv.heads * width));
+    let mut total = profile.then(|| DistanceProfile::new(qkv.heads, longest));
+    let mut start = 0;
+    for (window, &length) in windows.iter().enumerate() {
+        for head in 0..qkv.heads {
+            let (part, distances) = &parts[window * qkv.heads + head];
+            out.slice_mut(s![start..start + length, head * width..(head + 1) * width]).assign(part);
+            if let (Some(t), Some(d)) = (&mut total, distances) {
+                t.add_head(head, d);
+            }
+        }
+        start += length;
+    }
+    (out, total)
+}
+
+/// What one head pools: `sum_n p_mn values_n` for every token, `[T, width]`. `q` and `k` are that head's, after RoPE.
+pub fn pool(
+    q: Array2<f32>,
+    k: Array2<f32>,
+    scale: f64,
+    windows: &[usize],
+    values: ArrayView2<'_, f32>,
+) -> Array2<f32> {
+    let (qk_dim, v_dim) = (q.ncols(), values.ncols());
+    let qkv =
+        Qkv { q, k, v: values.to_owned(), heads: 1, kv_heads: 1, qk_dim, v_dim, scale, sliding_window: None };
+    attend(&qkv, windows, false).0
+}

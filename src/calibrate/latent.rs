@@ -1,0 +1,135 @@
+//! A converted layer's attention on calibration tokens, before it is written: pooled latents, head by head.
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
+use rayon::prelude::*;
+
+use super::pool;
+use crate::arch::{Rope, RopeLayout};
+use crate::factor::linalg::matmul_f32;
+use crate::methods::MlaLayer;
+use crate::runtime::Rotation;
+
+/// Latents, queries and rotated keys of one converted layer for some windows of tokens.
+pub struct LatentAttention<'a> {
+    mla: &'a MlaLayer,
+    windows: &'a [usize],
+    /// `[T, r]`.
+    latent: Array2<f32>,
+    /// `[T, d_R]`, rotated.
+    k_rope: Array2<f32>,
+    /// `[T, H d_N]`.
+    q_nope: Array2<f32>,
+    /// `[T, H d_R]`, rotated.
+    q_rope: Array2<f32>,
+}
+
+/// `x W^T + b` in f32.
+fn project(x: ArrayView2<'_, f32>, weight: &Array2<f64>, bias: Option<&Array1<f64>>) -> Array2<f32> {
+    let w = weight.mapv(|v| v as f32);
+    let mut out = matmul_f32(&x, &w.t());
+    if let Some(b) = bias {
+        out += &b.mapv(|v| v as f32);
+    }
+    out
+}
+
+/// Rotate interleaved pairs of every head, positions counted from the start of each window.
+fn rotate(x: &mut Array2<f32>, rotation: &Rotation, windows: &[usize]) {
+    let width = rotation.width();
+    if width == 0 {
+        return;
+    }
+    let positions: Vec<usize> = windows.iter().flat_map(|&n| 0..n).collect();
+    x.axis_iter_mut(Axis(0)).into_par_iter().zip(positions).for_each(|(mut row, position)| {
+        if let Some(row) = row.as_slice_mut() {
+            for head in row.chunks_exact_mut(width) {
+                for (pair, &(cos, sin)) in head.chunks_exact_mut(2).zip(rotation.at(position)) {
+                    let (re, im) = (pair[0], pair[1]);
+                    pair[0] = re * cos - im * sin;
+                    pair[1] = im * cos + re * sin;
+                }
+            }
+        }
+    });
+}
+
+impl<'a> LatentAttention<'a> {
+    /// Project and rotate the normed inputs `x` `[T, D]`.
+    pub fn new(mla: &'a MlaLayer, x: ArrayView2<'_, f32>, windows: &'a [usize]) -> Self {
+        let rope = Rope {
+            inv_freq: mla.rope_freq.clone(),
+            amplitude: 1.0,
+            layout: RopeLayout::Interleaved,
+            theta: 0.0,
+            kind: String::new(),
+        };
+        let rotation = Rotation::new(&rope, 0..windows.iter().copied().max().unwrap_or(0));
+        let query = &mla.query;
+        let through = query.down.as_ref().map(|down| project(x, down, None));
+        let inner = through.as_ref().map_or(x, |t| t.view());
+        let q_nope = project(inner, &query.nope, query.nope_bias.as_ref());
+        let mut q_rope = project(inner, &query.rope, query.rope_bias.as_ref());
+        let mut k_rope = project(x, &mla.k_rope, mla.k_rope_bias.as_ref());
+        rotate(&mut q_rope, &rotation, windows);
+        rotate(&mut k_rope, &rotation, windows);
+        Self { mla, windows, latent: project(x, &mla.latent, None), k_rope, q_nope, q_rope }
+    }
+
+    /// What head `h` pools of the latents, `[T, r]`.
+    pub fn pooled(&self, h: usize) -> Array2<f32> {
+        let (nope, rope) = (self.mla.nope_dim(), self.mla.rope_dim());
+        let tokens = self.latent.nrows();
+        let mut q = Array2::zeros((tokens, nope + rope));
+        q.slice_mut(s![.., ..nope]).assign(&self.q_nope.slice(s![.., h * nope..(h + 1) * nope]));
+        q.slice_mut(s![.., nope..]).assign(&self.q_rope.slice(s![.., h * rope..(h + 1) * rope]));
+        let up = self.mla.k_up.slice(s![h * nope..(h + 1) * nope, ..]).mapv(|v| v as f32);
+        let mut k = Array2::zeros((tokens, nope + rope));
+        k.slice_mut(s![.., ..nope]).assign(&matmul_f32(&self.latent, &up.t()));
+        k.slice_mut(s![.., nope..]).assign(&self.k_rope);
+        pool(q, k, self.mla.score_scale, self.windows, self.latent.view())
+    }
+
+    /// Output of head `h`, `[T, d_V]`, from what it pooled.
+    pub fn head_output(&self, h: usize, pooled: &Array2<f32>) -> Array2<f32> {
+        let value = self.mla.value_dim();
+        let up = self.mla.v_up.slice(s![h * value..(h + 1) * value, ..]).mapv(|v| v as f32);
+        matmul_f32(pooled, &up.t())
+    }
+
+    /// All head outputs, `[T, H d_V]`.
+    pub fn outputs(&self) -> Array2<f32> {
+        let (heads, value) = (self.mla.heads, self.mla.value_dim());
+        let mut out = Array2::zeros((self.latent.nrows(), heads * value));
+        for h in 0..heads {
+            let head = self.head_output(h, &self.pooled(h));
+            out.slice_mut(s![.., h * value..(h + 1) * value]).assign(&head);
+        }
+        out
+    }
+}
+
+/// `heads W_o^T + b` for head outputs `[T, H d_V]`.
+pub fn output_projection(mla: &MlaLayer, heads: &Array2<f32>) -> Array2<f32> {
+    project(heads.view(), &mla.wo, mla.wo_bias.as_ref())
+}
+
+/// `E |a - b|^2 / E |b - mean b|^2`, in f64, for activations `[T, D]`.
+pub fn relative_error(a: &Array2<f32>, b: &Array2<f32>) -> f64 {
+    let n = b.nrows().max(1) as f64;
+    let mean = b.fold_axis(Axis(0), 0.0_f64, |s, v| s + f64::from(*v)) / n;
+    let energy = |rows: ArrayView1<'_, f32>, other: ArrayView1<'_, f32>| -> (f64, f64) {
+        let mut out = (0.0, 0.0);
+        for (i, (x, y)) in rows.iter().zip(other).enumerate() {
+            out.0 += f64::from(x - y).powi(2);
+            out.1 += (f64::from(*y) - mean[i]).powi(2);
+        }
+        out
+    };
+    let (mut error, mut total) = (0.0, 0.0);
+    for (x, y) in a.rows().into_iter().zip(b.rows()) {
+        let (e, t) = energy(x, y);
+        error += e;
+        total += t;
+    }
+    if total > 0.0 { error / total } else { 0.0 }
+}

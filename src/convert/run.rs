@@ -1,0 +1,360 @@
+//! The conversion loop itself.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use super::aware::{Inputs, convert_layer, needs_converted_stream};
+use super::prepare::check_finite;
+use super::streams::{SourceLayer, Stream, first_windows};
+use super::survey::{Survey, survey, transmla_settings};
+use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, Plan};
+use crate::arch::Architecture;
+use crate::calibrate::{
+    LatentAttention, Moments, calibration_windows, output_projection, read_texts, relative_error,
+};
+use crate::methods::{MlaLayer, care, exact, transmla};
+use crate::observe::{Event, Observer};
+use crate::runtime::Cpu;
+use crate::source::{Dtype, ModelSource};
+use crate::target::encode;
+use crate::write::{ShardPlan, StagedWriter, Staging, StagingOptions};
+
+/// Version of `conversion.json` and of the plan.
+pub const SCHEMA_VERSION: u32 = 1;
+/// Calibration windows on which a method without refits measures its error.
+const MEASURED_WINDOWS: usize = 8;
+
+/// Files beside the weights that the caller wants in the folder: name and a function of the report.
+pub type Extras<'a> = &'a dyn Fn(&ConversionReport) -> Vec<(String, Vec<u8>)>;
+
+/// Calibration windows as the settings ask, empty for a method that needs none.
+fn windows(job: &Job<'_>, observer: &dyn Observer) -> Result<Vec<Vec<u32>>, ConvertError> {
+    if job.settings.method == Method::Exact {
+        return Ok(Vec::new());
+    }
+    let calibration = &job.settings.calibration;
+    if calibration.seq_len < 2 || calibration.seq_len > job.arch.max_position {
+        return Err(ConvertError::refused(
+            format!(
+                "--calib-seq-len {} is not between 2 and the model's {} positions",
+                calibration.seq_len, job.arch.max_position
+            ),
+            "256 is enough for most models",
+        ));
+    }
+    if calibration.samples == 0 {
+        return Err(ConvertError::refused("--calib-samples 0 leaves nothing to calibrate on", "128 is the default"));
+    }
+    let (rope, rank) = job.splits[0];
+    let needed = 4 * (rope + rank);
+    let tokenizer = job.source.tokenizer()?;
+    let texts = read_texts(&calibration.files)?;
+    let why = format!(", four for each of the {} cached values", rope + rank);
+    let windows = calibration_windows(&tokenizer, &texts, calibration, needed, &why)?;
+    if windows.len() < calibration.samples {
+        observer.event(Event::Note(format!(
+            "the calibration text holds {} windows of {} tokens, {} were asked for",
+            windows.len(),
+            calibration.seq_len,
+            calibration.samples
+        )));
+    }
+    Ok(windows)
+}
+
+/// What `convert` would do. With `predict`, the model is surveyed for its predicted error too, which takes some seconds.
+///
+/// # Errors
+/// Everything `convert` would refuse.
+pub fn plan(
+    source: &ModelSource,
+    arch: &Architecture,
+    settings: &ConvertSettings,
+    predict: bool,
+    observer: &dyn Observer,
+) -> Result<Plan, ConvertError> {
+    let mut job = Job::prepare(source, arch, settings)?;
+    let windows = windows(&job, observer)?;
+    let open = job.splits.len() > 1 || settings.method != Method::Exact && predict;
+    let found = if open { survey(&mut job, &Cpu::new(), &windows, predict, observer)? } else { Survey::default() };
+    let tokens: usize = windows.iter().map(Vec::len).sum();
+    super::plan::describe(&job, tokens, found.predicted_error)
+}
+
+/// Convert `source` into the folder `output`.
+///
+/// The folder appears, complete, in one rename; on any error it is as it was.
+///
+/// # Errors
+/// [`ConvertError`].
+pub fn convert(
+    source: &ModelSource,
+    arch: &Architecture,
+    settings: &ConvertSettings,
+    output: &Path,
+    extras: Extras<'_>,
+    observer: &dyn Observer,
+) -> Result<ConversionReport, ConvertError> {
+    let mut clock = Clock::new();
+    let mut job = Job::prepare(source, arch, settings)?;
+    let windows = windows(&job, observer)?;
+    let options = StagingOptions {
+        overwrite: settings.overwrite,
+        source: Some(source.dir.clone()),
+        needed_bytes: job.planned_tensors().iter().map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64).sum(),
+    };
+    let staging = Staging::create(output, &options)?;
+    clock.lap("prepare");
+    let backend = Cpu::new();
+    let found = survey(&mut job, &backend, &windows, false, observer)?;
+    for decision in &job.decisions {
+        observer.event(Event::Note(decision.clone()));
+    }
+    clock.lap("survey");
+
+    let shards = ShardPlan::new(&job.planned_tensors(), settings.max_shard_bytes)?;
+    let mut sink = Sink { job: &job, writer: StagedWriter::new(staging, shards) };
+    sink.stream_scaled(&arch.names.embed)?;
+    let mut layers = Vec::new();
+    let mut frequencies = Vec::new();
+    convert_layers(&job, &backend, &windows, &found, observer, |index, mla, gain, report| {
+        sink.layer(index, &mla, gain)?;
+        frequencies = mla.rope_freq;
+        layers.push(report);
+        Ok(())
+    })?;
+    clock.lap("convert");
+
+    sink.copy(&arch.names.final_norm)?;
+    sink.copy(if arch.tied_head { &arch.names.embed } else { &arch.names.head })?;
+    source.check_unchanged()?;
+    let rope = job.spec.rope(&frequencies, arch, &source.config, job.max_position);
+    let config = job.spec.config(arch, &source.config, &rope, job.max_position);
+    sink.writer.write_file("config.json", &pretty(&config))?;
+    for file in &source.files {
+        sink.writer.copy_file(&file.name, &file.path)?;
+    }
+    let count = layers.len().max(1) as f64;
+    let mut report = ConversionReport {
+        schema_version: SCHEMA_VERSION,
+        tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+        output: output.to_owned(),
+        source: source.spec.clone(),
+        source_revision: source.revision.clone(),
+        source_fingerprint: source.fingerprint().into_iter().map(|f| (f.file, f.header_sha256)).collect(),
+        method: settings.method.name().to_owned(),
+        settings: settings.clone(),
+        decisions: job.decisions.clone(),
+        geometry: job.spec.geometry,
+        cache_values_per_token_per_layer: job.cache_values(),
+        source_cache_values_per_token_per_layer: arch.cache_values(),
+        rope_frequencies: frequencies,
+        predicted_error: layers.iter().map(|l| l.predicted_error).sum::<f64>() / count,
+        layers,
+        calibration_tokens: windows.iter().map(Vec::len).sum(),
+        peak_rss_bytes: peak_rss_bytes(),
+        seconds: BTreeMap::new(),
+    };
+    for (name, bytes) in extras(&report) {
+        sink.writer.write_file(&name, &bytes)?;
+    }
+    sink.writer.write_file("conversion.json", &pretty(&report.reproducible()))?;
+    let published = sink.writer.finish()?;
+    if let Some(left) = published.left_behind {
+        observer.event(Event::Warning(format!("the replaced folder could not be removed: {}", left.display())));
+    }
+    clock.lap("publish");
+    report.output = published.path;
+    report.seconds = clock.finish();
+    report.peak_rss_bytes = peak_rss_bytes();
+    Ok(report)
+}
+
+fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec_pretty(value).unwrap_or_default();
+    bytes.push(b'\n');
+    bytes
+}
+
+/// Run the calibration tokens through the layers and convert each on the way.
+fn convert_layers(
+    job: &Job<'_>,
+    backend: &Cpu,
+    windows: &[Vec<u32>],
+    found: &Survey,
+    observer: &dyn Observer,
+    mut done: impl FnMut(usize, MlaLayer, &[f64], LayerReport) -> Result<(), ConvertError>,
+) -> Result<(), ConvertError> {
+    let layers = job.arch.layers;
+    observer.event(Event::Phase { name: "convert", steps: Some(layers as u64) });
+    let aware = job.settings.method == Method::AttentionAware;
+    let mut stream = match job.settings.method {
+        Method::Exact => None,
+        _ => Some(Stream::start(job, backend, windows)?),
+    };
+    let mut converted = match (&stream, aware && needs_converted_stream(job)) {
+        (Some(s), true) => Some(Stream { hidden: s.hidden.clone(), windows: s.windows.clone() }),
+        _ => None,
+    };
+    for index in 0..layers {
+        for expected in job.arch.layer_tensor_names(index) {
+            check_finite(job.source, &expected)?;
+        }
+        let last = index + 1 == layers;
+        let source = SourceLayer::load(job, backend, index)?;
+        let (layer, report) = match &mut stream {
+            None => (exact::convert(&source.attention, job.spec.geometry.qk_nope_head_dim), LayerReport { layer: index, ..LayerReport::default() }),
+            Some(stream) if aware => {
+                let pass = source.attend(stream, true)?;
+                let seen = match &converted {
+                    Some(c) => Some(source.layer.attention_input(c.hidden.view())?),
+                    None => None,
+                };
+                let inputs = Inputs {
+                    index,
+                    source: &source.attention,
+                    pass: &pass,
+                    x: seen.as_ref().unwrap_or(&pass.x),
+                    windows: &stream.windows,
+                    slots: &found.slots,
+                    rank: job.spec.geometry.kv_lora_rank,
+                    steps: job.settings.steps,
+                    bias: job.spec.bias,
+                };
+                let out = convert_layer(&inputs)?;
+                if !last {
+                    source.advance(stream, &pass.output)?;
+                    if let Some(c) = &mut converted {
+                        source.advance(c, &out.output)?;
+                    }
+                }
+                (out.layer, out.report)
+            }
+            Some(stream) => {
+                let pass = source.attend(stream, false)?;
+                let mut moments = Moments::new(job.arch.hidden);
+                moments.add(pass.x.view());
+                let settings = transmla_settings(job, found.fold);
+                let out = match job.settings.method {
+                    Method::Care => care::convert(&source.attention, &moments, &settings),
+                    _ => transmla::convert(&source.attention, &moments, &settings, transmla::Metric::Plain),
+                }
+                .map_err(ConvertError::layer(index))?;
+                let (x, lengths) = first_windows(&pass.x, &stream.windows, MEASURED_WINDOWS);
+                let heads = LatentAttention::new(&out.layer, x, lengths).outputs();
+                let (want, _) = first_windows(&pass.output, &stream.windows, MEASURED_WINDOWS);
+                let error = relative_error(&output_projection(&out.layer, &heads), &want.to_owned());
+                if !last {
+                    source.advance(stream, &pass.output)?;
+                }
+                let report = LayerReport {
+                    layer: index,
+                    predicted_error: error,
+                    measured_error: None,
+                    rope_loss: out.rope_loss,
+                    rank_loss: out.rank_loss,
+                    notes: Vec::new(),
+                };
+                (out.layer, report)
+            }
+        };
+        done(index, layer, &source.gain, report)?;
+        let tokens = stream.as_ref().map_or(0, |s| s.hidden.nrows() * (index + 1)) as u64;
+        observer.event(Event::Step { done: index as u64 + 1, tokens });
+    }
+    Ok(())
+}
+
+/// Tensors on their way to the writer.
+struct Sink<'a> {
+    job: &'a Job<'a>,
+    writer: StagedWriter,
+}
+
+impl Sink<'_> {
+    /// The dtype and name that come next in the plan.
+    fn next(&self) -> Option<(String, Dtype)> {
+        self.writer.next_tensor().map(|t| (t.name.clone(), t.dtype))
+    }
+
+    fn put(&mut self, values: &[f64]) -> Result<(), ConvertError> {
+        let Some((name, dtype)) = self.next() else { return Ok(()) };
+        if values.iter().any(|v| !v.is_finite()) {
+            return Err(ConvertError::Produced { name });
+        }
+        Ok(self.writer.write_tensor(&name, &encode(values, dtype))?)
+    }
+
+    /// Copy a source tensor to the next place: bit for bit where the dtype is the same.
+    fn copy(&mut self, from: &str) -> Result<(), ConvertError> {
+        check_finite(self.job.source, from)?;
+        let view = self.job.source.tensors.view(from)?;
+        match self.next() {
+            Some((name, dtype)) if dtype == view.dtype => self.writer.write_tensor(&name, view.bytes)?,
+            _ => self.put(&view.to_f64())?,
+        }
+        self.job.source.tensors.advise_dontneed(from);
+        Ok(())
+    }
+
+    /// A source tensor times the stream scale.
+    fn stream_scaled(&mut self, from: &str) -> Result<(), ConvertError> {
+        let scale = self.job.spec.stream_scale;
+        if scale == 1.0 {
+            return self.copy(from);
+        }
+        check_finite(self.job.source, from)?;
+        let mut values = self.job.source.tensors.view(from)?.to_f64();
+        for v in &mut values {
+            *v *= scale;
+        }
+        self.job.source.tensors.advise_dontneed(from);
+        self.put(&values)
+    }
+
+    /// All tensors of one layer, in the order of [`Job::planned_tensors`].
+    fn layer(&mut self, index: usize, mla: &MlaLayer, gain: &[f64]) -> Result<(), ConvertError> {
+        let names = self.job.arch.names.layer(index);
+        self.copy(&names.role("input_norm"))?;
+        for tensor in self.job.spec.attention_tensors(self.job.arch, index, mla, gain) {
+            self.put(&tensor.values)?;
+        }
+        self.copy(&names.weight("gate"))?;
+        self.copy(&names.weight("up"))?;
+        self.stream_scaled(&names.weight("down"))?;
+        self.copy(&names.role("post_norm"))
+    }
+}
+
+/// Wall time by phase.
+struct Clock {
+    start: Instant,
+    last: Instant,
+    laps: BTreeMap<String, f64>,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { start: now, last: now, laps: BTreeMap::new() }
+    }
+
+    fn lap(&mut self, phase: &str) {
+        let now = Instant::now();
+        self.laps.insert(phase.to_owned(), (now - self.last).as_secs_f64());
+        self.last = now;
+    }
+
+    fn finish(mut self) -> BTreeMap<String, f64> {
+        self.laps.insert("total".to_owned(), self.start.elapsed().as_secs_f64());
+        self.laps
+    }
+}
+
+/// Peak resident memory of this process in bytes; 0 where the system does not tell.
+pub fn peak_rss_bytes() -> u64 {
+    let status = fs_err::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"));
+    line.and_then(|l| l.split_whitespace().nth(1)).and_then(|kb| kb.parse::<u64>().ok()).unwrap_or(0) * 1024
+}

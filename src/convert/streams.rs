@@ -1,0 +1,91 @@
+//! The calibration tokens on their way through the layers: the source's hidden states and, where the method calibrates on
+//! it, the converted model's.
+
+use faer::c64;
+use ndarray::{Array2, ArrayView2, s};
+
+use super::{ConvertError, Job};
+use crate::arch::{AttentionSource, load_attention_source};
+use crate::calibrate::attend;
+use crate::runtime::{Cpu, Layer, LayerTensors, Model};
+
+/// Hidden states of one model at the input of a layer, for all windows end to end.
+pub(super) struct Stream {
+    /// `[T, D]`.
+    pub hidden: Array2<f32>,
+    /// Tokens per window.
+    pub windows: Vec<usize>,
+}
+
+/// What the source's attention does on a stream.
+pub(super) struct SourcePass {
+    /// Normed input, `[T, D]`.
+    pub x: Array2<f32>,
+    /// Head outputs before the output projection, `[T, H d]`.
+    pub heads: Array2<f32>,
+    /// Attention output, `[T, D]`, to be added to the hidden state.
+    pub output: Array2<f32>,
+    /// `alpha[h, j]`, if asked for.
+    pub phases: Option<Array2<c64>>,
+}
+
+/// One source layer: its weights for the maths, and for the forward pass.
+pub(super) struct SourceLayer<'b> {
+    /// f64, for the factorisation.
+    pub attention: AttentionSource,
+    /// Gain of the input norm.
+    pub gain: Vec<f64>,
+    /// f32, for the forward pass.
+    pub layer: Layer<'b, Cpu>,
+}
+
+impl<'b> SourceLayer<'b> {
+    pub fn load(job: &Job<'_>, backend: &'b Cpu, index: usize) -> Result<Self, ConvertError> {
+        let attention = load_attention_source(job.source, job.arch, index)?;
+        let tensors = LayerTensors::load(job.source, job.arch, index)?;
+        let gain = tensors.input_norm.iter().map(|v| f64::from(*v)).collect();
+        Ok(Self { attention, gain, layer: Layer::new(backend, job.arch, tensors)? })
+    }
+
+    /// The source's attention on a stream.
+    pub fn attend(&self, stream: &Stream, profile: bool) -> Result<SourcePass, ConvertError> {
+        let x = self.layer.attention_input(stream.hidden.view())?;
+        let qkv = self.layer.project_qkv(x.view(), &stream.windows)?;
+        let (heads, distances) = attend(&qkv, &stream.windows, profile);
+        let output = self.layer.output_projection(heads.view())?;
+        Ok(SourcePass { x, heads, output, phases: distances.map(|d| d.phases(&self.attention.inv_freq)) })
+    }
+
+    /// Add the attention output and the MLP's to a stream.
+    pub fn advance(&self, stream: &mut Stream, attention: &Array2<f32>) -> Result<(), ConvertError> {
+        stream.hidden += attention;
+        let mlp = self.layer.mlp_output(stream.hidden.view())?;
+        stream.hidden += &mlp;
+        Ok(())
+    }
+}
+
+impl Stream {
+    /// Embed windows of tokens.
+    pub fn start(job: &Job<'_>, backend: &Cpu, windows: &[Vec<u32>]) -> Result<Self, ConvertError> {
+        let model = Model::new(job.source, job.arch, backend);
+        let tokens: Vec<u32> = windows.iter().flatten().copied().collect();
+        Ok(Self { hidden: model.embed(&tokens)?, windows: windows.iter().map(Vec::len).collect() })
+    }
+
+    /// Bytes held.
+    pub fn bytes(tokens: usize, hidden: usize) -> u64 {
+        (tokens * hidden * size_of::<f32>()) as u64
+    }
+}
+
+/// The rows of the first `count` windows.
+pub(super) fn first_windows<'a>(
+    x: &'a Array2<f32>,
+    windows: &'a [usize],
+    count: usize,
+) -> (ArrayView2<'a, f32>, &'a [usize]) {
+    let count = count.min(windows.len());
+    let rows = windows[..count].iter().sum::<usize>();
+    (x.slice(s![..rows, ..]), &windows[..count])
+}

@@ -1,0 +1,220 @@
+//! A quick look at the whole model before converting it: which frequencies get slots (shared by all layers, since a stock
+//! class has one list), which split of the budget loses least, which FreqFold.
+
+use ndarray::Array2;
+
+use super::aware::{Inputs, convert_layer};
+use super::prepare::folds;
+use super::streams::{SourceLayer, Stream};
+use super::{ConvertError, Job, Method, RopeGrid};
+use crate::calibrate::{LatentAttention, Moments, output_projection, relative_error};
+use crate::factor::slots::{share_slots, stock_grid};
+use crate::methods::attention_aware::analyse_slots;
+use crate::methods::{care, transmla};
+use crate::observe::{Event, Observer};
+use crate::runtime::Cpu;
+
+/// Windows that the survey looks at.
+const WINDOWS: usize = 8;
+/// At most this many layers are converted on trial, evenly spread.
+const TRIAL_LAYERS: usize = 8;
+
+/// What the survey found.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Survey {
+    /// Slots per source frequency, `[d / 2]`.
+    pub slots: Vec<usize>,
+    /// FreqFold.
+    pub fold: usize,
+    /// Mean relative error of the trial layers, for what was chosen.
+    pub predicted_error: Option<f64>,
+}
+
+/// Look at the model, settle what the settings leave open, and say why.
+pub(super) fn survey(
+    job: &mut Job<'_>,
+    backend: &Cpu,
+    windows: &[Vec<u32>],
+    measure: bool,
+    observer: &dyn Observer,
+) -> Result<Survey, ConvertError> {
+    let step = windows.len().div_ceil(WINDOWS).max(1);
+    let few: Vec<Vec<u32>> = windows.iter().step_by(step).cloned().collect();
+    match job.settings.method {
+        Method::Exact => Ok(Survey::default()),
+        Method::Transmla | Method::Care => survey_fold(job, backend, &few, measure, observer),
+        Method::AttentionAware => survey_slots(job, backend, &few, measure, observer),
+    }
+}
+
+fn trial_layers(layers: usize) -> Vec<usize> {
+    let count = layers.min(TRIAL_LAYERS);
+    (0..count).map(|i| (2 * i + 1) * layers / (2 * count)).collect()
+}
+
+/// Run the source over the survey's windows, handing each layer to `look`.
+fn walk(
+    job: &Job<'_>,
+    backend: &Cpu,
+    windows: &[Vec<u32>],
+    observer: &dyn Observer,
+    profile: bool,
+    mut look: impl FnMut(usize, &SourceLayer<'_>, &super::streams::SourcePass, &[usize]) -> Result<(), ConvertError>,
+) -> Result<(), ConvertError> {
+    let mut stream = Stream::start(job, backend, windows)?;
+    observer.event(Event::Phase { name: "survey", steps: Some(job.arch.layers as u64) });
+    for index in 0..job.arch.layers {
+        let layer = SourceLayer::load(job, backend, index)?;
+        let pass = layer.attend(&stream, profile)?;
+        look(index, &layer, &pass, &stream.windows)?;
+        if index + 1 < job.arch.layers {
+            layer.advance(&mut stream, &pass.output)?;
+        }
+        let tokens = (stream.hidden.nrows() * (index + 1)) as u64;
+        observer.event(Event::Step { done: index as u64 + 1, tokens });
+    }
+    Ok(())
+}
+
+fn survey_fold(
+    job: &mut Job<'_>,
+    backend: &Cpu,
+    windows: &[Vec<u32>],
+    measure: bool,
+    observer: &dyn Observer,
+) -> Result<Survey, ConvertError> {
+    let candidates = folds(job);
+    if candidates.is_empty() {
+        return Err(ConvertError::refused(
+            format!(
+                "qk_rope_head_dim {} leaves no FreqFold for head size {}",
+                job.spec.geometry.qk_rope_head_dim, job.shape.head_dim
+            ),
+            "choose a qk_rope_head_dim that divides the head size",
+        ));
+    }
+    if candidates.len() == 1 && !measure {
+        return Ok(Survey { fold: candidates[0], ..Survey::default() });
+    }
+    let trial = trial_layers(job.arch.layers);
+    let mut errors = vec![0.0; candidates.len()];
+    walk(job, backend, windows, observer, false, |index, layer, pass, lengths| {
+        if !trial.contains(&index) {
+            return Ok(());
+        }
+        let mut moments = Moments::new(job.arch.hidden);
+        moments.add(pass.x.view());
+        for (error, &fold) in errors.iter_mut().zip(&candidates) {
+            let settings = transmla_settings(job, fold);
+            let converted = match job.settings.method {
+                Method::Care => care::convert(&layer.attention, &moments, &settings),
+                _ => transmla::convert(&layer.attention, &moments, &settings, transmla::Metric::Plain),
+            }
+            .map_err(ConvertError::layer(index))?;
+            let heads = LatentAttention::new(&converted.layer, pass.x.view(), lengths).outputs();
+            *error += relative_error(&output_projection(&converted.layer, &heads), &pass.output) / trial.len() as f64;
+        }
+        Ok(())
+    })?;
+    let best = (0..candidates.len()).fold(0, |b, i| if errors[i] < errors[b] { i } else { b });
+    if candidates.len() > 1 {
+        let list: Vec<String> = candidates.iter().zip(&errors).map(|(f, e)| format!("{f}: {e:.3}")).collect();
+        job.decisions.push(format!(
+            "freqfold {}: the least error of the attention output on {} trial layers ({})",
+            candidates[best],
+            trial.len(),
+            list.join(", ")
+        ));
+    }
+    Ok(Survey { fold: candidates[best], predicted_error: Some(errors[best]), slots: Vec::new() })
+}
+
+/// Settings of TransMLA and CARE at one FreqFold.
+pub(super) fn transmla_settings(job: &Job<'_>, fold: usize) -> transmla::Settings {
+    transmla::Settings {
+        rope_dim: job.spec.geometry.qk_rope_head_dim,
+        rank: job.spec.geometry.kv_lora_rank,
+        q_rank: job.settings.q_lora_rank,
+        fold,
+        balance: job.settings.balance_kv_ratio,
+    }
+}
+
+fn survey_slots(
+    job: &mut Job<'_>,
+    backend: &Cpu,
+    windows: &[Vec<u32>],
+    measure: bool,
+    observer: &dyn Observer,
+) -> Result<Survey, ConvertError> {
+    let (head_dim, steps) = (job.shape.head_dim, job.settings.steps);
+    let mut values: Vec<Array2<f64>> = Vec::new();
+    if job.grid == RopeGrid::Free {
+        walk(job, backend, windows, observer, true, |index, layer, pass, _| {
+            let mut moments = Moments::new(job.arch.hidden);
+            moments.add(pass.x.view());
+            if let Some(phases) = &pass.phases {
+                let analysis = analyse_slots(&layer.attention, &moments, phases, &steps)
+                    .map_err(ConvertError::layer(index))?;
+                values.push(analysis.value);
+            }
+            Ok(())
+        })?;
+    }
+    let slots_for = |rope: usize| match job.grid {
+        RopeGrid::Free => Some(share_slots(&values, rope / 2)),
+        RopeGrid::Stock => stock_grid(head_dim, rope),
+    };
+    let candidates: Vec<(usize, usize, Vec<usize>)> =
+        job.splits.iter().filter_map(|&(rope, rank)| slots_for(rope).map(|s| (rope, rank, s))).collect();
+    let Some(first) = candidates.first() else {
+        return Err(ConvertError::refused(
+            format!("no rotated width fits the stock grid of head size {head_dim}"),
+            "use `--rope-grid free`, or a qk_rope_head_dim that divides the head size",
+        ));
+    };
+    if candidates.len() == 1 && !measure {
+        job.set_split(first.0, first.1);
+        return Ok(Survey { slots: first.2.clone(), ..Survey::default() });
+    }
+    let trial = trial_layers(job.arch.layers);
+    let mut errors = vec![0.0; candidates.len()];
+    let bias = job.spec.bias;
+    walk(job, backend, windows, observer, true, |index, layer, pass, lengths| {
+        if !trial.contains(&index) {
+            return Ok(());
+        }
+        for (error, (_, rank, slots)) in errors.iter_mut().zip(&candidates) {
+            // Without the output refit: on few tokens it would fit noise.
+            let steps = super::Steps { output_refit: false, ..steps };
+            let inputs = Inputs {
+                index,
+                source: &layer.attention,
+                pass,
+                x: &pass.x,
+                windows: lengths,
+                slots,
+                rank: *rank,
+                steps,
+                bias,
+            };
+            *error += convert_layer(&inputs)?.report.predicted_error / trial.len() as f64;
+        }
+        Ok(())
+    })?;
+    let best = (0..candidates.len()).fold(0, |b, i| if errors[i] < errors[b] { i } else { b });
+    if candidates.len() > 1 {
+        let list: Vec<String> =
+            candidates.iter().zip(&errors).map(|((rope, rank, _), e)| format!("{rope}+{rank}: {e:.3}")).collect();
+        job.decisions.push(format!(
+            "split {} rotated + {} latent: the least error of the attention output on {} trial layers ({})",
+            candidates[best].0,
+            candidates[best].1,
+            trial.len(),
+            list.join(", ")
+        ));
+    }
+    let (rope, rank, slots) = candidates.into_iter().nth(best).unwrap_or_default();
+    job.set_split(rope, rank);
+    Ok(Survey { slots, fold: 0, predicted_error: Some(errors[best]) })
+}

@@ -1,0 +1,216 @@
+//! One writer per output, without trusting `flock`: a lock file that appears whole or not at all.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use fs_err as fs;
+use serde::{Deserialize, Serialize};
+
+use super::WriteError;
+
+/// Content of a lock file: who holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Owner {
+    pub(super) pid: u32,
+    pub(super) host: String,
+    /// Seconds since 1970 UTC.
+    pub(super) started: u64,
+    /// Start of the process in clock ticks since boot, where the system tells: a pid alone may be reused.
+    process_start: Option<u64>,
+}
+
+impl Owner {
+    fn this() -> Self {
+        let pid = std::process::id();
+        Owner {
+            pid,
+            host: host(),
+            started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            process_start: process_start(pid),
+        }
+    }
+
+    /// Whether the owner certainly does not run any more. Only known on its own host.
+    fn is_dead(&self) -> bool {
+        self.host == host() && !(alive(self.pid) && self.process_start == process_start(self.pid))
+    }
+}
+
+/// A held lock; released on drop.
+#[derive(Debug)]
+pub(super) struct Lock {
+    path: PathBuf,
+    owner: Owner,
+}
+
+impl Lock {
+    /// Takes the lock at `path` for `output`. The second value is the pid of a dead owner it was taken from.
+    pub(super) fn take(path: PathBuf, output: &Path) -> Result<(Self, Option<u32>), WriteError> {
+        let owner = Owner::this();
+        let mut taken_from = None;
+        // A second round follows when the lock of a dead process was removed; a third only if others race for it.
+        for _ in 0..3 {
+            if create(&path, &owner)? {
+                return Ok((Lock { path, owner }, taken_from));
+            }
+            let Some(holder) = read(&path)? else { continue };
+            if !holder.is_dead() {
+                let Owner { pid, host, started, .. } = holder;
+                return Err(WriteError::Locked { output: output.to_owned(), lock: path, pid, host, started });
+            }
+            remove_stale(&path, &holder)?;
+            taken_from = Some(holder.pid);
+        }
+        Err(WriteError::BadLock { lock: path, reason: "other runs keep taking it".to_owned() })
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Only our own: someone may have judged it stale from another host and removed it by hand.
+        if matches!(read(&self.path), Ok(Some(owner)) if owner == self.owner) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Creates the lock file with its content; `false` when it exists already.
+///
+/// Written under another name and then hard-linked, which fails when the target exists: no reader ever sees half a
+/// lock, also on network file systems. Where links are not supported it is created exclusively instead.
+fn create(path: &Path, owner: &Owner) -> Result<bool, WriteError> {
+    let text = serde_json::to_vec(owner).map_err(io::Error::from)?;
+    let draft = unique_sibling(path, "draft");
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).open(&draft)?;
+    let written = file.write_all(&text).and_then(|()| file.sync_all());
+    drop(file);
+    let linked = written.and_then(|()| fs::hard_link(&draft, path));
+    fs::remove_file(&draft)?;
+    match linked {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(e) if matches!(e.kind(), io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied) => {
+            match fs::OpenOptions::new().write(true).create_new(true).open(path) {
+                Ok(mut file) => {
+                    file.write_all(&text)?;
+                    Ok(true)
+                }
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+                Err(e) => Err(e.into()),
+            }
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The owner named in the lock file; `None` when the file is gone.
+fn read(path: &Path) -> Result<Option<Owner>, WriteError> {
+    let bad = |reason: String| WriteError::BadLock { lock: path.to_owned(), reason };
+    let meta = match fs::symlink_metadata(path) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    if !meta.is_file() || meta.len() > 1 << 16 {
+        return Err(bad("it is not a small regular file".to_owned()));
+    }
+    match fs::read(path) {
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| bad(e.to_string())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Removes the lock of a dead process. It is renamed away first, which only one of several racing runs can do, and
+/// put back when it turns out to be another, live one that was created in between.
+fn remove_stale(path: &Path, holder: &Owner) -> Result<(), WriteError> {
+    let aside = unique_sibling(path, "stale");
+    match fs::rename(path, &aside) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e.into()),
+    }
+    if read(&aside)?.as_ref() != Some(holder) {
+        let _ = fs::hard_link(&aside, path);
+    }
+    fs::remove_file(&aside)?;
+    Ok(())
+}
+
+/// `path` with `.<what>-<pid>-<n>` appended; unique in this host's processes.
+pub(super) fn unique_sibling(path: &Path, what: &str) -> PathBuf {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{what}-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
+    PathBuf::from(name)
+}
+
+fn host() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").or_else(|_| fs::read_to_string("/etc/hostname"));
+    let name = name.ok().or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_default();
+    match name.trim() {
+        "" => "unknown".to_owned(),
+        name => name.to_owned(),
+    }
+}
+
+#[cfg(unix)]
+fn alive(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    // EPERM means that it runs, as another user.
+    pid.is_some_and(|p| rustix::process::test_kill_process(p) != Err(rustix::io::Errno::SRCH))
+}
+
+#[cfg(not(unix))]
+fn alive(_: u32) -> bool {
+    true
+}
+
+/// Start time of a process in clock ticks since boot: field 22 of `/proc/<pid>/stat`, counted after the command name,
+/// which may itself hold spaces and parentheses.
+fn process_start(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn second_taker_is_told_who_holds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(".out.lock");
+        let (lock, from) = Lock::take(path.clone(), dir.path()).unwrap();
+        assert_eq!(from, None);
+        match Lock::take(path.clone(), dir.path()) {
+            Err(WriteError::Locked { pid, host: h, .. }) => {
+                assert_eq!(pid, std::process::id());
+                assert_eq!(h, host());
+            }
+            other => panic!("{other:?}"),
+        }
+        drop(lock);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_dead_owner_loses_it_a_foreign_host_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(".out.lock");
+        // Our own pid with another start time: a reused pid.
+        let reused = Owner { process_start: Some(1), ..Owner::this() };
+        assert!(create(&path, &reused).unwrap());
+        let (lock, from) = Lock::take(path.clone(), dir.path()).unwrap();
+        assert_eq!(from, Some(std::process::id()));
+        drop(lock);
+        let foreign = Owner { host: "elsewhere".to_owned(), ..reused };
+        assert!(create(&path, &foreign).unwrap());
+        assert!(matches!(Lock::take(path.clone(), dir.path()), Err(WriteError::Locked { .. })));
+        fs::write(&path, "{").unwrap();
+        assert!(matches!(Lock::take(path, dir.path()), Err(WriteError::BadLock { .. })));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}
