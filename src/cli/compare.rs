@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
-use gqa2mla::convert::{self, Budget, ConvertSettings, Method, OutputDtype};
+use gqa2mla::convert::{Budget, ConvertSettings, Method, OutputDtype};
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::{MethodComparison, MethodFigures, MethodRow};
 
-use super::Context;
+use super::{Context, command_line, convert};
 use super::exit::ExitStatus;
 use super::measure::{self, Windows};
 use super::model::{self, OpenModel};
@@ -61,7 +61,7 @@ impl CompareArgs {
         let mut document =
             MethodComparison::new(&self.model, &windows.text, base.tokens, base.perplexity, source.arch.cache_values());
         for (method, budget) in self.runs() {
-            let name = budget.map(describe);
+            let name = budget.map(command_line::budget);
             let title = name.as_deref().map_or_else(|| method.to_string(), |b| format!("{method} at {b}"));
             context.progress.event(Event::Note(title));
             let settings = self.settings(method, budget);
@@ -129,7 +129,7 @@ fn run(
     context: &Context,
 ) -> anyhow::Result<MethodFigures> {
     let started = Instant::now();
-    let report = convert::convert(&source.source, &source.arch, settings, output, &context.progress)?;
+    let report = convert::publish(source, settings, output, context)?;
     let seconds = started.elapsed().as_secs_f64();
     let converted = model::open(&output.to_string_lossy(), &context.progress)?;
     let perplexity = measure::perplexity(&converted, windows, &context.progress)?.perplexity;
@@ -144,13 +144,6 @@ fn run(
         predicted_error: report.predicted_error,
         seconds,
     })
-}
-
-fn describe(budget: Budget) -> String {
-    match budget {
-        Budget::Values(n) => n.to_string(),
-        Budget::Percent(p) => format!("{p}%"),
-    }
 }
 
 /// The chain of an error in one line, without hints.

@@ -1,18 +1,18 @@
 //! `gqa2mla convert`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use clap::Args;
-use gqa2mla::convert::{self, ConversionReport};
-use gqa2mla::report::{Verification, text};
+use gqa2mla::convert::{self, ConversionReport, ConvertSettings};
+use gqa2mla::report::{Verification, card, text};
 use serde::Serialize;
 
 use super::exit::ExitStatus;
 use super::options::{ConvertOptions, TextOptions};
 use super::output::width;
 use super::values::Count;
-use super::{Context, measure, model, plan};
+use super::{Context, command_line, measure, model, plan};
 
 /// Convert a model and write the MLA checkpoint.
 ///
@@ -53,12 +53,12 @@ impl ConvertArgs {
     /// Whatever stopped the conversion; then nothing is published.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
         if self.dry_run {
-            return plan::show_plan(&self.model, &self.options, context);
+            return plan::show_plan(&self.model, &self.options, true, context);
         }
         let Some(output) = &self.output else { bail!("-o DIR is missing") };
         let settings = self.options.settings()?;
         let source = model::open_convertible(&self.model, &context.progress)?;
-        let report = convert::convert(&source.source, &source.arch, &settings, output, &context.progress)?;
+        let report = publish(&source, &settings, output, context)?;
         let verify = if self.verify {
             let converted = model::open(&output.to_string_lossy(), &context.progress)?;
             Some(verification(&source, &converted, context)?)
@@ -78,7 +78,25 @@ impl ConvertArgs {
     }
 }
 
+/// Convert, with a model card beside the weights.
+///
+/// # Errors
+/// Whatever stopped the conversion.
+pub fn publish(
+    model: &model::OpenModel,
+    settings: &ConvertSettings,
+    output: &Path,
+    context: &Context,
+) -> anyhow::Result<ConversionReport> {
+    let command = command_line::command_line(&model.source.spec, settings);
+    let extras = |report: &ConversionReport| vec![("README.md".to_owned(), card(report, &command, None).into_bytes())];
+    Ok(convert::convert(&model.source, &model.arch, settings, output, &extras, &context.progress)?)
+}
+
 /// What `verify` without options says.
+///
+/// # Errors
+/// Models that cannot be run.
 pub fn verification(
     source: &model::OpenModel,
     converted: &model::OpenModel,

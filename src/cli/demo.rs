@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use gqa2mla::convert::{self, Budget, ConvertSettings, Method};
+use gqa2mla::convert::{Budget, ConvertSettings, Method};
 use gqa2mla::report::table::Table;
 use gqa2mla::report::{SCHEMA_VERSION, Verification, units};
 use serde::Serialize;
 
 use super::exit::ExitStatus;
 use super::output::width;
-use super::{Context, convert as convert_command, model};
+use super::{Context, convert, model};
 
 /// Files of the trained model that is built in (`fixtures/pico-trained`).
 const FILES: [(&str, &[u8]); 4] = [
@@ -77,9 +77,9 @@ impl DemoArgs {
                 force: method == Method::Exact,
                 ..ConvertSettings::default()
             };
-            let report = convert::convert(&source.source, &source.arch, &settings, &output, &context.progress)?;
+            let report = convert::publish(&source, &settings, &output, context)?;
             let converted = model::open(&output.to_string_lossy(), &context.progress)?;
-            let verification = convert_command::verification(&source, &converted, context)?;
+            let verification = convert::verification(&source, &converted, context)?;
             let cache = report.cache_values_per_token_per_layer;
             runs.push(Run { method: method.name(), cache_values_per_token_per_layer: cache, verification });
         }

@@ -1,7 +1,12 @@
 //! Exit codes, and which error gets which.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::process::ExitCode;
+
+use gqa2mla::arch::ArchError;
+use gqa2mla::convert::ConvertError;
+use gqa2mla::source::SourceError;
+use gqa2mla::write::WriteError;
 
 /// How the process ends. `docs/cli.md` promises these numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,31 +35,52 @@ impl From<ExitStatus> for ExitCode {
     }
 }
 
-/// The status for an error: an I/O error that says something about the machine, not about the user's paths, is a
-/// resource failure; so is an unreachable hub; everything else is input that cannot be used.
+/// The status for an error: what says something about the machine, the disk or the network, not about the user's input,
+/// is a resource failure; everything else is input that cannot be used.
 pub fn classify(error: &anyhow::Error) -> ExitStatus {
-    use gqa2mla::source::SourceError;
-    let hub = error.chain().any(|e| matches!(e.downcast_ref(), Some(SourceError::Hub { .. })));
-    let io = error.chain().find_map(|e| {
-        let wrapped = match e.downcast_ref::<SourceError>() {
-            Some(SourceError::Io(io)) => Some(io),
-            _ => None,
-        };
-        e.downcast_ref::<std::io::Error>().or(wrapped)
-    });
-    match io.map(std::io::Error::kind) {
-        _ if hub => ExitStatus::Resource,
-        None => ExitStatus::Unusable,
-        Some(
-            ErrorKind::NotFound
-            | ErrorKind::NotADirectory
-            | ErrorKind::IsADirectory
-            | ErrorKind::InvalidInput
-            | ErrorKind::InvalidData
-            | ErrorKind::InvalidFilename
-            | ErrorKind::AlreadyExists,
-        ) => ExitStatus::Unusable,
-        Some(_) => ExitStatus::Resource,
+    error.chain().find_map(judge).unwrap_or(ExitStatus::Unusable)
+}
+
+/// Verdict on one link of a chain. Transparent variants hide the error they hold from the chain, so they are opened.
+fn judge(e: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
+    if let Some(io) = e.downcast_ref::<io::Error>() {
+        return Some(of_io(io));
+    }
+    match e.downcast_ref::<ConvertError>() {
+        Some(ConvertError::Arch(inner)) => return judge(inner),
+        Some(ConvertError::Source(inner)) => return judge(inner),
+        Some(ConvertError::Write(inner)) => return judge(inner),
+        _ => {}
+    }
+    match e.downcast_ref::<SourceError>() {
+        Some(SourceError::Io(inner)) => return Some(of_io(inner)),
+        Some(SourceError::Hub { .. }) => return Some(ExitStatus::Resource),
+        _ => {}
+    }
+    if let Some(ArchError::Source(inner)) = e.downcast_ref() {
+        return judge(inner);
+    }
+    match e.downcast_ref::<WriteError>()? {
+        WriteError::Io(inner) => Some(of_io(inner)),
+        WriteError::Full { .. }
+        | WriteError::NoSpace { .. }
+        | WriteError::Locked { .. }
+        | WriteError::BadLock { .. }
+        | WriteError::NotSynced { .. } => Some(ExitStatus::Resource),
+        _ => None,
+    }
+}
+
+fn of_io(e: &io::Error) -> ExitStatus {
+    match e.kind() {
+        ErrorKind::NotFound
+        | ErrorKind::NotADirectory
+        | ErrorKind::IsADirectory
+        | ErrorKind::InvalidInput
+        | ErrorKind::InvalidData
+        | ErrorKind::InvalidFilename
+        | ErrorKind::AlreadyExists => ExitStatus::Unusable,
+        _ => ExitStatus::Resource,
     }
 }
 
@@ -78,6 +104,8 @@ mod tests {
         assert_eq!(of(ErrorKind::StorageFull), ExitStatus::Resource);
         assert_eq!(of(ErrorKind::PermissionDenied), ExitStatus::Resource);
         assert_eq!(of(ErrorKind::NotFound), ExitStatus::Unusable);
+        let hidden = ConvertError::Source(SourceError::Io(ErrorKind::PermissionDenied.into()));
+        assert_eq!(classify(&anyhow::Error::new(hidden).context("converting")), ExitStatus::Resource);
         assert_eq!(classify(&anyhow::anyhow!("no such method")), ExitStatus::Unusable);
     }
 }

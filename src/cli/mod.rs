@@ -4,6 +4,7 @@ pub mod exit;
 pub mod interrupt;
 pub mod output;
 
+mod command_line;
 mod compare;
 mod completions;
 mod convert;

@@ -2,16 +2,33 @@
 use std::path::Path;
 
 use super::*;
-use crate::arch::Architecture;
+use crate::arch::{ArchError, Architecture};
 use crate::observe::Observer;
-use crate::source::ModelSource;
+use crate::source::{ModelSource, SourceError};
+use crate::write::WriteError;
+
+pub type Extras<'a> = &'a dyn Fn(&ConversionReport) -> Vec<(String, Vec<u8>)>;
 
 #[derive(Debug, thiserror::Error)]
-#[error("conversion is not part of this build")]
-pub struct ConvertError;
+pub enum ConvertError {
+    #[error(transparent)]
+    Arch(#[from] ArchError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    #[error("conversion is not part of this build")]
+    Stub,
+}
 
-pub fn plan(s: &ModelSource, a: &Architecture, c: &ConvertSettings, o: &dyn Observer) -> Result<Plan, ConvertError> {
-    Err(ConvertError)
+pub fn plan(
+    s: &ModelSource,
+    a: &Architecture,
+    c: &ConvertSettings,
+    predict: bool,
+    o: &dyn Observer,
+) -> Result<Plan, ConvertError> {
+    Err(ConvertError::Stub)
 }
 
 pub fn convert(
@@ -19,7 +36,8 @@ pub fn convert(
     a: &Architecture,
     c: &ConvertSettings,
     output: &Path,
+    e: Extras<'_>,
     o: &dyn Observer,
 ) -> Result<ConversionReport, ConvertError> {
-    Err(ConvertError)
+    Err(ConvertError::Stub)
 }

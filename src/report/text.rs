@@ -164,7 +164,7 @@ pub fn plan(p: &Plan, width: usize) -> String {
     t.row(["peak memory", &units::bytes(p.peak_memory_bytes)]);
     t.row(["time", &format!("about {}", units::seconds(p.estimated_seconds))]);
     for (i, (engine, verdict)) in p.engines.iter().enumerate() {
-        t.row([if i == 0 { "loads in" } else { "" }, &format!("{engine}: {verdict}")]);
+        t.row([if i == 0 { "loads in" } else { "" }, &format!("{engine} - {verdict}")]);
     }
     decisions(&mut t, &p.decisions);
     t.row(["nothing written", "this is a plan"]);

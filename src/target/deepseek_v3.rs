@@ -145,7 +145,11 @@ impl TargetSpec {
             let bias = mla.wo_bias.clone().unwrap_or_else(|| Array1::zeros(d));
             values.push((bias * self.stream_scale).to_vec());
         }
-        planned.into_iter().zip(values).map(|(p, values)| OutTensor { name: p.name, shape: p.shape, values }).collect()
+        planned
+            .into_iter()
+            .zip(values)
+            .map(|(p, values)| OutTensor { name: p.name, shape: p.shape, values })
+            .collect()
     }
 
     /// `q_a = [s X; 0]`, bias `[0; s]`, `q_b = [W_q | b_q]` (T8): the constant last latent carries the query bias. `X` is the

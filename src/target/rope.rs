@@ -45,8 +45,7 @@ pub fn rope_config(
             }
         }
     }
-    let factors: Vec<f32> =
-        frequencies.iter().enumerate().map(|(p, f)| factor(*f, base_power(theta, dim, p))).collect();
+    let factors: Vec<f32> = frequencies.iter().enumerate().map(|(p, f)| factor(*f, base_power(theta, dim, p))).collect();
     let factors: Vec<f64> = factors.into_iter().map(f64::from).collect();
     let scaling = json!({
         "rope_type": "longrope",
