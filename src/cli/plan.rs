@@ -12,7 +12,7 @@ use super::{Context, model};
 
 /// Show what convert would do and need: shapes, ranks, shards, bytes, peak memory, time; writes nothing.
 ///
-/// Every check of convert that needs no calibration is made.
+/// The checks are those of convert. Unless --quick is given, the model runs on calibration text for the predicted error.
 #[derive(Debug, Args)]
 pub struct PlanArgs {
     /// Model folder or hub id `org/name[@revision]`
@@ -39,12 +39,7 @@ impl PlanArgs {
 ///
 /// # Errors
 /// Whatever would stop the conversion.
-pub fn show_plan(
-    spec: &str,
-    options: &ConvertOptions,
-    predict: bool,
-    context: &Context,
-) -> anyhow::Result<ExitStatus> {
+pub fn show_plan(spec: &str, options: &ConvertOptions, predict: bool, context: &Context) -> anyhow::Result<ExitStatus> {
     let settings = options.settings()?;
     let model = model::open_convertible(spec, &context.progress)?;
     let mut plan = convert::plan(&model.source, &model.arch, &settings, predict, &context.progress)?;
@@ -61,7 +56,8 @@ fn engines(plan: &Plan, model: &model::OpenModel) -> Vec<(String, String)> {
     if let (Method::Exact, Some(gqa)) = (plan.settings.method, model.arch.gqa()) {
         candidate.bias = gqa.qkv_bias || gqa.out_bias;
     }
-    let sentence = |reasons: &[&str]| if reasons.is_empty() { String::new() } else { format!(": {}", reasons.join("; ")) };
+    let sentence =
+        |reasons: &[&str]| if reasons.is_empty() { String::new() } else { format!(": {}", reasons.join("; ")) };
     judge(&candidate)
         .into_iter()
         .map(|v| (v.engine.to_owned(), format!("{}{}", v.loads.word(), sentence(&v.reasons))))

@@ -88,8 +88,12 @@ pub fn size(s: &str) -> Result<u64, String> {
         Ok(n) => n.checked_mul(factor).ok_or_else(bad)?,
         Err(_) => {
             let n: f64 = number.parse().map_err(|_| bad())?;
-            // Far below 2^63: exact enough, and the cast cannot overflow.
-            (n * factor as f64).clamp(0.0, 9e18) as u64
+            let bytes = n * factor as f64;
+            // NaN fails as well. Below 2^63 the cast is exact enough.
+            if !(1.0..9e18).contains(&bytes) {
+                return Err(bad());
+            }
+            bytes as u64
         }
     };
     if bytes > 0 { Ok(bytes) } else { Err(bad()) }

@@ -206,7 +206,8 @@ fn budgets(gqa: &GqaShape) -> Vec<(String, usize, usize)> {
     for (name, parts, of) in [("2/3", 2, 3), ("1/2", 1, 2), ("1/3", 1, 3), ("1/4", 1, 4)] {
         let values = source * parts / of / 2 * 2;
         // About a third of the cache for rotated keys is a good split at every budget that was measured.
-        let rope = (values / 3 / 16 * 16).min(gqa.head_dim).max(2);
+        let grain = (gqa.head_dim / 8 * 2).clamp(2, 16);
+        let rope = (values / 3 / grain * grain).min(gqa.head_dim).max(2);
         if values > rope {
             out.push((name.to_owned(), values - rope, rope));
         }
