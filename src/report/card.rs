@@ -43,7 +43,22 @@ pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verificat
         tokens => verdict.map_or(0, |v| v.figures.tokens),
         text => verdict.map_or_else(String::new, |v| inline(&v.text)),
     };
-    env.render_str(TEMPLATE, values).expect("the embedded template renders every report")
+    let text = env.render_str(TEMPLATE, values).expect("the embedded template renders every report");
+    tidy(&text)
+}
+
+/// At most one empty line in a row, and a newline at the end: what branches of the template leave is not seen.
+fn tidy(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 1);
+    let mut empty = 0;
+    for line in text.trim_end().lines() {
+        empty = if line.is_empty() { empty + 1 } else { 0 };
+        if empty < 2 {
+            out.push_str(line);
+            out.push('\n');
+        }
+    }
+    out
 }
 
 fn geometry(r: &ConversionReport) -> Table {

@@ -288,7 +288,8 @@ mod tests {
             for (x, y) in &drawn {
                 assert!((LEFT..=WIDTH - RIGHT).contains(x) && (TOP..=HEIGHT - BOTTOM).contains(y), "({x}, {y})");
             }
-            assert!(drawn.windows(2).all(|w| w[0].0 < w[1].0 && w[0].1 < w[1].1 == (points[0].1 > points[1].1)));
+            // All of these fall; pixels count downwards.
+            assert!(drawn.windows(2).all(|w| w[0].0 < w[1].0 && w[0].1 < w[1].1), "{drawn:?}");
         }
     }
 
