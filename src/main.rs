@@ -1,1 +1,28 @@
-fn main() {}
+//! `gqa2mla`: parse, run, report, exit.
+
+mod cli;
+
+use std::process::ExitCode;
+
+use cli::{exit, interrupt, output};
+
+fn main() -> ExitCode {
+    let cli = match cli::parse() {
+        Ok(cli) => cli,
+        Err(status) => return status.into(),
+    };
+    let status = match interrupt::catch(|| cli::run(cli)) {
+        Ok(Ok(status)) => status,
+        // Whoever read our output has seen enough.
+        Ok(Err(e)) if exit::is_broken_pipe(&e) => exit::ExitStatus::Done,
+        Ok(Err(e)) => {
+            output::error(&e);
+            exit::classify(&e)
+        }
+        Err(signal) => {
+            output::message(output::Label::Error, "interrupted, nothing was published");
+            exit::ExitStatus::Interrupted(signal)
+        }
+    };
+    status.into()
+}

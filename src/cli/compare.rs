@@ -1,0 +1,154 @@
+//! `gqa2mla compare`
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Context as _;
+use clap::Args;
+use gqa2mla::convert::{Budget, ConvertSettings, Method, OutputDtype};
+use gqa2mla::observe::{Event, Observer};
+use gqa2mla::report::{MethodComparison, MethodFigures, MethodRow};
+
+use super::exit::ExitStatus;
+use super::measure::{self, Windows};
+use super::model::{self, OpenModel};
+use super::options::{self, CalibrationOptions, TextOptions};
+use super::output::width;
+use super::{Context, command_line, convert};
+
+/// Convert with several methods and budgets, evaluate each, print one table.
+///
+/// Every conversion is calibrated and evaluated on the same tokens, written in f32 to a temporary folder, and removed
+/// once it is evaluated. With -o, compare.json and compare.svg (perplexity against cache) are written. A method that
+/// fails at a budget keeps its row, with the reason; the exit code is then 1.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Model folder or hub id `org/name[@revision]`
+    #[arg(value_name = "MODEL")]
+    model: String,
+    /// Cache per token and layer: values (`192`) or shares of the source's (`50%`), comma separated
+    #[arg(long, value_name = "BUDGET,...", default_value = "50%", value_delimiter = ',')]
+    kv_budget: Vec<Budget>,
+    /// Methods, comma separated
+    #[arg(long, value_name = "METHOD,...", default_value = "transmla,care,attention-aware", value_delimiter = ',',
+          value_parser = options::method())]
+    methods: Vec<Method>,
+    /// attention-aware: gradient steps per layer after the closed form
+    #[arg(long, value_name = "STEPS", default_value = "0")]
+    refine: usize,
+    /// Folder for compare.json and compare.svg; temporary files go there as well
+    #[arg(long, short, value_name = "DIR")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    calibration: CalibrationOptions,
+    #[command(flatten)]
+    text: TextOptions,
+}
+
+impl CompareArgs {
+    /// Run the command.
+    ///
+    /// # Errors
+    /// A model or text that cannot be used, files that cannot be written. A method that fails is no error.
+    pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
+        let source = model::open_convertible(&self.model, &context.progress)?;
+        let windows = Windows::new(&self.text, &[&source])?;
+        if let Some(dir) = &self.output {
+            fs_err::create_dir_all(dir)?;
+        }
+        let scratch = scratch(self.output.as_deref())?;
+        let base = measure::perplexity(&source, &windows, &context.progress)?;
+        let mut document =
+            MethodComparison::new(&self.model, &windows.text, base.tokens, base.perplexity, source.arch.cache_values());
+        for (method, budget) in self.runs() {
+            let name = budget.map(command_line::budget);
+            let title = name.as_deref().map_or_else(|| method.to_string(), |b| format!("{method} at {b}"));
+            context.progress.event(Event::Note(title));
+            let settings = self.settings(method, budget);
+            let output = scratch.path().join("converted");
+            let row = run(&source, &settings, &output, &windows, base.perplexity, context);
+            if output.exists() {
+                fs_err::remove_dir_all(&output)?;
+            }
+            let (figures, error) = match row {
+                Ok(figures) => (Some(figures), None),
+                Err(e) => (None, Some(reason(&e))),
+            };
+            document.rows.push(MethodRow { method: method.name().to_owned(), budget: name, figures, error });
+        }
+        if let Some(dir) = &self.output {
+            fs_err::write(dir.join("compare.json"), format!("{}\n", serde_json::to_string_pretty(&document)?))?;
+            fs_err::write(dir.join("compare.svg"), document.svg())?;
+        }
+        context.show(&document, |d| d.table().render(width()))?;
+        let failed = document.rows.iter().any(|r| r.figures.is_none());
+        Ok(if failed { ExitStatus::CheckFailed } else { ExitStatus::Done })
+    }
+
+    /// Every method at every budget; `exact` takes none and runs once.
+    fn runs(&self) -> Vec<(Method, Option<Budget>)> {
+        let budgets = |m: Method| -> Vec<(Method, Option<Budget>)> {
+            match m {
+                Method::Exact => vec![(m, None)],
+                _ => self.kv_budget.iter().map(|b| (m, Some(*b))).collect(),
+            }
+        };
+        self.methods.iter().flat_map(|m| budgets(*m)).collect()
+    }
+
+    fn settings(&self, method: Method, budget: Option<Budget>) -> ConvertSettings {
+        ConvertSettings {
+            method,
+            kv_budget: budget,
+            refine: if method == Method::AttentionAware { self.refine } else { 0 },
+            // So that only the method makes a difference, not rounding.
+            dtype: Some(OutputDtype::F32),
+            calibration: self.calibration.settings(),
+            force: true,
+            ..ConvertSettings::default()
+        }
+    }
+}
+
+/// A temporary folder beside the results, or in the system's.
+fn scratch(output: Option<&Path>) -> anyhow::Result<tempfile::TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".gqa2mla-compare-");
+    match output {
+        Some(dir) => builder.tempdir_in(dir).with_context(|| format!("cannot make a folder in `{}`", dir.display())),
+        None => builder.tempdir().context("cannot make a temporary folder"),
+    }
+}
+
+fn run(
+    source: &OpenModel,
+    settings: &ConvertSettings,
+    output: &Path,
+    windows: &Windows,
+    ppl_source: f64,
+    context: &Context,
+) -> anyhow::Result<MethodFigures> {
+    let started = Instant::now();
+    let report = convert::publish(source, settings, output, context)?;
+    let seconds = started.elapsed().as_secs_f64();
+    let converted = model::open(&output.to_string_lossy(), &context.progress)?;
+    let perplexity = measure::perplexity(&converted, windows, &context.progress)?.perplexity;
+    let cache = report.cache_values_per_token_per_layer;
+    Ok(MethodFigures {
+        kv_lora_rank: report.geometry.kv_lora_rank,
+        qk_rope_head_dim: report.geometry.qk_rope_head_dim,
+        cache_values_per_token_per_layer: cache,
+        cache_percent: 100.0 * cache as f64 / source.arch.cache_values() as f64,
+        perplexity,
+        excess_nats: (perplexity / ppl_source).ln(),
+        predicted_error: report.predicted_error,
+        seconds,
+    })
+}
+
+/// The chain of an error in one line, without hints.
+fn reason(e: &anyhow::Error) -> String {
+    let links: Vec<String> =
+        e.chain().map(|l| l.to_string().split("\n\nhint: ").next().unwrap_or_default().to_owned()).collect();
+    links.join(": ").replace('\n', " ")
+}

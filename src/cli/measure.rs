@@ -1,0 +1,112 @@
+//! Running models on text.
+
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use gqa2mla::observe::Observer;
+use gqa2mla::runtime::{Cpu, Model};
+use gqa2mla::verify::{self, Comparison, Evaluation, Thresholds, windows_from_text};
+
+use super::model::OpenModel;
+use super::options::TextOptions;
+
+/// Text that no calibration uses.
+const HELD_OUT: &str = include_str!("../../data/heldout.txt");
+/// Largest text read. Tokens of more than this are never measured in one run.
+const MAX_TEXT_BYTES: u64 = 1 << 30;
+
+/// Tokens to measure on.
+pub struct Windows {
+    pub tokens: Vec<Vec<u32>>,
+    pub seq_len: usize,
+    /// Where the text came from.
+    pub text: String,
+}
+
+impl Windows {
+    /// Windows for all of `models`, with the tokenizer of the first. The built-in text is short: its windows shrink to
+    /// what models and text allow; a text that the user gives has to hold at least one whole window.
+    ///
+    /// # Errors
+    /// A text that cannot be read or is too short, windows longer than a model's context.
+    pub fn new(options: &TextOptions, models: &[&OpenModel]) -> anyhow::Result<Self> {
+        let Some(first) = models.first() else { bail!("no model to measure") };
+        let longest = models.iter().map(|m| m.arch.max_position).min().unwrap_or(options.seq_len);
+        let seq_len = options.seq_len.min(longest);
+        let (text, name) = match &options.text {
+            Some(path) => (read_text(path)?, format!("`{}`", path.display())),
+            None => (HELD_OUT.to_owned(), "the built-in held-out text".to_owned()),
+        };
+        let ids = first.source.tokenizer()?.encode(&text).with_context(|| format!("cannot tokenize {name}"))?;
+        let limit = Some(options.windows.0).filter(|n| *n < usize::MAX);
+        let tokens = windows_from_text(&ids, seq_len, options.every, limit);
+        if tokens.is_empty() {
+            bail!(
+                "{name} has {} tokens, less than one window of {seq_len}\n\nhint: give a longer text, or a smaller \
+                 --seq-len",
+                ids.len()
+            );
+        }
+        Ok(Self { tokens, seq_len, text: name })
+    }
+}
+
+fn read_text(path: &Path) -> anyhow::Result<String> {
+    let size = fs_err::metadata(path)?.len();
+    if size > MAX_TEXT_BYTES {
+        bail!("`{}` has {size} bytes, more than {MAX_TEXT_BYTES}\n\nhint: cut a part out of it", path.display());
+    }
+    let bytes = fs_err::read(path)?;
+    String::from_utf8(bytes).with_context(|| format!("`{}` is not UTF-8 text", path.display()))
+}
+
+/// Perplexity of a model.
+///
+/// # Errors
+/// Tokens outside the vocabulary, numbers that are not finite.
+pub fn perplexity(model: &OpenModel, windows: &Windows, observer: &dyn Observer) -> anyhow::Result<Evaluation> {
+    let runnable = Model::new(&model.source, &model.arch, &Cpu);
+    verify::perplexity(&runnable, &windows.tokens, observer)
+        .with_context(|| format!("cannot evaluate `{}`", model.source.spec))
+}
+
+/// Both models on the same tokens.
+///
+/// # Errors
+/// As [`perplexity`], and models that do not share a vocabulary.
+pub fn compare(
+    source: &OpenModel,
+    converted: &OpenModel,
+    windows: &Windows,
+    observer: &dyn Observer,
+) -> anyhow::Result<Comparison> {
+    let a = Model::new(&source.source, &source.arch, &Cpu);
+    let b = Model::new(&converted.source, &converted.arch, &Cpu);
+    Ok(verify::compare(&a, &b, &windows.tokens, observer)?)
+}
+
+/// Cached and full decoding of one model do the same sums in another order, in f32: logits of a few tens agree to this.
+const CACHED_VS_FULL: f64 = 5e-3;
+
+/// What a conversion has to reach when the user does not say: read off its `conversion.json`.
+pub fn default_thresholds(converted: &OpenModel) -> (Thresholds, &'static str) {
+    let cached = Thresholds { cached_vs_full: Some(CACHED_VS_FULL), ..Thresholds::default() };
+    let report = converted.source.dir.join("conversion.json");
+    let report: Option<serde_json::Value> =
+        fs_err::read(report).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let Some(report) = report else {
+        return (cached, "finite figures and agreement of cached decoding, since conversion.json is missing");
+    };
+    if report["method"] != "exact" {
+        return (cached, "finite figures and agreement of cached decoding, since the method compresses");
+    }
+    let stored = converted.source.tensors.get(&converted.arch.names.layer(0).weight("kv_a")).map(|t| t.dtype);
+    if stored == Some(gqa2mla::source::Dtype::F32) {
+        let exact = Thresholds { max_abs_dlogit: Some(2e-3), top1: Some(1.0), ..cached };
+        (exact, "those of method exact in f32")
+    } else {
+        // Weights that had to be rescaled are rounded once more: 2^-9 relative per weight.
+        let rounded = Thresholds { kl: Some(5e-3), ppl_ratio: Some(1.01), ..cached };
+        (rounded, "those of method exact, rounded to the stored dtype")
+    }
+}

@@ -1,0 +1,157 @@
+//! The command line: one file per command, each from raw arguments over validated settings to a value shown once.
+
+pub mod exit;
+pub mod interrupt;
+pub mod output;
+
+mod command_line;
+mod compare;
+mod completions;
+mod convert;
+mod demo;
+mod eval;
+mod inspect;
+mod measure;
+mod model;
+mod options;
+mod plan;
+mod progress;
+mod reference;
+mod values;
+mod verify;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+
+use exit::ExitStatus;
+use output::Format;
+use progress::Progress;
+
+/// Convert a pretrained GQA/MHA checkpoint to Multi-head Latent Attention (MLA), and prove the result.
+///
+/// MODEL is a folder in Hugging Face layout (config.json, safetensors weights, tokenizer.json), or a hub id
+/// `org/name[@revision]`, which is downloaded; HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.
+#[derive(Debug, Parser)]
+#[command(
+    name = "gqa2mla",
+    version,
+    propagate_version = true,
+    max_term_width = 110,
+    after_help = "Exit codes: 0 done; 1 a check did not hold; 2 unusable input or arguments; 3 I/O or resource failure; \
+                  130/143 interrupted.\nRUST_LOG sets the log level (for example RUST_LOG=debug)."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Global options")]
+pub struct Global {
+    /// Print one JSON document on stdout instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    /// Show no progress, warnings or notes; errors still appear
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// Threads to compute with [default: all cores]; results do not depend on it
+    #[arg(long, value_name = "N", global = true, value_parser = values::positive)]
+    threads: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Inspect(inspect::InspectArgs),
+    Plan(plan::PlanArgs),
+    Convert(convert::ConvertArgs),
+    Verify(verify::VerifyArgs),
+    Eval(eval::EvalArgs),
+    Compare(compare::CompareArgs),
+    Demo(demo::DemoArgs),
+    Completions(completions::CompletionsArgs),
+    /// Print this command line's reference as Markdown
+    #[command(hide = true)]
+    Reference,
+}
+
+/// What every command gets besides its own arguments.
+pub struct Context {
+    /// How results are shown.
+    pub format: Format,
+    /// Where the library reports to.
+    pub progress: Progress,
+}
+
+impl Context {
+    /// Take the progress bar away, then show a result on stdout.
+    ///
+    /// # Errors
+    /// When stdout cannot be written.
+    pub fn show<T: serde::Serialize>(&self, document: &T, text: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+        self.progress.finish();
+        output::show(self.format, document, text)
+    }
+}
+
+/// Parse the command line; help, version and usage errors are printed here.
+///
+/// # Errors
+/// The status to exit with at once.
+pub fn parse() -> Result<Cli, ExitStatus> {
+    Cli::try_parse().map_err(|e| {
+        let status = if e.use_stderr() { ExitStatus::Unusable } else { ExitStatus::Done };
+        // Nobody left to tell.
+        let _ = e.print();
+        status
+    })
+}
+
+/// Run the command.
+///
+/// # Errors
+/// Whatever made it impossible; [`exit::classify`] knows the exit code.
+pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
+    let Global { json, quiet, threads } = cli.global;
+    start_logging();
+    if let Some(n) = threads {
+        rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("cannot start the threads")?;
+    }
+    let context = Context { format: if json { Format::Json } else { Format::Human }, progress: Progress::new(quiet) };
+    match cli.command {
+        Command::Inspect(args) => args.execute(&context),
+        Command::Plan(args) => args.execute(&context),
+        Command::Convert(args) => args.execute(&context),
+        Command::Verify(args) => args.execute(&context),
+        Command::Eval(args) => args.execute(&context),
+        Command::Compare(args) => args.execute(&context),
+        Command::Demo(args) => args.execute(&context),
+        Command::Completions(args) => args.execute(),
+        Command::Reference => reference::execute(),
+    }
+}
+
+/// Logs are for debugging: what a user should know arrives as events and errors. Off unless RUST_LOG asks.
+fn start_logging() {
+    use std::io::IsTerminal as _;
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("off"));
+    // A second subscriber is impossible in one process; if it happens the first one stays.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_tree_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+}

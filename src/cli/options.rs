@@ -1,0 +1,320 @@
+//! Groups of options that several commands share, and their way to validated settings.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+
+use gqa2mla::convert::{
+    Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, RopeGrid, Steps, TargetKind,
+};
+
+use super::values::{self, Count, Ratio};
+
+/// Parser of a method's name, for any command.
+pub fn method() -> impl TypedValueParser<Value = Method> {
+    PossibleValuesParser::new(Method::ALL.map(Method::name))
+        .map(|s| Method::ALL.into_iter().find(|m| m.name() == s).unwrap_or(Method::AttentionAware))
+}
+
+fn target() -> impl TypedValueParser<Value = TargetKind> {
+    // `auto` has one answer as long as there is one target.
+    PossibleValuesParser::new(["auto", TargetKind::DeepseekV3.name()]).map(|_| TargetKind::DeepseekV3)
+}
+
+fn rope_grid() -> impl TypedValueParser<Value = Auto<RopeGrid>> {
+    PossibleValuesParser::new(["auto", "free", "stock"]).map(|s| {
+        Auto(match s.as_str() {
+            "free" => Some(RopeGrid::Free),
+            "stock" => Some(RopeGrid::Stock),
+            _ => None,
+        })
+    })
+}
+
+fn dtype() -> impl TypedValueParser<Value = Auto<OutputDtype>> {
+    PossibleValuesParser::new(["auto", "bf16", "f32"]).map(|s| {
+        Auto(match s.as_str() {
+            "bf16" => Some(OutputDtype::Bf16),
+            "f32" => Some(OutputDtype::F32),
+            _ => None,
+        })
+    })
+}
+
+/// A choice or `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Auto<T>(Option<T>);
+
+/// Everything that decides what `convert` writes, as typed.
+#[derive(Debug, Clone, Args)]
+pub struct ConvertOptions {
+    #[command(flatten)]
+    choice: MethodOptions,
+    #[command(flatten)]
+    calibration: CalibrationOptions,
+    #[command(flatten)]
+    output: OutputOptions,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Method and cache size")]
+struct MethodOptions {
+    /// How attention is factorised
+    #[arg(long, value_name = "METHOD", default_value = "attention-aware", value_parser = method())]
+    method: Method,
+    /// Cache per token and layer: values (`192`) or a share of the source's (`50%`); the split into latent and rotated
+    /// width is searched [default: 50%, or what stock kernels take]
+    #[arg(long, value_name = "VALUES|PERCENT")]
+    kv_budget: Option<Budget>,
+    /// Width of the cached latent, values
+    #[arg(long, value_name = "N", value_parser = values::positive)]
+    kv_lora_rank: Option<usize>,
+    /// Width of the cached rotated key, values, even
+    #[arg(long, value_name = "N", value_parser = values::positive_even)]
+    qk_rope_head_dim: Option<usize>,
+    /// Width of a query latent, values [default: none, or what carrying query biases needs]
+    #[arg(long, value_name = "N", value_parser = values::positive)]
+    q_lora_rank: Option<usize>,
+    /// attention-aware: switch one step off, to see its worth; repeatable
+    #[arg(long, value_name = "STEP", value_parser = PossibleValuesParser::new(Steps::NAMES))]
+    without: Vec<String>,
+    /// attention-aware: gradient steps per layer after the closed form [default: 0]
+    #[arg(long, value_name = "STEPS")]
+    refine: Option<usize>,
+    /// transmla, care: neighbouring frequencies that share one rotation [default: auto]
+    #[arg(long, value_name = "N|auto")]
+    freqfold: Option<FreqFold>,
+    /// transmla, care: scale keys to this multiple of the values' norm before the joint low rank, or `none`
+    /// [default: 1]
+    #[arg(long, value_name = "X|none", value_parser = values::number_or_none)]
+    balance_kv_ratio: Option<Ratio>,
+    /// Frequencies of the rotated width: free loses least, stock loads in every engine; auto: free
+    #[arg(long, value_name = "GRID", default_value = "auto", value_parser = rope_grid())]
+    rope_grid: Auto<RopeGrid>,
+}
+
+/// Calibration text.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Calibration")]
+pub struct CalibrationOptions {
+    /// Text to calibrate on: .txt, or .jsonl with a `text` field; repeatable [default: built-in text]
+    #[arg(long, value_name = "FILE")]
+    calib: Vec<PathBuf>,
+    /// Windows of text
+    #[arg(long, value_name = "N", default_value = "128", value_parser = values::positive)]
+    calib_samples: usize,
+    /// Tokens per window
+    #[arg(long, value_name = "TOKENS", default_value = "256", value_parser = values::positive)]
+    calib_seq_len: usize,
+    /// Seed of the choice of windows and of refinement
+    #[arg(long, value_name = "N", default_value = "42")]
+    seed: u64,
+}
+
+impl CalibrationOptions {
+    /// Validated.
+    pub fn settings(&self) -> CalibrationSettings {
+        CalibrationSettings {
+            files: self.calib.clone(),
+            samples: self.calib_samples,
+            seq_len: self.calib_seq_len,
+            seed: self.seed,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Output")]
+struct OutputOptions {
+    /// Model class to write for; auto: deepseek_v3
+    #[arg(long, value_name = "CLASS", default_value = "auto", value_parser = target())]
+    target: TargetKind,
+    /// Dtype of the written weights; auto: the source's
+    #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtype())]
+    dtype: Auto<OutputDtype>,
+    /// Largest weight file; KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = values::size)]
+    max_shard_size: u64,
+    /// Longest context the output claims, tokens; lets a sliding-window model be converted within its window
+    #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
+    max_context: Option<usize>,
+    /// Replace an existing output folder
+    #[arg(long)]
+    overwrite: bool,
+    /// Go on where the tool would refuse, such as for a cache that does not shrink
+    #[arg(long)]
+    force: bool,
+}
+
+impl ConvertOptions {
+    /// Check the options against each other.
+    ///
+    /// # Errors
+    /// Options that contradict each other, or that the method would ignore.
+    pub fn settings(&self) -> anyhow::Result<ConvertSettings> {
+        let c = &self.choice;
+        let method = c.method;
+        if c.kv_budget.is_some() && c.kv_lora_rank.is_some() && c.qk_rope_head_dim.is_some() {
+            bail!(
+                "--kv-budget, --kv-lora-rank and --qk-rope-head-dim are given together\n\nhint: the budget is the sum \
+                 of the two widths: give at most two of the three"
+            );
+        }
+        if let (Some(Budget::Values(total)), Some(part)) = (c.kv_budget, c.kv_lora_rank.or(c.qk_rope_head_dim))
+            && part >= total
+        {
+            bail!("a width of {part} leaves nothing of --kv-budget {total} for the other part of the cache");
+        }
+        let widths = c.kv_budget.is_some() || c.kv_lora_rank.is_some() || c.qk_rope_head_dim.is_some();
+        let published = matches!(method, Method::Transmla | Method::Care);
+        let ours = method == Method::AttentionAware;
+        let ignored = [
+            (
+                widths && method == Method::Exact,
+                "--kv-budget, --kv-lora-rank and --qk-rope-head-dim",
+                "a method that compresses",
+            ),
+            (c.freqfold.is_some() && !published, "--freqfold", "--method transmla or care"),
+            (c.balance_kv_ratio.is_some() && !published, "--balance-kv-ratio", "--method transmla or care"),
+            (!c.without.is_empty() && !ours, "--without", "--method attention-aware"),
+            (c.refine.is_some_and(|n| n > 0) && !ours, "--refine", "--method attention-aware"),
+        ];
+        if let Some((_, option, wants)) = ignored.iter().find(|i| i.0) {
+            bail!("--method {method} takes no {option}\n\nhint: leave the option out, or use {wants}");
+        }
+        let mut steps = Steps::default();
+        for name in &c.without {
+            steps.disable(name);
+        }
+        let defaults = ConvertSettings::default();
+        Ok(ConvertSettings {
+            method,
+            kv_lora_rank: c.kv_lora_rank,
+            qk_rope_head_dim: c.qk_rope_head_dim,
+            q_lora_rank: c.q_lora_rank,
+            kv_budget: c.kv_budget,
+            freqfold: c.freqfold.unwrap_or(defaults.freqfold),
+            balance_kv_ratio: c.balance_kv_ratio.map_or(defaults.balance_kv_ratio, |r| r.0),
+            steps,
+            refine: c.refine.unwrap_or(defaults.refine),
+            target: self.output.target,
+            rope_grid: c.rope_grid.0,
+            dtype: self.output.dtype.0,
+            calibration: self.calibration.settings(),
+            max_shard_bytes: self.output.max_shard_size,
+            max_context: self.output.max_context,
+            overwrite: self.output.overwrite,
+            force: self.output.force,
+        })
+    }
+}
+
+/// Which tokens models are measured on.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Text")]
+pub struct TextOptions {
+    /// Text to measure on, UTF-8 [default: built-in text that no calibration uses]
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Tokens per window, at most what the models allow
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = window)]
+    pub seq_len: usize,
+    /// Windows to measure, or `all`
+    #[arg(long, value_name = "N|all", default_value = "8", value_parser = values::count_or_all)]
+    pub windows: Count,
+    /// Take every Nth window of the text
+    #[arg(long, value_name = "N", default_value = "1", value_parser = values::positive)]
+    pub every: usize,
+}
+
+/// A window predicts every token but its first.
+fn window(s: &str) -> Result<usize, String> {
+    match values::positive(s) {
+        Ok(n) if n >= 2 => Ok(n),
+        _ => Err("expected an integer of at least 2: the first token of a window is not predicted".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[derive(Debug, clap::Parser)]
+    struct Probe {
+        #[command(flatten)]
+        options: ConvertOptions,
+    }
+
+    fn settings(args: &str) -> anyhow::Result<ConvertSettings> {
+        let args = std::iter::once("probe").chain(args.split_whitespace());
+        Probe::try_parse_from(args)?.options.settings()
+    }
+
+    #[test]
+    fn no_options_are_the_documented_defaults() {
+        assert_eq!(settings("").expect("defaults"), ConvertSettings::default());
+    }
+
+    #[test]
+    fn every_option_arrives() {
+        let s = settings(
+            "--method transmla --kv-lora-rank 128 --qk-rope-head-dim 64 --q-lora-rank 96 --freqfold 4 \
+             --balance-kv-ratio none --rope-grid stock --dtype f32 --calib a.txt --calib b.jsonl --calib-samples 3 \
+             --calib-seq-len 17 --seed 7 --target deepseek_v3 --max-shard-size 1MiB --max-context 99 --overwrite --force",
+        )
+        .expect("valid");
+        let expected = ConvertSettings {
+            method: Method::Transmla,
+            kv_lora_rank: Some(128),
+            qk_rope_head_dim: Some(64),
+            q_lora_rank: Some(96),
+            kv_budget: None,
+            freqfold: FreqFold::Fixed(4),
+            balance_kv_ratio: None,
+            steps: Steps::default(),
+            refine: 0,
+            target: TargetKind::DeepseekV3,
+            rope_grid: Some(RopeGrid::Stock),
+            dtype: Some(OutputDtype::F32),
+            calibration: CalibrationSettings {
+                files: vec!["a.txt".into(), "b.jsonl".into()],
+                samples: 3,
+                seq_len: 17,
+                seed: 7,
+            },
+            max_shard_bytes: 1 << 20,
+            max_context: Some(99),
+            overwrite: true,
+            force: true,
+        };
+        assert_eq!(s, expected);
+        let s = settings("--kv-budget 33.3% --without metric --without phase --refine 10").expect("valid");
+        assert_eq!(s.kv_budget, Some(Budget::Percent(33.3)));
+        assert_eq!((s.steps.metric, s.steps.phase, s.steps.centring, s.refine), (false, false, true, 10));
+    }
+
+    #[test]
+    fn options_that_would_be_ignored_are_refused() {
+        for bad in [
+            "--method exact --kv-budget 50%",
+            "--method exact --kv-lora-rank 64",
+            "--freqfold 2",
+            "--method transmla --without metric",
+            "--method care --refine 3",
+            "--kv-budget 192 --kv-lora-rank 128 --qk-rope-head-dim 64",
+            "--kv-budget 64 --qk-rope-head-dim 64",
+            "--qk-rope-head-dim 63",
+            "--kv-budget 0%",
+            "--kv-budget 101%",
+            "--kv-budget -5",
+            "--without nothing",
+            "--method magic",
+        ] {
+            assert!(settings(bad).is_err(), "{bad}");
+        }
+    }
+}
