@@ -1,7 +1,14 @@
 //! dev driver
 use gqa2mla::{arch::Architecture, convert::*, observe::*, source::*};
 struct P;
-impl Observer for P { fn event(&self, e: Event) { match e { Event::Note(n)|Event::Warning(n) => eprintln!("note: {n}"), _ => {} } } }
+impl Observer for P {
+    fn event(&self, e: Event) {
+        match e {
+            Event::Note(n) | Event::Warning(n) => eprintln!("note: {n}"),
+            _ => {}
+        }
+    }
+}
 fn main() {
     let a: Vec<String> = std::env::args().collect();
     if a[1] == "eval" {
@@ -10,17 +17,31 @@ fn main() {
             let w: Vec<Vec<u32>> = serde_json::from_str(&fs_err::read_to_string(&a[2]).unwrap()).unwrap();
             let src = ModelSource::open(dir, &Default::default(), &P).unwrap();
             let arch = Architecture::from_config(&src.config).unwrap();
-            let e = gqa2mla::verify::perplexity(&gqa2mla::runtime::Model::new(&src, &arch, &gqa2mla::runtime::Cpu), &w, &P).unwrap();
-            println!("{dir}: ppl {:.4} nll {:.4} ({:.1} s)", e.perplexity, e.nll_nats_per_token, t.elapsed().as_secs_f64());
+            let e =
+                gqa2mla::verify::perplexity(&gqa2mla::runtime::Model::new(&src, &arch, &gqa2mla::runtime::Cpu), &w, &P)
+                    .unwrap();
+            println!(
+                "{dir}: ppl {:.4} nll {:.4} ({:.1} s)",
+                e.perplexity,
+                e.nll_nats_per_token,
+                t.elapsed().as_secs_f64()
+            );
         }
         return;
     }
     let mut s = ConvertSettings { overwrite: true, ..Default::default() };
     let mut i = 3;
     while i < a.len() {
-        let v = a.get(i+1).cloned().unwrap_or_default();
+        let v = a.get(i + 1).cloned().unwrap_or_default();
         match a[i].as_str() {
-            "-m" => s.method = match v.as_str() { "exact" => Method::Exact, "transmla" => Method::Transmla, "care" => Method::Care, _ => Method::AttentionAware },
+            "-m" => {
+                s.method = match v.as_str() {
+                    "exact" => Method::Exact,
+                    "transmla" => Method::Transmla,
+                    "care" => Method::Care,
+                    _ => Method::AttentionAware,
+                }
+            }
             "-r" => s.kv_lora_rank = v.parse().ok(),
             "-R" => s.qk_rope_head_dim = v.parse().ok(),
             "-b" => s.kv_budget = v.parse().ok(),
@@ -40,9 +61,14 @@ fn main() {
     let arch = Architecture::from_config(&src.config).unwrap_or_else(|e| panic!("{e}"));
     match convert(&src, &arch, &s, a[2].as_ref(), &|_| vec![], &P) {
         Ok(r) => {
-            for l in &r.layers { print!("{:.3}({:.3}) ", l.predicted_error, l.rope_loss); }
-            println!("\nerr {:.4} rss {:.0} MB {:?}", r.predicted_error, r.peak_rss_bytes as f64/1e6, r.seconds);
+            for l in &r.layers {
+                print!("{:.3}({:.3}) ", l.predicted_error, l.rope_loss);
+            }
+            println!("\nerr {:.4} rss {:.0} MB {:?}", r.predicted_error, r.peak_rss_bytes as f64 / 1e6, r.seconds);
         }
-        Err(e) => { eprintln!("error: {e}"); std::process::exit(2) }
+        Err(e) => {
+            eprintln!("error: {e}");
+            std::process::exit(2)
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! A conversion is a straight line, one layer at a time; each module is a stage, in the order data meets it:
 //! [`source`] (files to tensors) → [`arch`] (family to one normal form) → [`calibrate`] (tokens to second moments) →
 //! [`factor`] (pure maths on matrices) → [`methods`] (which maths, in what order, per layer) → [`target`] (names,
-//! config and dtype of a stock class) → [`write`] (shards, atomic publish). [`runtime`] is the reference forward pass
+//! config and dtype of a stock class) → [`mod@write`] (shards, atomic publish). [`runtime`] is the reference forward pass
 //! that moves calibration tokens along and runs both models for [`verify`]; [`convert`] drives the line; [`report`]
 //! holds what comes out.
 //!

@@ -150,12 +150,12 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
 
 fn read_gqa(config: &Config<'_>, family: &Family, hidden: usize, heads: usize) -> Result<(Attention, Rope), ArchError> {
     let kv_heads = config.count("num_key_value_heads")?.unwrap_or(heads);
-    if heads % kv_heads != 0 {
+    if !heads.is_multiple_of(kv_heads) {
         return Err(config.bad("num_key_value_heads", &format!("a divisor of num_attention_heads ({heads})")));
     }
     let head_dim = match config.count("head_dim")? {
         Some(d) => d,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => return Err(config.bad("num_attention_heads", &format!("a divisor of hidden_size ({hidden})"))),
     };
     if let Some(partial) = config.number("partial_rotary_factor")?

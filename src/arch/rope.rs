@@ -41,7 +41,7 @@ impl Rope {
     /// # Errors
     /// An odd `dim`, a scheme this tool does not know, or a missing parameter of a known one.
     pub(super) fn read(config: &Config<'_>, dim: usize, default_theta: f64) -> Result<Self, ArchError> {
-        if dim == 0 || dim % 2 != 0 {
+        if dim == 0 || !dim.is_multiple_of(2) {
             return Err(ArchError::BadValue {
                 key: "head_dim".into(),
                 found: dim.to_string(),

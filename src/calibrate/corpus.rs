@@ -145,7 +145,7 @@ fn shuffled(n: usize, seed: u64) -> Vec<usize> {
     };
     let mut order: Vec<usize> = (0..n).collect();
     for i in (1..n).rev() {
-        let j = (u128::from(next()) * (i as u128 + 1) >> 64) as usize;
+        let j = ((u128::from(next()) * (i as u128 + 1)) >> 64) as usize;
         order.swap(i, j);
     }
     order

@@ -16,5 +16,3 @@ pub use run::{Extras, SCHEMA_VERSION, convert, peak_rss_bytes, plan};
 pub use settings::{
     Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, RopeGrid, Steps, TargetKind,
 };
-mod stub;
-pub use stub::*;

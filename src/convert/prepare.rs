@@ -205,7 +205,7 @@ pub(super) fn check_finite(source: &ModelSource, name: &str) -> Result<(), Conve
         None => Ok(()),
         Some(found) => Err(ConvertError::NotFinite {
             name: name.to_owned(),
-            count: found.count as u64,
+            count: found.count,
             index: found.first_index,
             value: found.value,
         }),
@@ -337,7 +337,7 @@ fn widths(
     let most_rope = if grid == RopeGrid::Stock || settings.method != Method::AttentionAware { d } else { g * d };
     let valid = |rope: usize| -> bool {
         rope >= 2
-            && rope % 2 == 0
+            && rope.is_multiple_of(2)
             && rope < budget
             && rope <= most_rope
             && budget - rope <= 2 * g * d - rope

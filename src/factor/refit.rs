@@ -51,7 +51,7 @@ pub fn refit(
     // With W = prior + X the problem is X (G + lam I) = C - prior G.
     let (mut weight, ridge) = solve_right_spd(&g, &residual, ridge, what)?;
     if let Some(p) = prior {
-        weight = weight + p;
+        weight += p;
     }
     let offset = if bias { mean_y - weight.dot(&mean_f) } else { Array1::zeros(weight.nrows()) };
     Ok(Refit { weight, offset, ridge })

@@ -18,7 +18,7 @@ pub struct RoRope {
 
 /// Widths that FreqFold and collapse admit for a head size `d`: `collapse` divides `fold`, `2 fold` divides `d`.
 pub fn is_valid_fold(head_dim: usize, collapse: usize, fold: usize) -> bool {
-    collapse > 0 && fold > 0 && fold % collapse == 0 && head_dim % (2 * fold) == 0
+    collapse > 0 && fold > 0 && fold.is_multiple_of(collapse) && head_dim.is_multiple_of(2 * fold)
 }
 
 /// PCA across heads and folded frequencies of the key moment `[g d, g d]` (uncentred, half-split rows).

@@ -115,7 +115,7 @@ pub fn share_slots(values: &[Array2<f64>], slots: usize) -> Vec<usize> {
 ///
 /// Returns `None` when `d_R` does not divide `d` (the grid then holds frequencies the source has not).
 pub fn stock_grid(head_dim: usize, rope_dim: usize) -> Option<Vec<usize>> {
-    if rope_dim == 0 || rope_dim % 2 != 0 || head_dim % rope_dim != 0 {
+    if rope_dim == 0 || !rope_dim.is_multiple_of(2) || !head_dim.is_multiple_of(rope_dim) {
         return None;
     }
     let step = head_dim / rope_dim;

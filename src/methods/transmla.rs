@@ -177,7 +177,7 @@ pub fn convert(
 fn check(source: &AttentionSource, settings: &Settings) -> Result<(), MethodError> {
     let (g, d) = (source.kv_heads, source.head_dim);
     let setting = |message: String, hint: Option<String>| Err(MethodError::Setting { message, hint });
-    if settings.rope_dim == 0 || d % settings.rope_dim != 0 || settings.rope_dim % 2 != 0 {
+    if settings.rope_dim == 0 || d % settings.rope_dim != 0 || !settings.rope_dim.is_multiple_of(2) {
         return setting(
             format!("qk_rope_head_dim {} does not divide the head size {d} into even parts", settings.rope_dim),
             Some("RoRoPE collapses whole frequencies; `--method attention-aware` takes any even width".into()),

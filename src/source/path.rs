@@ -151,11 +151,11 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let snapshot = root.path().join("repo/snapshots/abc");
         let blobs = root.path().join("repo/blobs");
-        std::fs::create_dir_all(&snapshot).unwrap();
-        std::fs::create_dir_all(&blobs).unwrap();
-        std::fs::write(blobs.join("b"), "12345").unwrap();
-        std::fs::write(root.path().join("secret"), "x").unwrap();
-        std::fs::write(snapshot.join("inside"), "x").unwrap();
+        fs_err::create_dir_all(&snapshot).unwrap();
+        fs_err::create_dir_all(&blobs).unwrap();
+        fs_err::write(blobs.join("b"), "12345").unwrap();
+        fs_err::write(root.path().join("secret"), "x").unwrap();
+        fs_err::write(snapshot.join("inside"), "x").unwrap();
         symlink("../../blobs/b", snapshot.join("blob")).unwrap();
         symlink("inside", snapshot.join("near")).unwrap();
         symlink("../../../secret", snapshot.join("far")).unwrap();
@@ -167,7 +167,7 @@ mod tests {
         assert!(matches!(resolve_regular(&snapshot, "gone"), Err(SourceError::Io(_))));
         // The same link from a folder that is no snapshot leads outside.
         let plain = root.path().join("plain");
-        std::fs::create_dir(&plain).unwrap();
+        fs_err::create_dir(&plain).unwrap();
         symlink("../repo/blobs/b", plain.join("blob")).unwrap();
         assert!(matches!(resolve_regular(&plain, "blob"), Err(SourceError::Escapes { .. })));
     }

@@ -1,6 +1,5 @@
 //! A run that is killed, or whose disk is full, never shows half a model. The child is this test binary itself.
 
-use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -50,7 +49,7 @@ fn a_killed_run_leaves_the_output_alone_and_the_next_one_cleans_up() {
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("out");
     write(&out, &samples(), 1 << 30, false).unwrap();
-    let before: Vec<_> = listing(&out).iter().map(|n| fs::read(out.join(n)).unwrap()).collect();
+    let before: Vec<_> = listing(&out).iter().map(|n| fs_err::read(out.join(n)).unwrap()).collect();
     let mut child = child_command(&out, "").env("GQA2MLA_TEST_HANG", "1").spawn().unwrap();
     let pid = child.id();
     let lines = BufReader::new(child.stderr.take().unwrap()).lines();
@@ -63,7 +62,7 @@ fn a_killed_run_leaves_the_output_alone_and_the_next_one_cleans_up() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(listing(root.path()).len(), 3, "the output, the dead lock and its staging folder");
-    assert_eq!(before, listing(&out).iter().map(|n| fs::read(out.join(n)).unwrap()).collect::<Vec<_>>());
+    assert_eq!(before, listing(&out).iter().map(|n| fs_err::read(out.join(n)).unwrap()).collect::<Vec<_>>());
     write(&out, &samples()[..1], 1 << 30, true).unwrap();
     assert_eq!(listing(root.path()), ["out"]);
 }

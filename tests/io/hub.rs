@@ -1,7 +1,6 @@
 //! Fetching from a hub: a server on the loopback device that speaks the few requests the client makes.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -33,10 +32,10 @@ impl Hub {
     /// Serves the files of `dir` as `org/pico` until the process ends.
     fn start(dir: &Path) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let files = fs::read_dir(dir).unwrap().map(|entry| {
+        let files = fs_err::read_dir(dir).unwrap().map(|entry| {
             let entry = entry.unwrap();
             let name = entry.file_name().into_string().unwrap();
-            let body = fs::read(entry.path()).unwrap();
+            let body = fs_err::read(entry.path()).unwrap();
             let large = name.ends_with(".safetensors");
             let digest = gqa2mla::source::sha256_file(&entry.path()).unwrap().sha256;
             let etag = if large { digest } else { digest[..40].to_owned() };
@@ -125,8 +124,8 @@ fn setup() -> (tempfile::TempDir, Hub) {
     let root = tempfile::tempdir().unwrap();
     let model = root.path().join("model");
     write(&model, &samples(), 100, false).unwrap();
-    fs::write(model.join("pytorch_model.bin"), "never fetched").unwrap();
-    fs::write(model.join("modeling_pico.py"), "never fetched").unwrap();
+    fs_err::write(model.join("pytorch_model.bin"), "never fetched").unwrap();
+    fs_err::write(model.join("modeling_pico.py"), "never fetched").unwrap();
     let hub = Hub::start(&model);
     (root, hub)
 }
@@ -214,8 +213,8 @@ fn damaged_downloads_are_refused_and_fetched_anew() {
     hub.change(shard, |f| f.body = good.body.clone());
     open().unwrap();
     // A cached file cut by something else is noticed by its size and replaced.
-    let cached = fs::canonicalize(cache.join("models--org--pico/snapshots").join(COMMIT).join(shard)).unwrap();
-    fs::write(&cached, &good.body[..10]).unwrap();
+    let cached = fs_err::canonicalize(cache.join("models--org--pico/snapshots").join(COMMIT).join(shard)).unwrap();
+    fs_err::write(&cached, &good.body[..10]).unwrap();
     open().unwrap();
-    assert_eq!(fs::read(&cached).unwrap(), good.body);
+    assert_eq!(fs_err::read(&cached).unwrap(), good.body);
 }

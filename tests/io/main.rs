@@ -8,7 +8,6 @@ mod read;
 mod tokenizer;
 mod write;
 
-use std::fs;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -58,7 +57,8 @@ fn open(dir: &Path) -> Result<ModelSource, SourceError> {
 
 /// Everything below `dir`, hidden files included.
 fn listing(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> =
+        fs_err::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }

@@ -1,6 +1,5 @@
 //! The strict reader: headers, indexes, folders that are no models.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use gqa2mla::observe::{Event, Silent};
@@ -93,7 +92,7 @@ fn every_truncation_is_refused_and_no_byte_change_panics() {
     let out = root.path().join("out");
     let tensors: Vec<_> = samples().into_iter().filter(|s| s.0.name != "after_odd" && s.0.name != "scalar").collect();
     write(&out, &tensors[..4], 1 << 30, false).unwrap();
-    let good = fs::read(out.join("model.safetensors")).unwrap();
+    let good = fs_err::read(out.join("model.safetensors")).unwrap();
     let header = Header::parse(&good).unwrap();
     for cut in 0..good.len() {
         assert!(Header::parse(&good[..cut]).is_err(), "cut at {cut}");
@@ -113,7 +112,7 @@ fn every_truncation_is_refused_and_no_byte_change_panics() {
         }
     }
     // Through the whole reader, the file is named.
-    fs::write(out.join("model.safetensors"), &good[..good.len() - 1]).unwrap();
+    fs_err::write(out.join("model.safetensors"), &good[..good.len() - 1]).unwrap();
     let text = open(&out).unwrap_err().to_string();
     assert!(text.contains("model.safetensors") && text.contains("hint:"), "{text}");
 }
@@ -146,7 +145,7 @@ fn index_and_shards_must_agree() {
     let (one, two) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
     open(&out).unwrap();
     let problems = |map: serde_json::Value| {
-        fs::write(out.join(INDEX), serde_json::json!({"weight_map": map}).to_string()).unwrap();
+        fs_err::write(out.join(INDEX), serde_json::json!({"weight_map": map}).to_string()).unwrap();
         match open(&out) {
             Err(SourceError::Index { problems, .. }) => problems,
             other => panic!("{other:?}"),
@@ -159,7 +158,7 @@ fn index_and_shards_must_agree() {
         assert!(found.iter().any(|p| p.contains(part)), "{part}: {found:?}");
     }
     // The same shard under two names: every tensor twice.
-    fs::copy(out.join(one), out.join("copy.safetensors")).unwrap();
+    fs_err::copy(out.join(one), out.join("copy.safetensors")).unwrap();
     let found = problems(serde_json::json!({"a": one, "b": "copy.safetensors", "c": two}));
     assert!(found.iter().filter(|p| p.contains("is in both")).count() == 2, "{found:?}");
     // Long lists are cut.
@@ -171,27 +170,27 @@ fn index_and_shards_must_agree() {
 fn index_paths_stay_in_the_folder() {
     let root = TempDir::new().unwrap();
     let out = sharded(&root);
-    fs::copy(out.join("model-00001-of-00002.safetensors"), root.path().join("x.safetensors")).unwrap();
+    fs_err::copy(out.join("model-00001-of-00002.safetensors"), root.path().join("x.safetensors")).unwrap();
     for path in
         ["../x.safetensors", "/etc/passwd", "a/../../x.safetensors", "C:\\x.safetensors", "x\0.safetensors", "", ".."]
     {
-        fs::write(out.join(INDEX), serde_json::json!({"weight_map": {"a": path}}).to_string()).unwrap();
+        fs_err::write(out.join(INDEX), serde_json::json!({"weight_map": {"a": path}}).to_string()).unwrap();
         let result = open(&out);
         assert!(matches!(result, Err(SourceError::BadIndex { .. })), "{path:?}: {result:?}");
     }
     for text in [r#"{"weight_map": {"a": "b.safetensors", "a": "b.safetensors"}}"#, r#"{"weight_map": {}}"#, "[]", "{"]
     {
-        fs::write(out.join(INDEX), text).unwrap();
+        fs_err::write(out.join(INDEX), text).unwrap();
         assert!(matches!(open(&out), Err(SourceError::BadIndex { .. })), "{text}");
     }
     #[cfg(unix)]
     {
         let index = serde_json::json!({"weight_map": {"a": "link.safetensors"}}).to_string();
-        fs::write(out.join(INDEX), &index).unwrap();
+        fs_err::write(out.join(INDEX), &index).unwrap();
         std::os::unix::fs::symlink("../x.safetensors", out.join("link.safetensors")).unwrap();
         assert!(matches!(open(&out), Err(SourceError::Escapes { .. })));
         // A pipe in place of a shard must be refused without waiting for a writer.
-        fs::remove_file(out.join("link.safetensors")).unwrap();
+        fs_err::remove_file(out.join("link.safetensors")).unwrap();
         let made = std::process::Command::new("mkfifo").arg(out.join("link.safetensors")).status().unwrap();
         assert!(made.success());
         assert!(matches!(open(&out), Err(SourceError::NotRegular { kind: "a pipe", .. })));
@@ -202,8 +201,8 @@ fn index_paths_stay_in_the_folder() {
 fn total_size_alone_is_a_warning_with_a_gap_an_error() {
     let root = TempDir::new().unwrap();
     let out = sharded(&root);
-    let text = fs::read_to_string(out.join(INDEX)).unwrap();
-    fs::write(out.join(INDEX), text.replace("\"total_size\": 48", "\"total_size\": 99")).unwrap();
+    let text = fs_err::read_to_string(out.join(INDEX)).unwrap();
+    fs_err::write(out.join(INDEX), text.replace("\"total_size\": 48", "\"total_size\": 99")).unwrap();
     let recorder = Recorder::default();
     ModelSource::open(out.to_str().unwrap(), &OpenOptions::default(), &recorder).unwrap();
     let events = recorder.0.into_inner().unwrap();
@@ -211,7 +210,7 @@ fn total_size_alone_is_a_warning_with_a_gap_an_error() {
 
     let map = serde_json::json!({"c": "model-00002-of-00002.safetensors"});
     let index = serde_json::json!({"metadata": {"total_size": 48}, "weight_map": map});
-    fs::write(out.join(INDEX), index.to_string()).unwrap();
+    fs_err::write(out.join(INDEX), index.to_string()).unwrap();
     let text = open(&out).unwrap_err().to_string();
     assert!(text.contains("`model-00001-of-00002.safetensors` is not mentioned"), "{text}");
 }
@@ -222,7 +221,7 @@ fn what_is_not_a_model_is_named() {
     let out = root.path().join("out");
     write(&out, &samples()[..3], 1 << 30, false).unwrap();
     let message = || open(&out).unwrap_err().to_string();
-    let config = |text: &str| fs::write(out.join("config.json"), text).unwrap();
+    let config = |text: &str| fs_err::write(out.join("config.json"), text).unwrap();
 
     config("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n");
     assert!(message().contains("git-lfs pointer"));
@@ -242,17 +241,17 @@ fn what_is_not_a_model_is_named() {
     ModelSource::open(out.to_str().unwrap(), &options, &Silent).unwrap();
     config("{}");
 
-    fs::write(out.join("model.safetensors"), "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    fs_err::write(out.join("model.safetensors"), "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
         .unwrap();
     assert!(message().contains("git-lfs pointer"));
-    fs::write(out.join("model.safetensors"), "<html><body>404</body></html>").unwrap();
+    fs_err::write(out.join("model.safetensors"), "<html><body>404</body></html>").unwrap();
     assert!(message().contains("HTML page"));
-    fs::write(out.join("model.safetensors"), "").unwrap();
+    fs_err::write(out.join("model.safetensors"), "").unwrap();
     assert!(message().contains("truncated"));
-    fs::remove_file(out.join("model.safetensors")).unwrap();
-    fs::write(out.join("pytorch_model.bin"), "x").unwrap();
+    fs_err::remove_file(out.join("model.safetensors")).unwrap();
+    fs_err::write(out.join("pytorch_model.bin"), "x").unwrap();
     assert!(message().contains("safe_serialization"));
-    fs::remove_file(out.join("config.json")).unwrap();
+    fs_err::remove_file(out.join("config.json")).unwrap();
     assert!(matches!(open(&out), Err(SourceError::NoConfig { .. })));
     let file = out.join("pytorch_model.bin");
     assert!(matches!(open(&file), Err(SourceError::NotAFolder { .. })));
@@ -275,8 +274,8 @@ fn missing_tensors_name_their_neighbours_and_changed_files_are_noticed() {
     assert_eq!(print.len(), source.tensors.iter().map(|t| &t.1.file).collect::<std::collections::BTreeSet<_>>().len());
     assert_eq!(print[0].header_sha256.len(), 64);
     let shard = &source.tensors.get("model.embed_tokens.weight").unwrap().file;
-    let mut content = fs::read(shard).unwrap();
+    let mut content = fs_err::read(shard).unwrap();
     content.push(0);
-    fs::write(shard, content).unwrap();
+    fs_err::write(shard, content).unwrap();
     assert!(matches!(source.check_unchanged(), Err(SourceError::Changed { what: "its size", .. })));
 }

@@ -1,7 +1,5 @@
 //! The tokenizer behaves as `tok(text)` of transformers.
 
-use std::fs;
-
 use gqa2mla::source::{SourceError, Tokenizer};
 
 /// A word-level tokenizer with a post-processor that adds `<s>`, and with truncation and padding switched on.
@@ -26,7 +24,7 @@ fn folder() -> tempfile::TempDir {
         "decoder": null,
         "model": {"type": "WordLevel", "vocab": {"<s>": 0, "<pad>": 1, "a": 2, "b": 3, "?": 4}, "unk_token": "?"},
     });
-    fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    fs_err::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
     dir
 }
 
@@ -51,8 +49,8 @@ fn unusable_files_are_named_with_a_next_step() {
         other => panic!("{other:?}"),
     };
     assert!(message().contains("no such file"));
-    fs::write(dir.path().join("tokenizer.model"), "").unwrap();
+    fs_err::write(dir.path().join("tokenizer.model"), "").unwrap();
     assert!(message().contains("save_pretrained"));
-    fs::write(dir.path().join("tokenizer.json"), "{").unwrap();
+    fs_err::write(dir.path().join("tokenizer.json"), "{").unwrap();
     assert!(message().contains("hint:"));
 }

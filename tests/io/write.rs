@@ -1,7 +1,6 @@
 //! Plans, staging, publishing and the manifest.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use gqa2mla::source::{Dtype, find_non_finite, sha256_file};
@@ -17,14 +16,14 @@ fn round_trip_through_the_reference_crate_and_our_reader() {
         let out = root.path().join("out");
         let samples = samples();
         let published = write(&out, &samples, max, false).unwrap();
-        assert_eq!(published.path, fs::canonicalize(&out).unwrap());
+        assert_eq!(published.path, fs_err::canonicalize(&out).unwrap());
         assert_eq!(listing(root.path()), ["out"]);
         assert!(verify_manifest(&out).unwrap().is_clean());
 
         // The reference crate is the oracle for the files.
         let mut seen = BTreeMap::new();
         for name in listing(&out).iter().filter(|n| n.ends_with(".safetensors")) {
-            let content = fs::read(out.join(name)).unwrap();
+            let content = fs_err::read(out.join(name)).unwrap();
             let file = safetensors::SafeTensors::deserialize(&content).unwrap();
             for (name, view) in file.iter() {
                 let stored = (format!("{:?}", view.dtype()), view.shape().to_vec(), view.data().to_vec());
@@ -68,14 +67,14 @@ fn same_inputs_give_the_same_bytes() {
     write(&b, &samples(), 150, false).unwrap();
     assert_eq!(listing(&a), listing(&b));
     for name in listing(&a) {
-        assert_eq!(fs::read(a.join(&name)).unwrap(), fs::read(b.join(&name)).unwrap(), "{name}");
+        assert_eq!(fs_err::read(a.join(&name)).unwrap(), fs_err::read(b.join(&name)).unwrap(), "{name}");
     }
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
         let fresh = root.path().join("fresh");
-        fs::write(&fresh, "").unwrap();
-        let mode = |p: &Path| fs::metadata(p).unwrap().permissions().mode();
+        fs_err::write(&fresh, "").unwrap();
+        let mode = |p: &Path| fs_err::metadata(p).unwrap().permissions().mode();
         assert_eq!(mode(&a.join("config.json")), mode(&fresh), "files have the mode any program gives");
     }
 }
@@ -97,16 +96,16 @@ fn the_manifest_finds_every_change() {
     write(&out, &samples(), 150, false).unwrap();
     let shard = out.join("model-00002-of-00004.safetensors");
     let shard = if shard.exists() { shard } else { panic!("{:?}", listing(&out)) };
-    let mut content = fs::read(&shard).unwrap();
+    let mut content = fs_err::read(&shard).unwrap();
     *content.last_mut().unwrap() ^= 1;
-    fs::write(&shard, content).unwrap();
-    fs::remove_file(out.join("tokenizer.json")).unwrap();
-    fs::write(out.join("stranger"), "").unwrap();
+    fs_err::write(&shard, content).unwrap();
+    fs_err::remove_file(out.join("tokenizer.json")).unwrap();
+    fs_err::write(out.join("stranger"), "").unwrap();
     let report = verify_manifest(&out).unwrap();
     assert_eq!(report.differing, ["model-00002-of-00004.safetensors"]);
     assert_eq!(report.missing, ["tokenizer.json"]);
     assert_eq!(report.extra, ["stranger"]);
-    fs::remove_file(out.join("manifest.json")).unwrap();
+    fs_err::remove_file(out.join("manifest.json")).unwrap();
     assert!(verify_manifest(&out).is_err());
 }
 
@@ -155,7 +154,7 @@ fn an_io_error_poisons_the_writer() {
     let plan = ShardPlan::new(&[samples()[0].0.clone()], 100).unwrap();
     let mut writer = StagedWriter::new(Staging::create(&out, &StagingOptions::default()).unwrap(), plan);
     // Something takes the name of the shard: creating it must fail rather than follow or replace it.
-    fs::create_dir(writer.staging().dir().join("model.safetensors")).unwrap();
+    fs_err::create_dir(writer.staging().dir().join("model.safetensors")).unwrap();
     assert!(matches!(writer.write_tensor(&samples()[0].0.name, &samples()[0].1), Err(WriteError::Io(_))));
     assert!(matches!(writer.write_file("x", b""), Err(WriteError::Poisoned)));
     assert!(matches!(writer.finish(), Err(WriteError::Poisoned)));
@@ -171,18 +170,18 @@ fn which_outputs_are_accepted() {
     };
     assert!(matches!(create(&at("no/such"), false, None), Err(WriteError::NoParent { .. })));
     assert!(matches!(create(Path::new("/"), false, None), Err(WriteError::BadOutput { .. })));
-    fs::write(at("file"), "x").unwrap();
+    fs_err::write(at("file"), "x").unwrap();
     assert!(matches!(create(&at("file"), true, None), Err(WriteError::NotAFolder { .. })));
-    fs::create_dir(at("empty")).unwrap();
+    fs_err::create_dir(at("empty")).unwrap();
     create(&at("empty"), false, None).unwrap();
     write(&at("empty"), &samples(), 1 << 30, false).unwrap();
     assert!(matches!(create(&at("empty"), false, None), Err(WriteError::Exists { .. })));
-    fs::create_dir(at("photos")).unwrap();
-    fs::write(at("photos/cat.jpg"), "x").unwrap();
+    fs_err::create_dir(at("photos")).unwrap();
+    fs_err::write(at("photos/cat.jpg"), "x").unwrap();
     assert!(matches!(create(&at("photos"), true, None), Err(WriteError::NotAModel { .. })));
     assert_eq!(listing(&at("photos")), ["cat.jpg"]);
 
-    fs::create_dir(at("src")).unwrap();
+    fs_err::create_dir(at("src")).unwrap();
     for output in ["src", "src/out", "src/../src"] {
         assert!(matches!(create(&at(output), true, Some(at("src"))), Err(WriteError::Overlap { .. })), "{output}");
     }
@@ -208,15 +207,15 @@ fn overwriting_swaps_whole_folders() {
     let root = TempDir::new().unwrap();
     let out = root.path().join("out");
     write(&out, &samples(), 100, false).unwrap();
-    fs::write(out.join("stray"), "from before").unwrap();
-    let before: Vec<_> = listing(&out).iter().map(|n| fs::read(out.join(n)).unwrap()).collect();
+    fs_err::write(out.join("stray"), "from before").unwrap();
+    let before: Vec<_> = listing(&out).iter().map(|n| fs_err::read(out.join(n)).unwrap()).collect();
 
     // A run that fails leaves the old model as it is.
     let plan = ShardPlan::new(&[samples()[0].0.clone()], 100).unwrap();
     let options = StagingOptions { overwrite: true, ..StagingOptions::default() };
     let writer = StagedWriter::new(Staging::create(&out, &options).unwrap(), plan);
     assert!(writer.finish().is_err());
-    assert_eq!(before, listing(&out).iter().map(|n| fs::read(out.join(n)).unwrap()).collect::<Vec<_>>());
+    assert_eq!(before, listing(&out).iter().map(|n| fs_err::read(out.join(n)).unwrap()).collect::<Vec<_>>());
 
     let published = write(&out, &samples()[..2], 1 << 30, true).unwrap();
     assert_eq!(published.left_behind, None);
