@@ -70,15 +70,15 @@ impl Adam {
             }
             let size = (self.size[i] * share) as f32;
             let epsilon = (EPSILON * sizes[i]) as f32;
-            let update = |(((w, g), m), v): (((&mut [f32], &[f32]), &mut [f32]), &mut [f32])| {
-                for (((w, g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
+            let chunks = weights.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
+            let moments = first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK));
+            chunks.zip(moments).for_each(|((weights, gradient), (first, second))| {
+                for (((w, g), m), v) in weights.iter_mut().zip(gradient).zip(first).zip(second) {
                     *m += (1.0 - BETA1 as f32) * (g - *m);
                     *v += (1.0 - BETA2 as f32) * (g * g - *v);
                     *w -= size * (*m * unbias1) / ((*v * unbias2).sqrt() + epsilon);
                 }
-            };
-            let chunks = weights.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));
-            chunks.zip(first.par_chunks_mut(CHUNK)).zip(second.par_chunks_mut(CHUNK)).for_each(update);
+            });
         }
         true
     }

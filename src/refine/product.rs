@@ -50,10 +50,10 @@ macro_rules! real {
             ) {
                 let (rows, columns) = out.dim();
                 assert_eq!((a.nrows(), b.ncols(), a.ncols()), (rows, columns, b.nrows()), "shapes of a product");
-                let strides = [out.strides()[0], out.strides()[1]];
+                let [down, across] = [out.strides()[0], out.strides()[1]];
+                let to = out.as_mut_ptr();
                 // SAFETY: pointer, extents and strides are those of a live view that is held exclusively here.
-                let out =
-                    unsafe { MatMut::from_raw_parts_mut(out.as_mut_ptr(), rows, columns, strides[0], strides[1]) };
+                let out = unsafe { MatMut::from_raw_parts_mut(to, rows, columns, down, across) };
                 let inner = a.ncols();
                 // SAFETY: as above, shared.
                 let a = unsafe { MatRef::from_raw_parts(a.as_ptr(), rows, inner, a.strides()[0], a.strides()[1]) };
