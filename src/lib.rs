@@ -15,6 +15,7 @@ pub mod convert;
 pub mod factor;
 pub mod methods;
 pub mod observe;
+pub mod refine;
 pub mod report;
 pub mod runtime;
 pub mod source;
