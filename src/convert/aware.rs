@@ -10,6 +10,7 @@ use crate::calibrate::{LatentAttention, Moments, PooledMoments, output_projectio
 use crate::factor::refit::refit;
 use crate::methods::MlaLayer;
 use crate::methods::attention_aware::{Draft, DraftSettings, analyse_slots, draft};
+use crate::refine::{RefineSettings, refine};
 
 /// Ridge of the value refit, as a share of the mean pooled energy: enough to hold directions that hardly vary.
 const VALUE_RIDGE: f64 = 1e-4;
@@ -40,6 +41,8 @@ pub(super) struct Inputs<'a> {
     pub rank: usize,
     pub steps: Steps,
     pub bias: bool,
+    /// Gradient steps after the closed form; none where `steps` is 0.
+    pub refine: RefineSettings,
 }
 
 /// The closed form without refits.
@@ -68,15 +71,30 @@ pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertErr
     if inputs.steps.output_refit {
         refit_output(inputs, &mut layer, &heads, &mut notes)?;
     }
-    let output = output_projection(&layer, &heads);
-    let report = LayerReport {
-        layer: inputs.index,
-        predicted_error: relative_error(&output, &inputs.pass.output),
-        measured_error: None,
-        rope_loss,
-        rank_loss,
-        notes,
-    };
+    let mut output = output_projection(&layer, &heads);
+    let mut predicted_error = relative_error(&output, &inputs.pass.output);
+    if inputs.refine.steps > 0 {
+        let (x, target) = (inputs.x.view(), inputs.pass.output.view());
+        let refined = refine(&layer, x, target, inputs.windows, inputs.bias, &inputs.refine);
+        if refined.kept {
+            layer = refined.layer;
+            let heads = LatentAttention::new(&layer, inputs.x.view(), inputs.windows).outputs();
+            output = output_projection(&layer, &heads);
+            // On windows that no gradient step saw.
+            predicted_error = refined.error_after;
+            notes.push(format!(
+                "refined: held-out error {:.4} to {:.4} (step {})",
+                refined.error_before, refined.error_after, refined.best_step
+            ));
+        } else {
+            notes.push(format!(
+                "refinement did not lower the held-out error {:.4}: closed form kept",
+                refined.error_before
+            ));
+        }
+    }
+    let report =
+        LayerReport { layer: inputs.index, predicted_error, measured_error: None, rope_loss, rank_loss, notes };
     Ok(Converted { layer, report, output })
 }
 

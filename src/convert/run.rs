@@ -13,6 +13,7 @@ use crate::arch::Architecture;
 use crate::calibrate::{LatentAttention, Moments, calibration_windows, output_projection, read_texts, relative_error};
 use crate::methods::{MlaLayer, care, exact, transmla};
 use crate::observe::{Event, Observer};
+use crate::refine::RefineSettings;
 use crate::runtime::Cpu;
 use crate::source::{Dtype, ModelSource};
 use crate::target::encode;
@@ -226,6 +227,11 @@ fn convert_layers(
                     rank: job.spec.geometry.kv_lora_rank,
                     steps: job.settings.steps,
                     bias: job.spec.bias,
+                    refine: RefineSettings {
+                        steps: job.settings.refine,
+                        seed: job.settings.calibration.seed,
+                        ..RefineSettings::default()
+                    },
                 };
                 let out = convert_layer(&inputs)?;
                 if !last {

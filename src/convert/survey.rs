@@ -12,6 +12,7 @@ use crate::factor::slots::{share_slots, stock_grid};
 use crate::methods::attention_aware::analyse_slots;
 use crate::methods::{care, transmla};
 use crate::observe::{Event, Observer};
+use crate::refine::RefineSettings;
 use crate::runtime::Cpu;
 
 /// Windows that the survey looks at.
@@ -197,6 +198,7 @@ fn survey_slots(
                 rank: *rank,
                 steps,
                 bias,
+                refine: RefineSettings { steps: 0, ..RefineSettings::default() },
             };
             *error += convert_layer(&inputs)?.report.predicted_error / trial.len() as f64;
         }
