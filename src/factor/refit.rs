@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn a_linear_target_is_recovered_with_its_offset() {
-        let f = Array2::from_shape_fn((120, 5), |(i, j)| ((i * 7 + j * 11 + i * j) % 19) as f64 / 9.0 - 1.0);
+        let f = Array2::from_shape_fn((120, 5), |(i, j)| ((i * i * 3 + i * j * j * 7 + j) as f64 * 0.37).sin());
         let w = Array2::from_shape_fn((3, 5), |(i, j)| i as f64 - 0.4 * j as f64);
         let b = Array1::from_vec(vec![0.5, -2.0, 1.0]);
         let y = matmul(&f, &w.t()) + &b;

@@ -258,36 +258,3 @@ fn each_window_comes_once_before_any_comes_again() {
     train.sort_unstable();
     assert_eq!(train, (0..16).collect::<Vec<_>>());
 }
-
-/// Seconds per step at the size of SmolLM2-135M, to be read with `--nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn time_of_a_step() {
-    let mut random = Random(8);
-    let shape = Shape { hidden: 576, heads: 9, nope: 64, rope: 64, rank: 128, value: 64 };
-    let layer = layer(&shape, None, &mut random);
-    let windows = [256; 8];
-    let x = tokens(2048, 576, &mut random);
-    let data = Data::new(&layer, x.view(), x.view(), &windows);
-    let (batch, target) = data.batch(&[0, 1, 2, 3, 4, 5, 6, 7]);
-    let mut tensors = Tensors::<f32>::new(&layer, true);
-    let mut adam = Adam::new(&tensors, 0.003, 1.0, true);
-    let mut seconds: Vec<[f64; 3]> = Vec::new();
-    for _ in 0..8 {
-        let mut laps = [0.0; 3];
-        let start = std::time::Instant::now();
-        let trace = forward(&data.block, &tensors, &batch);
-        laps[0] = start.elapsed().as_secs_f64();
-        let output = (&trace.output - &target) * 1e-6;
-        let gradients = backward(&data.block, &tensors, &batch, &trace, &output);
-        laps[1] = start.elapsed().as_secs_f64();
-        assert!(adam.step(&mut tensors, &gradients, 1.0));
-        laps[2] = start.elapsed().as_secs_f64();
-        seconds.push(laps);
-    }
-    seconds.sort_by(|a, b| a[2].total_cmp(&b[2]));
-    #[allow(clippy::print_stdout, reason = "a measurement")]
-    {
-        println!("forward, backward, update, cumulative: {:?} at best, {:?} in the middle", seconds[0], seconds[4]);
-    }
-}
