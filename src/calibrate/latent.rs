@@ -77,6 +77,11 @@ impl<'a> LatentAttention<'a> {
 
     /// What head `h` pools of the latents, `[T, r]`.
     pub fn pooled(&self, h: usize) -> Array2<f32> {
+        self.pooled_from(h, self.latent.view())
+    }
+
+    /// What head `h` pools of other values, one row per token.
+    pub fn pooled_from(&self, h: usize, values: ArrayView2<'_, f32>) -> Array2<f32> {
         let (nope, rope) = (self.mla.nope_dim(), self.mla.rope_dim());
         let tokens = self.latent.nrows();
         let mut q = Array2::zeros((tokens, nope + rope));
@@ -86,7 +91,7 @@ impl<'a> LatentAttention<'a> {
         let mut k = Array2::zeros((tokens, nope + rope));
         k.slice_mut(s![.., ..nope]).assign(&matmul_f32(&self.latent, &up.t()));
         k.slice_mut(s![.., nope..]).assign(&self.k_rope);
-        pool(q, k, self.mla.score_scale, self.windows, self.latent.view())
+        pool(q, k, self.mla.score_scale, self.windows, values)
     }
 
     /// Output of head `h`, `[T, d_V]`, from what it pooled.

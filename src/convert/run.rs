@@ -243,21 +243,26 @@ fn convert_layers(
                 (out.layer, out.report)
             }
             Some(stream) => {
-                let pass = source.attend(stream, false)?;
+                // As published, keys and values are compressed on what reaches the layer behind layers that lost rotations
+                // but are not compressed yet. One stream serves both steps.
+                let x = source.layer.attention_input(stream.hidden.view())?;
                 let mut moments = Moments::new(job.arch.hidden);
-                moments.add(pass.x.view());
+                moments.add(x.view());
                 let settings = transmla_settings(job, found.fold);
                 let out = match job.settings.method {
                     Method::Care => care::convert(&source.attention, &moments, &settings),
                     _ => transmla::convert(&source.attention, &moments, &settings, transmla::Metric::Plain),
                 }
                 .map_err(ConvertError::layer(index))?;
-                let (x, lengths) = first_windows(&pass.x, &stream.windows, MEASURED_WINDOWS);
-                let heads = LatentAttention::new(&out.layer, x, lengths).outputs();
-                let (want, _) = first_windows(&pass.output, &stream.windows, MEASURED_WINDOWS);
-                let error = relative_error(&output_projection(&out.layer, &heads), &want.to_owned());
+                let error = {
+                    let (x, lengths) = first_windows(&x, &stream.windows, MEASURED_WINDOWS);
+                    let heads = LatentAttention::new(&out.layer, x, lengths).outputs();
+                    let want = source.layer.attention_output(x, lengths)?;
+                    relative_error(&output_projection(&out.layer, &heads), &want)
+                };
                 if !last {
-                    source.advance(stream, &pass.output)?;
+                    let output = source.behind_rotation(&out.rotated, &x, &stream.windows)?;
+                    source.advance(stream, &output)?;
                 }
                 let report = LayerReport {
                     layer: index,

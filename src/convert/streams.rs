@@ -6,7 +6,9 @@ use ndarray::{Array2, ArrayView2, s};
 
 use super::{ConvertError, Job};
 use crate::arch::{AttentionSource, load_attention_source};
-use crate::calibrate::attend;
+use crate::calibrate::{LatentAttention, attend};
+use crate::factor::linalg::matmul_f32;
+use crate::methods::MlaLayer;
 use crate::runtime::{Cpu, Layer, LayerTensors, Model};
 
 /// Hidden states of one model at the input of a layer, for all windows end to end.
@@ -54,6 +56,28 @@ impl<'b> SourceLayer<'b> {
         let (heads, distances) = attend(&qkv, &stream.windows, profile);
         let output = self.layer.output_projection(heads.view())?;
         Ok(SourcePass { x, heads, output, phases: distances.map(|d| d.phases(&self.attention.inv_freq)) })
+    }
+
+    /// Attention output with the source's own values and a layer's keys that lost rotations (`rotated`, whose latent is
+    /// its keys).
+    pub fn behind_rotation(
+        &self,
+        rotated: &MlaLayer,
+        x: &Array2<f32>,
+        windows: &[usize],
+    ) -> Result<Array2<f32>, ConvertError> {
+        let (d, n) = (self.attention.head_dim, self.attention.group());
+        let mut values = matmul_f32(x, &self.attention.wv.mapv(|v| v as f32).t());
+        if let Some(b) = &self.attention.bv {
+            values += &b.mapv(|v| v as f32);
+        }
+        let attention = LatentAttention::new(rotated, x.view(), windows);
+        let mut heads = Array2::zeros((x.nrows(), rotated.heads * d));
+        for h in 0..rotated.heads {
+            let own = values.slice(s![.., (h / n) * d..(h / n + 1) * d]);
+            heads.slice_mut(s![.., h * d..(h + 1) * d]).assign(&attention.pooled_from(h, own));
+        }
+        Ok(self.layer.output_projection(heads.view())?)
     }
 
     /// Add the attention output and the MLP's to a stream.

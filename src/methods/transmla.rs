@@ -35,6 +35,9 @@ pub struct Converted {
     pub rank_loss: f64,
     /// Share of key energy that lost its rotation.
     pub rope_loss: f64,
+    /// The layer between the two steps: rotations gone, nothing compressed. Its latent is the keys without rotation, and
+    /// its values are the source's own (`v_up` is empty). The published tool's second calibration runs behind such layers.
+    pub rotated: MlaLayer,
 }
 
 /// Which weighting the joint low-rank step uses.
@@ -150,6 +153,26 @@ pub fn convert(
         rope: q_rope,
         rope_bias: q_rope_bias,
     };
+    let k_rope_bias = source.bk.as_ref().map(|b| b_rope.t().dot(b));
+    let rope_freq: Vec<f64> = rotation.slot_pair.iter().map(|&j| source.inv_freq[j]).collect();
+    let mut own_keys = Array2::zeros((heads * d, width));
+    for h in 0..heads {
+        let own = (h / n) * d..(h / n + 1) * d;
+        own_keys.slice_mut(s![h * d..(h + 1) * d, ..]).assign(&b_nope.slice(s![own, ..]));
+    }
+    let rotated = MlaLayer {
+        heads,
+        query: query.clone(),
+        latent: k_nope.clone(),
+        k_rope: k_rope.clone(),
+        k_rope_bias: k_rope_bias.clone(),
+        k_up: own_keys,
+        v_up: Array2::zeros((0, width)),
+        wo: source.wo.clone(),
+        wo_bias: source.bo.clone(),
+        rope_freq: rope_freq.clone(),
+        score_scale: source.score_scale,
+    };
     let query = match settings.q_rank {
         None => query,
         Some(q_rank) => low_rank_query(source, moments, query, b_rope, q_rank)?,
@@ -159,16 +182,17 @@ pub fn convert(
         query,
         latent,
         k_rope,
-        k_rope_bias: source.bk.as_ref().map(|b| b_rope.t().dot(b)),
+        k_rope_bias,
         k_up,
         v_up,
         wo: source.wo.clone(),
         wo_bias: output_bias_with_values(source),
-        rope_freq: rotation.slot_pair.iter().map(|&j| source.inv_freq[j]).collect(),
+        rope_freq,
         score_scale: source.score_scale,
     };
     Ok(Converted {
         layer,
+        rotated,
         rank_loss: if energy > 0.0 { (1.0 - kept / energy).max(0.0) } else { 0.0 },
         rope_loss: if total_key > 0.0 { lost_key / total_key } else { 0.0 },
     })
