@@ -29,9 +29,9 @@ fn settings(method: Method) -> ConvertSettings {
     ConvertSettings { method, calibration, ..ConvertSettings::default() }
 }
 
-fn run(from: &Path, to: &Path, settings: &ConvertSettings) -> Result<ConversionReport, ConvertError> {
+fn run(from: &Path, to: &Path, settings: &ConvertSettings) -> Result<ConversionReport, Box<ConvertError>> {
     let (source, arch) = open(from);
-    convert(&source, &arch, settings, to, &|_| Vec::new(), &Silent)
+    convert(&source, &arch, settings, to, &|_| Vec::new(), &Silent).map_err(Box::new)
 }
 
 /// The token windows a fixture's golden logits belong to.

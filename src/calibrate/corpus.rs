@@ -178,7 +178,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c.jsonl");
         fs_err::write(&path, "{\"text\": \"one\"}\n\n{\"text\": \"two\"}\n").unwrap();
-        assert_eq!(read_texts(&[path.clone()]).unwrap(), ["one", "two"]);
+        assert_eq!(read_texts(std::slice::from_ref(&path)).unwrap(), ["one", "two"]);
         fs_err::write(&path, "{\"text\": \"one\"}\n{\"body\": \"two\"}\n").unwrap();
         let error = read_texts(&[path]).unwrap_err().to_string();
         assert!(error.contains("line 2: no string field `text`"), "{error}");

@@ -58,7 +58,7 @@ pub struct Global {
     #[arg(long, short, global = true)]
     quiet: bool,
     /// Threads to compute with [default: all cores]; results do not depend on it
-    #[arg(long, value_name = "N", global = true, value_parser = values::positive)]
+    #[arg(long, value_name = "N", global = true, value_parser = values::threads)]
     threads: Option<usize>,
 }
 

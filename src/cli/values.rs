@@ -8,6 +8,14 @@ pub fn positive(s: &str) -> Result<usize, String> {
     }
 }
 
+/// A thread count: far above any machine, far below what exhausts one.
+pub fn threads(s: &str) -> Result<usize, String> {
+    match positive(s) {
+        Ok(n) if n <= 1024 => Ok(n),
+        _ => Err("expected an integer from 1 to 1024".to_owned()),
+    }
+}
+
 /// An even integer of at least 2: RoPE turns pairs.
 pub fn positive_even(s: &str) -> Result<usize, String> {
     match positive(s) {

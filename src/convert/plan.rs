@@ -148,10 +148,11 @@ pub(super) fn describe(job: &Job<'_>, tokens: usize, predicted_error: Option<f64
         Method::AttentionAware => 2,
         Method::Transmla | Method::Care => 1,
     };
-    // Hidden states of each stream; inputs, head outputs, queries, keys and values of the layer at work, in f32.
+    // Hidden states of each stream, its normed inputs and attention outputs; head outputs, queries, keys and values of the
+    // layer at work, in f32.
     let hidden = Stream::bytes(tokens, arch.hidden);
     let heads = Stream::bytes(tokens, arch.heads * job.shape.head_dim);
-    let activations = if streams == 0 { 0 } else { (streams as u64 + 3) * hidden + 5 * heads };
+    let activations = if streams == 0 { 0 } else { (3 * streams as u64 + 1) * hidden + 5 * heads };
     let head_row = (arch.vocab * arch.hidden) as u64 * 12;
     let peak = 60_000_000 + activations + job.layer_bytes().max(head_row);
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get()) as f64;

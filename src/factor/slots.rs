@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn slots_go_where_they_are_worth_most() {
         let a = Array2::from_shape_vec((3, 2), vec![5.0, 4.0, 3.0, 0.0, 1.0, 0.5]).unwrap();
-        assert_eq!(share_slots(&[a.clone()], 3), vec![2, 1, 0]);
+        assert_eq!(share_slots(std::slice::from_ref(&a), 3), vec![2, 1, 0]);
         let b = Array2::from_shape_vec((3, 2), vec![0.0, 0.0, 0.0, 0.0, 9.0, 8.0]).unwrap();
         assert_eq!(share_slots(&[a, b], 4), vec![2, 0, 2]);
         assert_eq!(stock_grid(8, 4), Some(vec![1, 0, 1, 0]));

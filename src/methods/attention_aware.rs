@@ -90,8 +90,11 @@ fn put(out: &mut Array2<f64>, row: usize, re: usize, im: usize, u: c64) {
     out[[row + 1, im]] += u.re;
 }
 
+/// `(frequency, component)`.
+type Component = (usize, usize);
+
 /// Which `(frequency, component)` pairs get slots, and which go to the latent, both in order of frequency.
-fn partition(value: &Array2<f64>, slots: &[usize]) -> (Vec<(usize, usize)>, Vec<(usize, usize)>) {
+fn partition(value: &Array2<f64>, slots: &[usize]) -> (Vec<Component>, Vec<Component>) {
     let (half, g) = value.dim();
     let (mut kept, mut dropped) = (Vec::new(), Vec::new());
     for j in 0..half {
@@ -133,7 +136,7 @@ pub fn draft(
     let (kept, dropped) = partition(&analysis.value, settings.slots);
 
     // Key-side maps [2 * components, g d] and query-side maps per head [2 * components, d].
-    let key_map = |list: &[(usize, usize)]| {
+    let key_map = |list: &[Component]| {
         let mut map = Array2::zeros((2 * list.len(), g * d));
         for (i, &(j, c)) in list.iter().enumerate() {
             for a in 0..g {
@@ -142,7 +145,7 @@ pub fn draft(
         }
         map
     };
-    let query_map = |list: &[(usize, usize)], h: usize, rotated: bool| {
+    let query_map = |list: &[Component], h: usize, rotated: bool| {
         let a = h / n;
         let mut map = Array2::zeros((2 * list.len(), d));
         for (i, &(j, c)) in list.iter().enumerate() {
