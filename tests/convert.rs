@@ -272,7 +272,8 @@ fn what_cannot_be_right_is_refused_and_nothing_is_written() {
                 (s.qk_rope_head_dim, s.kv_lora_rank, s.kv_budget) = (Some(16), Some(16), Some(Budget::Values(40)));
             }),
         ),
-        ("calib-seq-len", aware(&|s| s.calibration.seq_len = 100_000)),
+        ("calib-seq-len", aware(&|s| s.calibration.seq_len = 1)),
+        ("q_lora_rank 9999", ConvertSettings { q_lora_rank: Some(9999), ..settings(Method::Transmla) }),
         ("samples 0", aware(&|s| s.calibration.samples = 0)),
         ("too short", aware(&|s| (s.calibration.samples, s.calibration.seq_len) = (1, 16))),
         ("takes no rank", ConvertSettings { kv_lora_rank: Some(8), ..settings(Method::Exact) }),
@@ -290,6 +291,89 @@ fn what_cannot_be_right_is_refused_and_nothing_is_written() {
         assert!(expected.split('|').any(|e| error.contains(e)), "expected `{expected}`, found: {error}");
         assert_eq!(fs_err::read_dir(dir.path()).expect("readable").count(), 0, "something was left behind: {error}");
     }
+}
+
+/// A copy of a fixture whose config and tensors were changed.
+fn changed(
+    name: &str,
+    dir: &Path,
+    config: impl Fn(&mut serde_json::Map<String, serde_json::Value>),
+    zeroed: &[&str],
+) -> PathBuf {
+    let to = dir.join("changed");
+    fs_err::create_dir(&to).expect("made");
+    for entry in fs_err::read_dir(fixture(name)).expect("readable").flatten() {
+        fs_err::copy(entry.path(), to.join(entry.file_name())).expect("copied");
+    }
+    let path = to.join("config.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs_err::read(&path).expect("readable")).expect("JSON");
+    config(json.as_object_mut().expect("an object"));
+    fs_err::write(&path, json.to_string()).expect("written");
+    let weights = to.join("model.safetensors");
+    let mut bytes = fs_err::read(&weights).expect("readable");
+    let (source, _) = open(&fixture(name));
+    for tensor in zeroed {
+        let info = source.tensors.get(tensor).expect("there");
+        bytes[info.begin as usize..info.end as usize].fill(0);
+    }
+    fs_err::write(&weights, bytes).expect("written");
+    to
+}
+
+#[test]
+fn exact_stays_exact_where_the_source_scales_its_scores() {
+    // YaRN's attention factor is no power of two: folded queries must not be rounded to bf16.
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let yarn = serde_json::json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128 });
+    let from = changed("pico-trained", dir.path(), |c| drop(c.insert("rope_scaling".into(), yarn.clone())), &[]);
+    let to = dir.path().join("out");
+    run(&from, &to, &settings(Method::Exact)).expect("converts");
+    let c = side_by_side(&from, &to, &golden_tokens("pico-trained"));
+    assert!(c.max_abs_dlogit < 1.3e-4 && c.top1_agreement == 1.0, "{c:?}");
+}
+
+#[test]
+fn degenerate_layers_convert_by_every_method() {
+    for zeroed in
+        ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "input_layernorm.weight"]
+    {
+        for method in [Method::AttentionAware, Method::Care, Method::Transmla] {
+            let dir = tempfile::tempdir().expect("a temporary folder");
+            let from = changed("pico-trained", dir.path(), |_| (), &[&format!("model.layers.0.{zeroed}")]);
+            let to = dir.path().join("out");
+            let s = ConvertSettings { kv_budget: Some(Budget::Percent(50.0)), ..settings(method) };
+            run(&from, &to, &s).unwrap_or_else(|e| panic!("{method}, {zeroed}: {e}"));
+            let (source, _) = open(&from);
+            let c = side_by_side(&from, &to, &heldout(&source, 64, 2));
+            assert!(c.ppl_converted.is_finite(), "{method}, {zeroed}");
+        }
+    }
+}
+
+#[test]
+fn configs_that_no_model_has_are_refused_at_once() {
+    let config = |key: &str, value: serde_json::Value| {
+        let bytes = fs_err::read(fixture("pico-mistral").join("config.json")).expect("readable");
+        let mut json: serde_json::Value = serde_json::from_slice(&bytes).expect("JSON");
+        json[key] = value;
+        json
+    };
+    for (key, value) in [
+        ("num_hidden_layers", 2_147_483_647_i64.into()),
+        ("num_attention_heads", (1_i64 << 30).into()),
+        ("head_dim", 2_147_483_646_i64.into()),
+        ("rms_norm_eps", 1e30.into()),
+        ("rope_scaling", serde_json::json!({ "rope_type": 3 })),
+        ("rope_scaling", serde_json::json!({ "rope_type": "linear", "factor": -2.0 })),
+    ] {
+        let error = Architecture::from_config(&config(key, value)).expect_err(key).to_string();
+        assert!(error.contains(key), "{error}");
+    }
+    // transformers gives Mistral a window of 4096 where the config is silent: not the same as an explicit null.
+    let mut silent = config("max_position_embeddings", 8192.into());
+    assert_eq!(Architecture::from_config(&silent).expect("valid").gqa().expect("GQA").sliding_window, None);
+    silent.as_object_mut().expect("an object").remove("sliding_window");
+    assert_eq!(Architecture::from_config(&silent).expect("valid").gqa().expect("GQA").sliding_window, Some(4096));
 }
 
 #[test]

@@ -32,13 +32,18 @@ impl<'a> Config<'a> {
         ArchError::MissingKey { key: key.to_owned(), family: self.family.to_owned() }
     }
 
-    /// A count: a positive integer below 2^31 (larger ones are typing errors, and would overflow byte counts).
+    /// A count: a positive integer no larger than any model's, so that what is made from it fits memory.
     fn count(&self, key: &str) -> Result<Option<usize>, ArchError> {
+        let most: u64 = match key {
+            "num_hidden_layers" | "first_k_dense_replace" => 10_000,
+            "num_attention_heads" | "num_key_value_heads" | "head_dim" => 1 << 16,
+            _ => 1 << 30,
+        };
         match self.present(key) {
             None => Ok(None),
             Some(v) => match v.as_u64() {
-                Some(n) if n > 0 && n < 1 << 31 => Ok(Some(n as usize)),
-                _ => Err(self.bad(key, "a positive integer")),
+                Some(n) if n > 0 && n <= most => Ok(Some(n as usize)),
+                _ => Err(self.bad(key, &format!("an integer from 1 to {most}"))),
             },
         }
     }
@@ -115,8 +120,8 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
         _ => return Err(config.bad("hidden_act", "\"silu\"")),
     };
     let norm_eps = config.number("rms_norm_eps")?.unwrap_or(1e-6);
-    if !(norm_eps.is_finite() && norm_eps > 0.0) {
-        return Err(config.bad("rms_norm_eps", "a positive number"));
+    if !(norm_eps > 0.0 && norm_eps < 1.0) {
+        return Err(config.bad("rms_norm_eps", "a positive number below 1"));
     }
     let (attention, rope) = match family.attention {
         AttentionKind::Gqa => read_gqa(config, family, hidden, heads)?,
@@ -140,7 +145,7 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
         activation,
         tied_head: config.flag("tie_word_embeddings")?.unwrap_or(family.default_tie),
         mlp_bias: config.switch(&family.mlp_bias)?,
-        max_position: config.count("max_position_embeddings")?.unwrap_or(2048),
+        max_position: config.count("max_position_embeddings")?.unwrap_or(family.default_max_position),
         rope,
         attention,
         names: TensorNames::new(family),
@@ -149,7 +154,10 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
 }
 
 fn read_gqa(config: &Config<'_>, family: &Family, hidden: usize, heads: usize) -> Result<(Attention, Rope), ArchError> {
-    let kv_heads = config.count("num_key_value_heads")?.unwrap_or(heads);
+    let kv_heads = match config.map.get("num_key_value_heads") {
+        None => family.default_kv_heads.unwrap_or(heads),
+        Some(_) => config.count("num_key_value_heads")?.unwrap_or(heads),
+    };
     if !heads.is_multiple_of(kv_heads) {
         return Err(config.bad("num_key_value_heads", &format!("a divisor of num_attention_heads ({heads})")));
     }
@@ -167,8 +175,15 @@ fn read_gqa(config: &Config<'_>, family: &Family, hidden: usize, heads: usize) -
         Some(key) => config.flag(key)?.unwrap_or(false),
         None => true,
     };
+    // An absent key means the class's default, an explicit null means no window.
+    let window = |key: &str| match config.map.get(key) {
+        None => Ok(family.default_sliding_window),
+        Some(_) => config.count(key),
+    };
+    let layered = config.map.get("layer_types").and_then(Value::as_array);
+    let layered = layered.is_some_and(|l| l.iter().any(|t| t == "sliding_attention"));
     let sliding_window = match &family.sliding_window {
-        Some(key) if windowed => config.count(key)?,
+        Some(key) if windowed || layered => window(key)?,
         _ => None,
     };
     let shape = GqaShape {

@@ -36,6 +36,14 @@ pub struct Family {
     /// Config key that turns the window on; absent: the window counts whenever it is not null.
     #[serde(default)]
     pub sliding_window_switch: Option<String>,
+    /// The window where the config does not name the key at all.
+    #[serde(default)]
+    pub default_sliding_window: Option<usize>,
+    /// `num_key_value_heads` where the config does not name it; absent: as many as query heads.
+    #[serde(default)]
+    pub default_kv_heads: Option<usize>,
+    /// `max_position_embeddings` where the config is silent.
+    pub default_max_position: usize,
     /// `tie_word_embeddings` where the config is silent.
     pub default_tie: bool,
     /// `rope_theta` where the config is silent.

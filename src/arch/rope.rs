@@ -58,11 +58,17 @@ impl Rope {
         if !(theta.is_finite() && theta > 0.0) {
             return Err(config.bad("rope_theta", "a positive number"));
         }
-        let kind = scaling
-            .and_then(|s| s.get("rope_type").or_else(|| s.get("type")))
-            .and_then(Value::as_str)
-            .unwrap_or("default")
-            .to_owned();
+        let kind = match scaling.and_then(|s| s.get("rope_type").or_else(|| s.get("type"))) {
+            None | Some(Value::Null) => "default".to_owned(),
+            Some(Value::String(kind)) => kind.clone(),
+            Some(other) => {
+                return Err(ArchError::BadValue {
+                    key: "rope_scaling.rope_type".into(),
+                    found: other.to_string(),
+                    expected: "a string".into(),
+                });
+            }
+        };
         let plain: Vec<f32> = (0..dim / 2).map(|j| 1.0 / base_power(theta, dim, j)).collect();
         let params = Scaling { config, scaling, theta, dim, plain };
         let (inv_freq, amplitude) = match kind.as_str() {
@@ -81,6 +87,14 @@ impl Rope {
                 });
             }
         };
+        let normal = inv_freq.iter().all(|f| f.is_normal() && *f > 0.0);
+        if !normal || !(amplitude.is_finite() && amplitude > 0.0) {
+            return Err(ArchError::BadValue {
+                key: "rope_scaling".into(),
+                found: format!("rope_theta {theta:e} with `{kind}`"),
+                expected: "values that give positive, finite frequencies and attention factor".into(),
+            });
+        }
         Ok(Self {
             inv_freq: inv_freq.into_iter().map(f64::from).collect(),
             amplitude,
@@ -119,9 +133,14 @@ impl Scaling<'_> {
     }
 
     fn need(&self, key: &str) -> Result<f64, ArchError> {
-        self.get(key)
-            .filter(|v| v.is_finite() && *v > 0.0)
-            .ok_or_else(|| ArchError::MissingKey { key: format!("rope_scaling.{key}"), family: "RoPE scaling".into() })
+        match self.scaling.and_then(|s| s.get(key)) {
+            None => Err(ArchError::MissingKey { key: format!("rope_scaling.{key}"), family: "RoPE scaling".into() }),
+            Some(v) => v.as_f64().filter(|v| v.is_finite() && *v > 0.0).ok_or_else(|| ArchError::BadValue {
+                key: format!("rope_scaling.{key}"),
+                found: v.to_string(),
+                expected: "a positive number".into(),
+            }),
+        }
     }
 
     fn original_max(&self) -> Result<f64, ArchError> {

@@ -34,7 +34,8 @@ pub enum CorpusError {
     },
     /// Fewer tokens than needed.
     #[error(
-        "the text is too short: {found} tokens, at least {needed} are needed{why}\n\nhint: give more text with `{option}`, or shorter windows with `{seq_option}`"
+        "the text is too short: {found} tokens, at least {needed} are needed{why}\n\nhint: give more text with `{option}`{}",
+        if found >= needed { format!(", or shorter windows with `{seq_option}`") } else { String::new() }
     )]
     TooShort {
         /// Tokens found.
@@ -80,7 +81,9 @@ pub fn read_texts(files: &[PathBuf]) -> Result<Vec<String>, CorpusError> {
             content(format!("not UTF-8 at byte {}\n\nhint: give plain text or .jsonl", e.utf8_error().valid_up_to()))
         })?;
         if is_jsonl(path) {
-            for (n, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+            for (n, line) in
+                text.trim_start_matches('\u{feff}').lines().enumerate().filter(|(_, l)| !l.trim().is_empty())
+            {
                 let value: Value =
                     serde_json::from_str(line).map_err(|e| content(format!("line {}: not JSON: {e}", n + 1)))?;
                 let field = value.get("text").and_then(Value::as_str);

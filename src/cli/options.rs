@@ -90,7 +90,7 @@ struct MethodOptions {
     /// [default: 1]
     #[arg(long, value_name = "X|none", value_parser = values::number_or_none)]
     balance_kv_ratio: Option<Ratio>,
-    /// Frequencies of the rotated width: free loses least, stock loads in every engine; auto: free
+    /// Frequencies of the rotated width: free loses least, stock loads in every engine; auto: free for attention-aware
     #[arg(long, value_name = "GRID", default_value = "auto", value_parser = rope_grid())]
     rope_grid: Auto<RopeGrid>,
 }
@@ -178,6 +178,8 @@ impl ConvertOptions {
             ),
             (c.freqfold.is_some() && !published, "--freqfold", "--method transmla or care"),
             (c.balance_kv_ratio.is_some() && !published, "--balance-kv-ratio", "--method transmla or care"),
+            (c.rope_grid.0.is_some() && method == Method::Exact, "--rope-grid", "--method attention-aware"),
+            (c.rope_grid.0 == Some(RopeGrid::Free) && published, "--rope-grid free", "--method attention-aware"),
             (!c.without.is_empty() && !ours, "--without", "--method attention-aware"),
             (c.refine.is_some_and(|n| n > 0) && !ours, "--refine", "--method attention-aware"),
         ];

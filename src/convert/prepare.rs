@@ -82,6 +82,16 @@ impl<'a> Job<'a> {
                 "queries are not cached: leaving them whole costs no cache",
             ));
         }
+        if matches!(settings.method, Method::Transmla | Method::Care) {
+            let limits =
+                transmla::Limits { kv_heads: shape.kv_heads, head_dim: d, queries: (arch.heads * d).min(hidden) };
+            let fold = match settings.freqfold {
+                super::FreqFold::Fixed(fold) => fold,
+                super::FreqFold::Auto => (d / rope.max(1)).max(1),
+            };
+            transmla::check(&limits, rope, rank, settings.q_lora_rank, fold)
+                .map_err(|e| ConvertError::Refused { message: e.message, hint: e.hint })?;
+        }
         let query_bias = shape.qkv_bias;
         let q_lora_rank = match (settings.q_lora_rank, query_bias) {
             (None, false) => None,
@@ -96,8 +106,11 @@ impl<'a> Job<'a> {
             qk_rope_head_dim: rope,
             v_head_dim: d,
         };
+        let width = (geometry.qk_nope_head_dim + geometry.qk_rope_head_dim) as f64;
+        let score_scale = (d as f64).powf(-0.5) * arch.rope.amplitude.powi(2) * width.sqrt();
         let spec = TargetSpec {
             geometry,
+            plain_scale: score_scale.log2().fract().abs() < 1e-12,
             bias,
             constant_row: query_bias,
             base,
@@ -345,12 +358,13 @@ fn widths(
     };
     let fixed = match (rope, rank) {
         (Some(rope), _) => Some(rope),
-        (None, Some(rank)) => Some(budget.saturating_sub(rank)),
+        // Pairs turn: an odd remainder leaves one value of the budget unused.
+        (None, Some(rank)) => Some(budget.saturating_sub(rank) / 2 * 2),
         (None, None) => None,
     };
     if let Some(rope) = fixed {
         if valid(rope) {
-            return Ok(vec![(rope, budget - rope)]);
+            return Ok(vec![(rope, rank.unwrap_or(budget - rope))]);
         }
         return Err(ConvertError::refused(
             format!(

@@ -32,15 +32,16 @@ fn windows(job: &Job<'_>, observer: &dyn Observer) -> Result<Vec<Vec<u32>>, Conv
     if job.settings.method == Method::Exact {
         return Ok(Vec::new());
     }
-    let calibration = &job.settings.calibration;
-    if calibration.seq_len < 2 || calibration.seq_len > job.arch.max_position {
-        return Err(ConvertError::refused(
-            format!(
-                "--calib-seq-len {} is not between 2 and the model's {} positions",
-                calibration.seq_len, job.arch.max_position
-            ),
-            "256 is enough for most models",
-        ));
+    let mut calibration = job.settings.calibration.clone();
+    if calibration.seq_len < 2 {
+        return Err(ConvertError::refused("--calib-seq-len has to be at least 2", "256 is the default"));
+    }
+    if calibration.seq_len > job.arch.max_position {
+        calibration.seq_len = job.arch.max_position;
+        observer.event(Event::Note(format!(
+            "calibration windows of {} tokens: the model has no more positions",
+            calibration.seq_len
+        )));
     }
     if calibration.samples == 0 {
         return Err(ConvertError::refused("--calib-samples 0 leaves nothing to calibrate on", "128 is the default"));
@@ -50,7 +51,7 @@ fn windows(job: &Job<'_>, observer: &dyn Observer) -> Result<Vec<Vec<u32>>, Conv
     let tokenizer = job.source.tokenizer()?;
     let texts = read_texts(&calibration.files)?;
     let why = format!(", four for each of the {} cached values", rope + rank);
-    let windows = calibration_windows(&tokenizer, &texts, calibration, needed, &why)?;
+    let windows = calibration_windows(&tokenizer, &texts, &calibration, needed, &why)?;
     if windows.len() < calibration.samples {
         observer.event(Event::Note(format!(
             "the calibration text holds {} windows of {} tokens, {} were asked for",
@@ -111,6 +112,9 @@ pub fn convert(
     clock.lap("prepare");
     let backend = Cpu;
     let found = survey(&mut job, &backend, &windows, false, observer)?;
+    if !source.files.iter().any(|f| f.name == "tokenizer.json") {
+        observer.event(Event::Warning("the source has no tokenizer.json, so the output has none".into()));
+    }
     for decision in &job.decisions {
         observer.event(Event::Note(decision.clone()));
     }
@@ -134,6 +138,8 @@ pub fn convert(
     source.check_unchanged()?;
     let rope = job.spec.rope(&frequencies, arch, &source.config, job.max_position);
     let config = job.spec.config(arch, &source.config, &rope, job.max_position);
+    // What is published has to be readable: by the rules this tool reads models with.
+    Architecture::from_config(&config)?;
     sink.writer.write_file("config.json", &pretty(&config))?;
     for file in &source.files {
         sink.writer.copy_file(&file.name, &file.path)?;

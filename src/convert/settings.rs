@@ -59,7 +59,11 @@ impl FromStr for Budget {
             || format!("`{s}` is neither a number of values per token per layer (`192`) nor a percentage (`50%`)");
         if let Some(p) = s.strip_suffix('%') {
             let p: f64 = p.trim().parse().map_err(|_| bad())?;
-            return if p > 0.0 && p <= 100.0 { Ok(Budget::Percent(p)) } else { Err(bad()) };
+            return match p {
+                p if p > 0.0 && p <= 100.0 => Ok(Budget::Percent(p)),
+                p if p > 100.0 => Err(format!("`{s}` is more than the source's cache")),
+                _ => Err(bad()),
+            };
         }
         s.parse().ok().filter(|n| *n > 0).map(Budget::Values).ok_or_else(bad)
     }

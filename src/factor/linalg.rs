@@ -188,7 +188,12 @@ pub fn solve_right_spd(
     if a.iter().chain(b.iter()).any(|x| !x.is_finite()) {
         return Err(FactorError::NotFinite { what });
     }
-    let mean = a.diag().mean().unwrap_or(0.0).max(f64::MIN_POSITIVE);
+    let mean = a.diag().mean().unwrap_or(0.0);
+    if mean <= 0.0 && a.iter().all(|x| *x == 0.0) {
+        // Features that are always zero: no weight on them.
+        return Ok((Array2::zeros((b.nrows(), n)), ridge));
+    }
+    let mean = mean.max(f64::MIN_POSITIVE);
     let rhs = Mat::from_fn(n, b.nrows(), |i, j| b[[j, i]]);
     let mut ridge = ridge;
     for _ in 0..7 {
@@ -215,6 +220,10 @@ pub fn sqrt_and_inverse(
     floor: f64,
     what: &'static str,
 ) -> Result<(Array2<f64>, Array2<f64>), FactorError> {
+    if a.iter().all(|x| *x == 0.0) {
+        // Nothing is read: any metric will do.
+        return Ok((Array2::eye(a.nrows()), Array2::eye(a.nrows())));
+    }
     let (values, u) = eigh(a, what)?;
     let least = values.first().copied().unwrap_or(0.0).max(f64::MIN_POSITIVE) * floor;
     let scaled = |power: f64| {

@@ -13,7 +13,7 @@ pub mod slots;
 pub enum FactorError {
     /// An input holds NaN or infinity.
     #[error(
-        "{what}: not finite\n\nhint: a weight or a calibration statistic is NaN or infinite; see the first warning"
+        "{what}: not finite\n\nhint: weights or activations of this layer overflow f32; does the source model itself run on this text?"
     )]
     NotFinite {
         /// Which matrix.
@@ -28,7 +28,7 @@ pub enum FactorError {
         n: usize,
     },
     /// A matrix that must be positive definite is not, even after regularisation.
-    #[error("{what}: not positive definite, even after regularisation")]
+    #[error("{what}: not positive definite, even after regularisation\n\nhint: calibrate on more varied text")]
     Singular {
         /// Which matrix.
         what: &'static str,

@@ -39,11 +39,14 @@ pub fn refit(
     let mut g = gram.slice(s![..n, ..n]).to_owned();
     let mut c = cross.slice(s![.., ..n]).to_owned();
     let (mean_f, mean_y) = (gram.slice(s![..n, n]).to_owned(), cross.column(n).to_owned());
+    // Where the features hardly vary, centring leaves rounding noise: hold the diagonal above it.
+    let noise = 1e-12 * g.diag().mean().unwrap_or(0.0);
     if bias {
         let f = mean_f.view().insert_axis(Axis(1));
         g = g - matmul(&f, &f.t());
         c = c - matmul(&mean_y.view().insert_axis(Axis(1)), &f.t());
     }
+    g.diag_mut().mapv_inplace(|x| x + noise);
     let residual = match prior {
         Some(p) => &c - &matmul(p, &g),
         None => c,

@@ -40,8 +40,9 @@ pub fn pair_components(
     let mut basis = Vec::with_capacity(half);
     for j in 0..half {
         // A head that nobody queries at this frequency still needs a weight to be divided by.
-        let floor = query_energy.column(j).sum().max(f64::MIN_POSITIVE) * 1e-9;
-        let w = Array1::from_shape_fn(g, |a| query_energy[[a, j]].max(floor).sqrt());
+        let total = query_energy.column(j).sum();
+        let w =
+            Array1::from_shape_fn(g, |a| if total > 0.0 { query_energy[[a, j]].max(total * 1e-9).sqrt() } else { 1.0 });
         let s = Array2::from_shape_fn((g, g), |(a, b)| {
             let (ar, ai, br, bi) =
                 (a * head_dim + j, a * head_dim + j + half, b * head_dim + j, b * head_dim + j + half);

@@ -72,7 +72,9 @@ pub fn convert(
     metric: Metric,
 ) -> Result<Converted, MethodError> {
     let (heads, g, d, n) = (source.heads, source.kv_heads, source.head_dim, source.group());
-    check(source, settings)?;
+    let limits = Limits { kv_heads: g, head_dim: d, queries: (heads * d).min(source.hidden()) };
+    check(&limits, settings.rope_dim, settings.rank, settings.q_rank, settings.fold)
+        .map_err(|e| MethodError::Setting { message: e.message, hint: e.hint })?;
     let collapse = d / settings.rope_dim;
     let ck = moments.output_moment(&source.wk, source.bk.as_ref());
     let rotation = rorope(&ck, g, d, collapse, settings.fold)?;
@@ -198,32 +200,68 @@ pub fn convert(
     })
 }
 
-fn check(source: &AttentionSource, settings: &Settings) -> Result<(), MethodError> {
-    let (g, d) = (source.kv_heads, source.head_dim);
-    let setting = |message: String, hint: Option<String>| Err(MethodError::Setting { message, hint });
-    if settings.rope_dim == 0 || d % settings.rope_dim != 0 || !settings.rope_dim.is_multiple_of(2) {
+/// What a source's shape allows.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// `g`.
+    pub kv_heads: usize,
+    /// `d`.
+    pub head_dim: usize,
+    /// Largest rank of the query projection, `min(H d, D)`.
+    pub queries: usize,
+}
+
+/// Why widths cannot be met.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Impossible {
+    /// What was asked and what is possible.
+    pub message: String,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+/// Check widths and FreqFold against a shape.
+///
+/// # Errors
+/// [`Impossible`], naming the width.
+pub fn check(
+    limits: &Limits,
+    rope_dim: usize,
+    rank: usize,
+    q_rank: Option<usize>,
+    fold: usize,
+) -> Result<(), Impossible> {
+    let (g, d) = (limits.kv_heads, limits.head_dim);
+    let setting = |message: String, hint: String| Err(Impossible { message, hint: Some(hint) });
+    if rope_dim == 0 || d % rope_dim != 0 || rope_dim % 2 != 0 {
         return setting(
-            format!("qk_rope_head_dim {} does not divide the head size {d} into even parts", settings.rope_dim),
-            Some("RoRoPE collapses whole frequencies; `--method attention-aware` takes any even width".into()),
+            format!("qk_rope_head_dim {rope_dim} does not divide the head size {d} into even parts"),
+            "RoRoPE collapses whole frequencies; `--method attention-aware` takes any even width".into(),
         );
     }
-    let collapse = d / settings.rope_dim;
-    if !is_valid_fold(d, collapse, settings.fold) {
+    let collapse = d / rope_dim;
+    if !is_valid_fold(d, collapse, fold) {
         let valid: Vec<String> =
             (1..=d / 2).filter(|f| is_valid_fold(d, collapse, *f)).map(|f| f.to_string()).collect();
         return setting(
-            format!("freqfold {} does not fit head size {d} with collapse {collapse}", settings.fold),
-            Some(format!("possible values are {}", valid.join(", "))),
+            format!("freqfold {fold} does not fit head size {d} with collapse {collapse}"),
+            format!("possible values are {}", valid.join(", ")),
         );
     }
-    let most = 2 * g * d - settings.rope_dim;
-    if settings.rank > most {
+    let most = 2 * g * d - rope_dim;
+    if rank > most {
         return setting(
-            format!("kv_lora_rank {} is larger than the {most} values there are to compress", settings.rank),
-            Some("the latent holds keys without RoPE and values: 2 g d - d_R of them".into()),
+            format!("kv_lora_rank {rank} is larger than the {most} values there are to compress"),
+            "the latent holds keys without RoPE and values: 2 g d - d_R of them".into(),
         );
     }
-    Ok(())
+    match q_rank {
+        Some(q) if q > limits.queries => setting(
+            format!("q_lora_rank {q} is larger than the rank of the query projection ({})", limits.queries),
+            "queries are not cached: leaving the option out costs no cache".into(),
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// PCA of the stacked query outputs (biases included in the samples, kept whole on `q_b`), section 4.4.
@@ -234,16 +272,6 @@ fn low_rank_query(
     to_rope: ArrayView2<'_, f64>,
     q_rank: usize,
 ) -> Result<Query, MethodError> {
-    let width = source.heads * source.head_dim;
-    if q_rank > width.min(source.hidden()) {
-        return Err(MethodError::Setting {
-            message: format!(
-                "q_lora_rank {q_rank} is larger than the rank of the query projection ({})",
-                width.min(source.hidden())
-            ),
-            hint: None,
-        });
-    }
     let cq = moments.output_moment(&source.wq, source.bq.as_ref());
     let (_, u) = eigh(&cq, "query moment")?;
     let top = u.slice(s![.., ..q_rank]).to_owned();

@@ -197,8 +197,9 @@ pub fn conversion(r: &ConversionReport, width: usize) -> String {
     if r.calibration_tokens > 0 {
         t.row(["calibration", &format!("{} tokens", r.calibration_tokens)]);
     }
-    let total: f64 = r.seconds.values().sum();
-    let phases: Vec<String> = r.seconds.iter().map(|(name, s)| format!("{name} {}", units::seconds(*s))).collect();
+    let total = r.seconds.get("total").copied().unwrap_or_default();
+    let phases = r.seconds.iter().filter(|(name, _)| *name != "total");
+    let phases: Vec<String> = phases.map(|(name, s)| format!("{name} {}", units::seconds(*s))).collect();
     t.row(["time", &format!("{} ({})", units::seconds(total), phases.join(", "))]);
     t.row(["peak memory", &units::bytes(r.peak_rss_bytes)]);
     decisions(&mut t, &r.decisions);

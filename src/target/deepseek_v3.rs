@@ -38,6 +38,8 @@ pub struct TargetSpec {
     pub lossless: bool,
     /// Whether the query and key/value weights are the source's own times powers of two (method `exact`).
     pub plain_weights: bool,
+    /// Whether the score scale is a power of two, so that queries keep the source's digits.
+    pub plain_scale: bool,
     /// Factor on the residual stream, `sqrt(1e-6 / eps)`.
     pub stream_scale: f64,
 }
@@ -67,19 +69,20 @@ impl TargetSpec {
         let (g, d) = (&self.geometry, arch.hidden);
         let prefix = format!("model.layers.{layer}.self_attn.");
         let q = arch.heads * (g.qk_nope_head_dim + g.qk_rope_head_dim);
+        let queries = if self.plain_scale { self.plain() } else { self.rounded() };
         let mut out = Vec::new();
         let mut push = |name: &str, dtype: Dtype, shape: Vec<usize>| {
             out.push(PlannedTensor { name: format!("{prefix}{name}"), dtype, shape });
         };
         match g.q_lora_rank {
-            None => push("q_proj.weight", self.plain(), vec![q, d]),
+            None => push("q_proj.weight", queries, vec![q, d]),
             Some(rank) => {
                 push("q_a_proj.weight", self.rounded(), vec![rank, d]);
                 if self.bias {
                     push("q_a_proj.bias", self.rounded(), vec![rank]);
                 }
                 push("q_a_layernorm.weight", self.base, vec![rank]);
-                push("q_b_proj.weight", self.plain(), vec![q, rank]);
+                push("q_b_proj.weight", queries, vec![q, rank]);
             }
         }
         let kv_a = g.kv_lora_rank + g.qk_rope_head_dim;
