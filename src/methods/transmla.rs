@@ -233,7 +233,7 @@ pub fn check(
 ) -> Result<(), Impossible> {
     let (g, d) = (limits.kv_heads, limits.head_dim);
     let setting = |message: String, hint: String| Err(Impossible { message, hint: Some(hint) });
-    if rope_dim == 0 || d % rope_dim != 0 || rope_dim % 2 != 0 {
+    if rope_dim == 0 || d % rope_dim != 0 || !rope_dim.is_multiple_of(2) {
         return setting(
             format!("qk_rope_head_dim {rope_dim} does not divide the head size {d} into even parts"),
             "RoRoPE collapses whole frequencies; `--method attention-aware` takes any even width".into(),
