@@ -88,7 +88,7 @@ impl Rope {
             }
         };
         let normal = inv_freq.iter().all(|f| f.is_normal() && *f > 0.0);
-        if !normal || !(amplitude.is_finite() && amplitude > 0.0) {
+        if !(normal && amplitude.is_finite() && amplitude > 0.0) {
             return Err(ArchError::BadValue {
                 key: "rope_scaling".into(),
                 found: format!("rope_theta {theta:e} with `{kind}`"),
