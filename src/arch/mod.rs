@@ -13,6 +13,7 @@ mod tensors;
 pub use attention::{AttentionSource, load_attention_source};
 pub use error::ArchError;
 pub use family::{Family, known_families};
+pub(crate) use rope::base_power;
 pub use rope::{Rope, RopeLayout};
 pub use tensors::{ExpectedTensor, LayerNames, TensorNames, check_tensors};
 

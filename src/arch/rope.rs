@@ -30,7 +30,7 @@ pub struct Rope {
 }
 
 /// `base^(2j/dim)` as stock runtimes compute it: the exponent rounded to f32, the power rounded to f32.
-fn base_power(theta: f64, dim: usize, pair: usize) -> f32 {
+pub(crate) fn base_power(theta: f64, dim: usize, pair: usize) -> f32 {
     let exponent = (2 * pair) as f32 / dim as f32;
     (f64::from(theta as f32)).powf(f64::from(exponent)) as f32
 }

@@ -136,22 +136,23 @@ pub fn calibration_windows(
     Ok(chosen.into_iter().map(|w| tokens[w * settings.seq_len..(w + 1) * settings.seq_len].to_vec()).collect())
 }
 
-/// `0..n` in an order given by `seed` (Fisher-Yates over SplitMix64).
-fn shuffled(n: usize, seed: u64) -> Vec<usize> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
+/// `0..n` in an order given by `seed`.
+fn shuffled(n: usize, mut seed: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    shuffle(&mut order, &mut seed);
+    order
+}
+
+/// Fisher-Yates over SplitMix64, whose state moves on.
+pub(crate) fn shuffle(items: &mut [usize], state: &mut u64) {
+    for i in (1..items.len()).rev() {
+        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = *state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
-    let mut order: Vec<usize> = (0..n).collect();
-    for i in (1..n).rev() {
-        let j = ((u128::from(next()) * (i as u128 + 1)) >> 64) as usize;
-        order.swap(i, j);
+        z ^= z >> 31;
+        items.swap(i, ((u128::from(z) * (i as u128 + 1)) >> 64) as usize);
     }
-    order
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ mod moments;
 mod profile;
 
 pub use attend::{attend, pool};
+pub(crate) use corpus::shuffle;
 pub use corpus::{CorpusError, bundled_calibration, bundled_heldout, calibration_windows, read_texts};
 pub use latent::{LatentAttention, output_projection, relative_error};
 pub use moments::{Moments, PooledMoments};

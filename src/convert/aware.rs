@@ -4,7 +4,7 @@ use faer::c64;
 use ndarray::{Array1, Array2, s};
 
 use super::streams::SourcePass;
-use super::{ConvertError, Job, LayerReport, Steps};
+use super::{ConvertError, LayerReport, Steps};
 use crate::arch::AttentionSource;
 use crate::calibrate::{LatentAttention, Moments, PooledMoments, output_projection, relative_error};
 use crate::factor::refit::refit;
@@ -165,9 +165,4 @@ fn refit_output(
         layer.wo_bias = Some(fit.offset);
     }
     Ok(())
-}
-
-/// Whether the method keeps a stream of the converted model.
-pub(super) fn needs_converted_stream(job: &Job<'_>) -> bool {
-    job.settings.steps.converted_stream
 }

@@ -2,7 +2,6 @@
 
 use crate::arch::ArchError;
 use crate::calibrate::CorpusError;
-use crate::factor::FactorError;
 use crate::methods::MethodError;
 use crate::runtime::RuntimeError;
 use crate::source::SourceError;
@@ -71,16 +70,5 @@ impl ConvertError {
 
     pub(super) fn layer<E: Into<MethodError>>(layer: usize) -> impl Fn(E) -> Self {
         move |source| Self::Layer { layer, source: source.into() }
-    }
-
-    /// Whether the cause lies with files, disk or memory rather than with the input or the request.
-    pub fn is_resource(&self) -> bool {
-        matches!(self, Self::Write(_))
-    }
-}
-
-impl From<(usize, FactorError)> for ConvertError {
-    fn from((layer, source): (usize, FactorError)) -> Self {
-        Self::Layer { layer, source: source.into() }
     }
 }

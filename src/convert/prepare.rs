@@ -36,6 +36,8 @@ pub struct Job<'a> {
     pub grid: RopeGrid,
     /// Longest context of the output.
     pub max_position: usize,
+    /// Whether every weight was scanned for NaN already.
+    scanned: bool,
 }
 
 impl<'a> Job<'a> {
@@ -124,12 +126,13 @@ impl<'a> Job<'a> {
                 arch.norm_eps, spec.stream_scale
             ));
         }
-        if source.tensors.total_bytes() <= SCAN_FIRST {
+        let scanned = source.tensors.total_bytes() <= SCAN_FIRST;
+        if scanned {
             for (name, _) in source.tensors.in_file_order() {
                 check_finite(source, name)?;
             }
         }
-        let job = Self { source, arch, shape, settings, spec, splits, decisions, grid, max_position };
+        let job = Self { source, arch, shape, settings, spec, splits, decisions, grid, max_position, scanned };
         job.check_cache()?;
         Ok(job)
     }
@@ -137,6 +140,11 @@ impl<'a> Job<'a> {
     /// Cache values per token per layer of the output.
     pub fn cache_values(&self) -> usize {
         self.spec.geometry.kv_lora_rank + self.spec.geometry.qk_rope_head_dim
+    }
+
+    /// Refuse a tensor that holds NaN or infinity, where the first scan did not look at it.
+    pub(super) fn check_finite(&self, name: &str) -> Result<(), ConvertError> {
+        if self.scanned { Ok(()) } else { check_finite(self.source, name) }
     }
 
     fn check_cache(&self) -> Result<(), ConvertError> {
@@ -213,7 +221,7 @@ impl<'a> Job<'a> {
 }
 
 /// Refuse a tensor that holds NaN or infinity.
-pub(super) fn check_finite(source: &ModelSource, name: &str) -> Result<(), ConvertError> {
+fn check_finite(source: &ModelSource, name: &str) -> Result<(), ConvertError> {
     match find_non_finite(source.tensors.view(name)?) {
         None => Ok(()),
         Some(found) => Err(ConvertError::NotFinite {
@@ -407,15 +415,11 @@ fn widths(
             ropes.dedup();
         }
     }
-    ropes.retain(|&r| r * 2 <= budget || ropes_is_small(budget));
+    ropes.retain(|&r| r * 2 <= budget || budget < 8);
     if ropes.is_empty() {
         ropes.push(2);
     }
     Ok(ropes.into_iter().map(|r| (r, budget - r)).collect())
-}
-
-fn ropes_is_small(budget: usize) -> bool {
-    budget < 8
 }
 
 fn default_budget(source: usize, decisions: &mut Vec<String>) -> usize {

@@ -4,14 +4,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use super::aware::{Inputs, convert_layer, needs_converted_stream};
-use super::prepare::check_finite;
+use super::aware::{Inputs, convert_layer};
 use super::streams::{SourceLayer, Stream, first_windows};
-use super::survey::{Survey, survey, transmla_settings};
+use super::survey::{Survey, output_error, published_layer, survey};
 use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, Plan};
 use crate::arch::Architecture;
-use crate::calibrate::{LatentAttention, Moments, calibration_windows, output_projection, read_texts, relative_error};
-use crate::methods::{MlaLayer, care, exact, transmla};
+use crate::calibrate::{Moments, calibration_windows, read_texts};
+use crate::methods::{MlaLayer, exact};
 use crate::observe::{Event, Observer};
 use crate::refine::RefineSettings;
 use crate::runtime::Cpu;
@@ -122,6 +121,8 @@ pub fn convert(
 
     let shards = ShardPlan::new(&job.planned_tensors(), settings.max_shard_bytes)?;
     let mut sink = Sink { job: &job, writer: StagedWriter::new(staging, shards) };
+    // Tensors of layers are scanned when their layer is read, these here.
+    job.check_finite(&arch.names.embed)?;
     sink.stream_scaled(&arch.names.embed)?;
     let mut layers = Vec::new();
     let mut frequencies = Vec::new();
@@ -133,8 +134,11 @@ pub fn convert(
     })?;
     clock.lap("convert");
 
-    sink.copy(&arch.names.final_norm)?;
-    sink.copy(if arch.tied_head { &arch.names.embed } else { &arch.names.head })?;
+    let head = if arch.tied_head { &arch.names.embed } else { &arch.names.head };
+    for name in [&arch.names.final_norm, head] {
+        job.check_finite(name)?;
+        sink.copy(name)?;
+    }
     source.check_unchanged()?;
     let rope = job.spec.rope(&frequencies, arch, &source.config, job.max_position);
     let config = job.spec.config(arch, &source.config, &rope, job.max_position);
@@ -202,13 +206,13 @@ fn convert_layers(
         Method::Exact => None,
         _ => Some(Stream::start(job, backend, windows)?),
     };
-    let mut converted = match (&stream, aware && needs_converted_stream(job)) {
+    let mut converted = match (&stream, aware && job.settings.steps.converted_stream) {
         (Some(s), true) => Some(Stream { hidden: s.hidden.clone(), windows: s.windows.clone() }),
         _ => None,
     };
     for index in 0..layers {
         for expected in job.arch.layer_tensor_names(index) {
-            check_finite(job.source, &expected)?;
+            job.check_finite(&expected)?;
         }
         let last = index + 1 == layers;
         let source = SourceLayer::load(job, backend, index)?;
@@ -254,17 +258,11 @@ fn convert_layers(
                 let x = source.layer.attention_input(stream.hidden.view())?;
                 let mut moments = Moments::new(job.arch.hidden);
                 moments.add(x.view());
-                let settings = transmla_settings(job, found.fold);
-                let out = match job.settings.method {
-                    Method::Care => care::convert(&source.attention, &moments, &settings),
-                    _ => transmla::convert(&source.attention, &moments, &settings, transmla::Metric::Plain),
-                }
-                .map_err(ConvertError::layer(index))?;
+                let out = published_layer(job, found.fold, &source.attention, &moments)
+                    .map_err(ConvertError::layer(index))?;
                 let error = {
                     let (x, lengths) = first_windows(&x, &stream.windows, MEASURED_WINDOWS);
-                    let heads = LatentAttention::new(&out.layer, x, lengths).outputs();
-                    let want = source.layer.attention_output(x, lengths)?;
-                    relative_error(&output_projection(&out.layer, &heads), &want)
+                    output_error(&out.layer, x, lengths, &source.layer.attention_output(x, lengths)?)
                 };
                 if !last {
                     let output = source.behind_rotation(&out.rotated, &x, &stream.windows)?;
@@ -310,7 +308,6 @@ impl Sink<'_> {
 
     /// Copy a source tensor to the next place: bit for bit where the dtype is the same.
     fn copy(&mut self, from: &str) -> Result<(), ConvertError> {
-        check_finite(self.job.source, from)?;
         let view = self.job.source.tensors.view(from)?;
         match self.next() {
             Some((name, dtype)) if dtype == view.dtype => self.writer.write_tensor(&name, view.bytes)?,
@@ -326,7 +323,6 @@ impl Sink<'_> {
         if scale == 1.0 {
             return self.copy(from);
         }
-        check_finite(self.job.source, from)?;
         let mut values = self.job.source.tensors.view(from)?.to_f64();
         for v in &mut values {
             *v *= scale;

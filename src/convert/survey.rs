@@ -1,16 +1,17 @@
 //! A quick look at the whole model before converting it: which frequencies get slots (shared by all layers, since a stock
 //! class has one list), which split of the budget loses least, which FreqFold.
 
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView2};
 
 use super::aware::{Inputs, convert_layer};
 use super::prepare::folds;
 use super::streams::{SourceLayer, Stream};
 use super::{ConvertError, Job, Method, RopeGrid};
+use crate::arch::AttentionSource;
 use crate::calibrate::{LatentAttention, Moments, output_projection, relative_error};
 use crate::factor::slots::{share_slots, stock_grid};
 use crate::methods::attention_aware::analyse_slots;
-use crate::methods::{care, transmla};
+use crate::methods::{MethodError, MlaLayer, care, transmla};
 use crate::observe::{Event, Observer};
 use crate::refine::RefineSettings;
 use crate::runtime::Cpu;
@@ -106,18 +107,13 @@ fn survey_fold(
         let mut moments = Moments::new(job.arch.hidden);
         moments.add(pass.x.view());
         for (error, &fold) in errors.iter_mut().zip(&candidates) {
-            let settings = transmla_settings(job, fold);
-            let converted = match job.settings.method {
-                Method::Care => care::convert(&layer.attention, &moments, &settings),
-                _ => transmla::convert(&layer.attention, &moments, &settings, transmla::Metric::Plain),
-            }
-            .map_err(ConvertError::layer(index))?;
-            let heads = LatentAttention::new(&converted.layer, pass.x.view(), lengths).outputs();
-            *error += relative_error(&output_projection(&converted.layer, &heads), &pass.output) / trial.len() as f64;
+            let converted =
+                published_layer(job, fold, &layer.attention, &moments).map_err(ConvertError::layer(index))?;
+            *error += output_error(&converted.layer, pass.x.view(), lengths, &pass.output) / trial.len() as f64;
         }
         Ok(())
     })?;
-    let best = (0..candidates.len()).fold(0, |b, i| if errors[i] < errors[b] { i } else { b });
+    let best = least(&errors);
     if candidates.len() > 1 {
         let list: Vec<String> = candidates.iter().zip(&errors).map(|(f, e)| format!("{f}: {e:.3}")).collect();
         job.decisions.push(format!(
@@ -130,15 +126,35 @@ fn survey_fold(
     Ok(Survey { fold: candidates[best], predicted_error: Some(errors[best]), slots: Vec::new() })
 }
 
-/// Settings of TransMLA and CARE at one FreqFold.
-pub(super) fn transmla_settings(job: &Job<'_>, fold: usize) -> transmla::Settings {
-    transmla::Settings {
+/// Index of the least error, the first of equals.
+fn least(errors: &[f64]) -> usize {
+    (0..errors.len()).fold(0, |best, i| if errors[i] < errors[best] { i } else { best })
+}
+
+/// One layer by the published method that was asked for, TransMLA or CARE, at one FreqFold.
+pub(super) fn published_layer(
+    job: &Job<'_>,
+    fold: usize,
+    attention: &AttentionSource,
+    moments: &Moments,
+) -> Result<transmla::Converted, MethodError> {
+    let settings = transmla::Settings {
         rope_dim: job.spec.geometry.qk_rope_head_dim,
         rank: job.spec.geometry.kv_lora_rank,
         q_rank: job.settings.q_lora_rank,
         fold,
         balance: job.settings.balance_kv_ratio,
+    };
+    match job.settings.method {
+        Method::Care => care::convert(attention, moments, &settings),
+        _ => transmla::convert(attention, moments, &settings, transmla::Metric::Plain),
     }
+}
+
+/// Relative error of a converted layer's attention output on normed inputs `x`, against the source's `want`.
+pub(super) fn output_error(layer: &MlaLayer, x: ArrayView2<'_, f32>, windows: &[usize], want: &Array2<f32>) -> f64 {
+    let heads = LatentAttention::new(layer, x, windows).outputs();
+    relative_error(&output_projection(layer, &heads), want)
 }
 
 fn survey_slots(
@@ -204,7 +220,7 @@ fn survey_slots(
         }
         Ok(())
     })?;
-    let best = (0..candidates.len()).fold(0, |b, i| if errors[i] < errors[b] { i } else { b });
+    let best = least(&errors);
     if candidates.len() > 1 {
         let list: Vec<String> =
             candidates.iter().zip(&errors).map(|((rope, rank, _), e)| format!("{rope}+{rank}: {e:.3}")).collect();

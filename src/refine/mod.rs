@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2, s};
 
-use crate::calibrate::relative_error;
+use crate::calibrate::{relative_error, shuffle};
 use crate::factor::linalg::matmul_f32;
 use crate::methods::MlaLayer;
 use adam::{Adam, rms, schedule};
@@ -244,17 +244,5 @@ impl Order {
             self.next += 1;
         }
         taken
-    }
-}
-
-/// Fisher-Yates over SplitMix64.
-fn shuffle(items: &mut [usize], state: &mut u64) {
-    for i in (1..items.len()).rev() {
-        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = *state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        items.swap(i, ((u128::from(z) * (i as u128 + 1)) >> 64) as usize);
     }
 }

@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::arch::base_power;
+
 /// How the output's config names its frequencies.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
@@ -11,11 +13,6 @@ pub struct RopeConfig {
     pub scaling: Value,
     /// Plain words: `default`, the source's own scheme, or `longrope` (one frequency per slot).
     pub kind: String,
-}
-
-/// `theta^(2p / dim)` as transformers computes it in f32.
-fn base_power(theta: f64, dim: usize, pair: usize) -> f32 {
-    f64::from(theta as f32).powf(f64::from((2 * pair) as f32 / dim as f32)) as f32
 }
 
 /// The simplest config whose frequencies are bit for bit `frequencies` (f32 values, radians per token): the default grid,
