@@ -1,13 +1,10 @@
 //! A converted layer's attention on calibration tokens, before it is written: pooled latents, head by head.
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
-use rayon::prelude::*;
 
 use super::pool;
-use crate::arch::{Rope, RopeLayout};
 use crate::factor::linalg::matmul_f32;
 use crate::methods::MlaLayer;
-use crate::runtime::Rotation;
 
 /// Latents, queries and rotated keys of one converted layer for some windows of tokens.
 pub struct LatentAttention<'a> {
@@ -33,45 +30,18 @@ fn project(x: ArrayView2<'_, f32>, weight: &Array2<f64>, bias: Option<&Array1<f6
     out
 }
 
-/// Rotate interleaved pairs of every head, positions counted from the start of each window.
-fn rotate(x: &mut Array2<f32>, rotation: &Rotation, windows: &[usize]) {
-    let width = rotation.width();
-    if width == 0 {
-        return;
-    }
-    let positions: Vec<usize> = windows.iter().flat_map(|&n| 0..n).collect();
-    x.axis_iter_mut(Axis(0)).into_par_iter().zip(positions).for_each(|(mut row, position)| {
-        if let Some(row) = row.as_slice_mut() {
-            for head in row.chunks_exact_mut(width) {
-                for (pair, &(cos, sin)) in head.chunks_exact_mut(2).zip(rotation.at(position)) {
-                    let (re, im) = (pair[0], pair[1]);
-                    pair[0] = re * cos - im * sin;
-                    pair[1] = im * cos + re * sin;
-                }
-            }
-        }
-    });
-}
-
 impl<'a> LatentAttention<'a> {
     /// Project and rotate the normed inputs `x` `[T, D]`.
     pub fn new(mla: &'a MlaLayer, x: ArrayView2<'_, f32>, windows: &'a [usize]) -> Self {
-        let rope = Rope {
-            inv_freq: mla.rope_freq.clone(),
-            amplitude: 1.0,
-            layout: RopeLayout::Interleaved,
-            theta: 0.0,
-            kind: String::new(),
-        };
-        let rotation = Rotation::new(&rope, 0..windows.iter().copied().max().unwrap_or(0));
+        let rotation = mla.rotation(windows.iter().copied().max().unwrap_or(0));
         let query = &mla.query;
         let through = query.down.as_ref().map(|down| project(x, down, None));
         let inner = through.as_ref().map_or(x, |t| t.view());
         let q_nope = project(inner, &query.nope, query.nope_bias.as_ref());
         let mut q_rope = project(inner, &query.rope, query.rope_bias.as_ref());
         let mut k_rope = project(x, &mla.k_rope, mla.k_rope_bias.as_ref());
-        rotate(&mut q_rope, &rotation, windows);
-        rotate(&mut k_rope, &rotation, windows);
+        rotation.turn_windows(&mut q_rope, windows, false);
+        rotation.turn_windows(&mut k_rope, windows, false);
         Self { mla, windows, latent: project(x, &mla.latent, None), k_rope, q_nope, q_rope }
     }
 

@@ -5,6 +5,7 @@ mod corpus;
 mod latent;
 mod moments;
 mod profile;
+mod scores;
 
 pub use attend::{attend, pool};
 pub(crate) use corpus::shuffle;
@@ -12,3 +13,4 @@ pub use corpus::{CorpusError, bundled_calibration, bundled_heldout, calibration_
 pub use latent::{LatentAttention, output_projection, relative_error};
 pub use moments::{Moments, PooledMoments};
 pub use profile::DistanceProfile;
+pub use scores::{At, ScoreGradient, ScoreTarget};

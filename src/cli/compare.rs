@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
-use gqa2mla::convert::{Budget, ConvertSettings, Method, OutputDtype};
+use gqa2mla::convert::{Budget, ConvertSettings, Method, OutputDtype, Steps};
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::{MethodComparison, MethodFigures, MethodRow};
 
@@ -36,6 +36,9 @@ pub struct CompareArgs {
     /// attention-aware: gradient steps per layer after the closed form
     #[arg(long, value_name = "STEPS", default_value = "0")]
     refine: usize,
+    /// attention-aware: at each budget, also once without each of its steps
+    #[arg(long)]
+    ablate: bool,
     /// Folder for compare.json and compare.svg; temporary files go there as well
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -60,11 +63,17 @@ impl CompareArgs {
         let base = measure::perplexity(&source, &windows, &context.progress)?;
         let mut document =
             MethodComparison::new(&self.model, &windows.text, base.tokens, base.perplexity, source.arch.cache_values());
-        for (method, budget) in self.runs() {
-            let name = budget.map(command_line::budget);
-            let title = name.as_deref().map_or_else(|| method.to_string(), |b| format!("{method} at {b}"));
-            context.progress.event(Event::Note(title));
-            let settings = self.settings(method, budget);
+        for Run { method, budget, without } in self.runs() {
+            let budget_name = budget.map(command_line::budget);
+            let name = without.map_or_else(|| method.name().to_owned(), |step| format!("{method} --without {step}"));
+            context.progress.event(Event::Note(match &budget_name {
+                Some(budget) => format!("{name} at {budget}"),
+                None => name.clone(),
+            }));
+            let mut settings = self.settings(method, budget);
+            if let Some(step) = without {
+                settings.steps.disable(step);
+            }
             let output = scratch.path().join("converted");
             let row = run(&source, &settings, &output, &windows, base.perplexity, context);
             if output.exists() {
@@ -74,7 +83,7 @@ impl CompareArgs {
                 Ok(figures) => (Some(figures), None),
                 Err(e) => (None, Some(reason(&e))),
             };
-            document.rows.push(MethodRow { method: method.name().to_owned(), budget: name, figures, error });
+            document.rows.push(MethodRow { method: name, budget: budget_name, figures, error });
         }
         if let Some(dir) = &self.output {
             fs_err::write(dir.join("compare.json"), format!("{}\n", serde_json::to_string_pretty(&document)?))?;
@@ -86,14 +95,20 @@ impl CompareArgs {
     }
 
     /// Every method at every budget; `exact` takes none and runs once.
-    fn runs(&self) -> Vec<(Method, Option<Budget>)> {
-        let budgets = |m: Method| -> Vec<(Method, Option<Budget>)> {
-            match m {
-                Method::Exact => vec![(m, None)],
-                _ => self.kv_budget.iter().map(|b| (m, Some(*b))).collect(),
+    fn runs(&self) -> Vec<Run> {
+        let mut runs = Vec::new();
+        for &method in &self.methods {
+            let budgets = match method {
+                Method::Exact => vec![None],
+                _ => self.kv_budget.iter().copied().map(Some).collect(),
+            };
+            runs.extend(budgets.iter().map(|&budget| Run { method, budget, without: None }));
+            if self.ablate && method == Method::AttentionAware {
+                let run = |&budget: &Option<Budget>| Steps::NAMES.map(|s| Run { method, budget, without: Some(s) });
+                runs.extend(budgets.iter().flat_map(run));
             }
-        };
-        self.methods.iter().flat_map(|m| budgets(*m)).collect()
+        }
+        runs
     }
 
     fn settings(&self, method: Method, budget: Option<Budget>) -> ConvertSettings {
@@ -108,6 +123,14 @@ impl CompareArgs {
             ..ConvertSettings::default()
         }
     }
+}
+
+/// One conversion to make.
+struct Run {
+    method: Method,
+    budget: Option<Budget>,
+    /// Step that is left out.
+    without: Option<&'static str>,
 }
 
 /// A temporary folder beside the results, or in the system's.

@@ -5,6 +5,7 @@ mod error;
 mod plan;
 mod prepare;
 mod run;
+mod scores;
 mod settings;
 mod streams;
 mod survey;

@@ -161,6 +161,10 @@ pub struct Steps {
     pub centring: bool,
     /// Query/output metric (off: plain L2).
     pub metric: bool,
+    /// Query refit on the source's scores.
+    pub query_refit: bool,
+    /// Key refit on the source's scores.
+    pub key_refit: bool,
     /// Per-head value refit on attention-pooled inputs.
     pub value_refit: bool,
     /// Output projection refit on the source's attention output.
@@ -176,6 +180,8 @@ impl Default for Steps {
             query_weight: true,
             centring: true,
             metric: true,
+            query_refit: true,
+            key_refit: true,
             value_refit: true,
             output_refit: true,
             converted_stream: true,
@@ -185,8 +191,17 @@ impl Default for Steps {
 
 impl Steps {
     /// Names accepted by `--without`.
-    pub const NAMES: [&'static str; 7] =
-        ["phase", "query-weight", "centring", "metric", "value-refit", "output-refit", "converted-stream"];
+    pub const NAMES: [&'static str; 9] = [
+        "phase",
+        "query-weight",
+        "centring",
+        "metric",
+        "query-refit",
+        "key-refit",
+        "value-refit",
+        "output-refit",
+        "converted-stream",
+    ];
 
     /// Switch one step off by name; `false` if there is no such step.
     pub fn disable(&mut self, name: &str) -> bool {
@@ -195,6 +210,8 @@ impl Steps {
             "query-weight" => self.query_weight = false,
             "centring" => self.centring = false,
             "metric" => self.metric = false,
+            "query-refit" => self.query_refit = false,
+            "key-refit" => self.key_refit = false,
             "value-refit" => self.value_refit = false,
             "output-refit" => self.output_refit = false,
             "converted-stream" => self.converted_stream = false,

@@ -9,7 +9,7 @@ use crate::arch::{AttentionSource, load_attention_source};
 use crate::calibrate::{LatentAttention, attend};
 use crate::factor::linalg::matmul_f32;
 use crate::methods::MlaLayer;
-use crate::runtime::{Cpu, Layer, LayerTensors, Model};
+use crate::runtime::{Cpu, Layer, LayerTensors, Model, Qkv};
 
 /// Hidden states of one model at the input of a layer, for all windows end to end.
 pub(super) struct Stream {
@@ -21,6 +21,8 @@ pub(super) struct Stream {
 
 /// What the source's attention does on a stream.
 pub(super) struct SourcePass {
+    /// Queries and keys after RoPE; the values are not kept.
+    pub qkv: Qkv,
     /// Normed input, `[T, D]`.
     pub x: Array2<f32>,
     /// Head outputs before the output projection, `[T, H d]`.
@@ -52,10 +54,11 @@ impl<'b> SourceLayer<'b> {
     /// The source's attention on a stream.
     pub fn attend(&self, stream: &Stream, profile: bool) -> Result<SourcePass, ConvertError> {
         let x = self.layer.attention_input(stream.hidden.view())?;
-        let qkv = self.layer.project_qkv(x.view(), &stream.windows)?;
+        let mut qkv = self.layer.project_qkv(x.view(), &stream.windows)?;
         let (heads, distances) = attend(&qkv, &stream.windows, profile);
+        qkv.v = Array2::zeros((0, 0));
         let output = self.layer.output_projection(heads.view())?;
-        Ok(SourcePass { x, heads, output, phases: distances.map(|d| d.phases(&self.attention.inv_freq)) })
+        Ok(SourcePass { qkv, x, heads, output, phases: distances.map(|d| d.phases(&self.attention.inv_freq)) })
     }
 
     /// Attention output with the source's own values and a layer's keys that lost rotations (`rotated`, whose latent is

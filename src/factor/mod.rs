@@ -1,5 +1,6 @@
 //! Pure maths on matrices: no files, no configs, no progress.
 
+pub mod conjugate;
 pub mod joint;
 pub mod linalg;
 pub mod norm;

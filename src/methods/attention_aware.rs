@@ -5,8 +5,8 @@
 //! 2. Every other component loses its rotation and gets the best constant phase of its head instead.
 //! 3. Keys without rotation and values share one latent, chosen in the metric of queries and output projection, on the
 //!    centred covariance.
-//! 4. The refits of [`crate::convert`] then fit each head's value up-projection on what the converted attention really
-//!    pools, and the output projection on the source's attention output.
+//! 4. The refits of [`crate::convert`] then fit queries and keys on the source's scores, each head's value up-projection on
+//!    what the converted attention really pools, and the output projection on the source's attention output.
 
 use faer::c64;
 use ndarray::{Array1, Array2, Axis, concatenate, s};

@@ -10,8 +10,9 @@ pub mod transmla;
 
 use ndarray::{Array1, Array2};
 
-use crate::arch::AttentionSource;
+use crate::arch::{AttentionSource, Rope, RopeLayout};
 use crate::factor::FactorError;
+use crate::runtime::Rotation;
 
 /// One layer of multi-head latent attention, before a target's conventions.
 ///
@@ -89,6 +90,18 @@ impl MlaLayer {
     /// `d_V`.
     pub fn value_dim(&self) -> usize {
         self.v_up.nrows() / self.heads
+    }
+
+    /// Rotations of the rotated pairs at positions `0..positions`.
+    pub fn rotation(&self, positions: usize) -> Rotation {
+        let rope = Rope {
+            inv_freq: self.rope_freq.clone(),
+            amplitude: 1.0,
+            layout: RopeLayout::Interleaved,
+            theta: 0.0,
+            kind: String::new(),
+        };
+        Rotation::new(&rope, 0..positions)
     }
 
     /// Whether any projection needs a bias.

@@ -17,7 +17,6 @@ use rayon::prelude::*;
 
 use super::product::{Real, product};
 use super::tensors::Tensors;
-use crate::arch::{Rope, RopeLayout};
 use crate::methods::MlaLayer;
 use crate::runtime::Rotation;
 
@@ -35,14 +34,7 @@ pub(super) struct Block {
 impl Block {
     /// Of `layer`, for windows of up to `longest` tokens.
     pub fn new(layer: &MlaLayer, longest: usize) -> Self {
-        let rope = Rope {
-            inv_freq: layer.rope_freq.clone(),
-            amplitude: 1.0,
-            layout: RopeLayout::Interleaved,
-            theta: 0.0,
-            kind: String::new(),
-        };
-        Self { heads: layer.heads, scale: layer.score_scale, rotation: Rotation::new(&rope, 0..longest) }
+        Self { heads: layer.heads, scale: layer.score_scale, rotation: layer.rotation(longest) }
     }
 
     /// Turn interleaved pairs of every head of every token, backwards with `inverse`: that is the transpose.

@@ -2,6 +2,9 @@
 
 use std::ops::Range;
 
+use ndarray::{Array2, Axis};
+use rayon::prelude::*;
+
 use crate::arch::{Rope, RopeLayout};
 
 /// Rotary embedding tabulated for a range of positions.
@@ -77,5 +80,34 @@ impl Rotation {
                 }
             }
         }
+    }
+
+    /// Turn every head of every token of windows that lie under each other, `x [T, heads * width]`, each window from
+    /// position 0; backwards with `inverse`, which is the transpose where the amplitude is 1.
+    ///
+    /// # Panics
+    /// If the table does not start at position 0 or a window is longer than it.
+    pub fn turn_windows(&self, x: &mut Array2<f32>, windows: &[usize], inverse: bool) {
+        let width = self.width();
+        if width == 0 {
+            return;
+        }
+        assert_eq!(self.first, 0, "windows start at position 0");
+        let positions: Vec<usize> = windows.iter().flat_map(|&n| 0..n).collect();
+        let back = match inverse {
+            true => {
+                let table = self.table.iter().map(|&(cos, sin)| (cos, -sin)).collect();
+                Some(Self { table, ..self.clone() })
+            }
+            false => None,
+        };
+        let rotation = back.as_ref().unwrap_or(self);
+        x.axis_iter_mut(Axis(0)).into_par_iter().zip(positions).for_each(|(mut row, position)| {
+            if let Some(row) = row.as_slice_mut() {
+                for head in row.chunks_exact_mut(width) {
+                    rotation.turn(head, position);
+                }
+            }
+        });
     }
 }

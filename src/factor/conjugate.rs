@@ -1,0 +1,182 @@
+//! Preconditioned conjugate gradients on a list of matrices.
+
+use ndarray::{Array1, Array2, ArrayView2, s};
+
+/// What [`conjugate_gradients`] found.
+#[derive(Debug, Clone)]
+pub struct Solution {
+    /// The unknowns, shaped as the right-hand side.
+    pub x: Vec<Array2<f64>>,
+    /// How far `<x, A x> - 2 <x, b>` fell from its value 0 at `x = 0`: for a least-squares problem the fall of the sum of
+    /// squares. Never negative.
+    pub decrease: f64,
+}
+
+/// Rows of `m` that belong to each of `systems`.
+fn blocks(m: &Array2<f64>, systems: usize) -> impl Iterator<Item = ArrayView2<'_, f64>> {
+    let rows = m.nrows() / systems;
+    (0..systems).map(move |i| m.slice(s![i * rows..(i + 1) * rows, ..]))
+}
+
+/// `<a, b>` of each system.
+fn dot(a: &[Array2<f64>], b: &[Array2<f64>], systems: usize) -> Array1<f64> {
+    let mut out = Array1::zeros(systems);
+    for (a, b) in a.iter().zip(b) {
+        for ((out, a), b) in out.iter_mut().zip(blocks(a, systems)).zip(blocks(b, systems)) {
+            *out += a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        }
+    }
+    out
+}
+
+/// `a = scale a + factor b`, each system by its own `scale` and `factor`.
+fn combine(a: &mut [Array2<f64>], scale: &Array1<f64>, factor: &Array1<f64>, b: &[Array2<f64>]) {
+    let systems = scale.len();
+    for (a, b) in a.iter_mut().zip(b) {
+        let rows = a.nrows() / systems;
+        for (i, b) in blocks(b, systems).enumerate() {
+            let mut a = a.slice_mut(s![i * rows..(i + 1) * rows, ..]);
+            a *= scale[i];
+            a.scaled_add(factor[i], &b);
+        }
+    }
+}
+
+/// Solve `A x = b` from `x = 0` by at most `iterations` steps, for a symmetric positive semidefinite `A` known by its action
+/// `apply`, with a symmetric positive definite `precondition ~ A^-1`.
+///
+/// `A` is block-diagonal of `systems` independent systems, each owning an equal share of the rows of every matrix, in
+/// order; each takes steps of its own length. Each step is the best in its direction, so that stopping early still
+/// lowers the quadratic; a system stops by itself where a direction has no curvature, which rounding would make of a
+/// solved one.
+///
+/// # Errors
+/// Those of `apply` and `precondition`.
+///
+/// # Panics
+/// If `systems` is zero or does not divide the rows of every matrix.
+pub fn conjugate_gradients<E>(
+    b: Vec<Array2<f64>>,
+    systems: usize,
+    mut apply: impl FnMut(&[Array2<f64>]) -> Result<Vec<Array2<f64>>, E>,
+    mut precondition: impl FnMut(&[Array2<f64>]) -> Result<Vec<Array2<f64>>, E>,
+    iterations: usize,
+) -> Result<Solution, E> {
+    assert!(b.iter().all(|m| m.nrows().is_multiple_of(systems)), "rows do not belong to {systems} systems");
+    let mut x: Vec<Array2<f64>> = b.iter().map(|m| Array2::zeros(m.raw_dim())).collect();
+    let ones = Array1::ones(systems);
+    let mut decrease = 0.0;
+    let mut residual = b;
+    let mut direction = precondition(&residual)?;
+    let mut energy = dot(&residual, &direction, systems);
+    let first = energy.clone();
+    // What is divided by must be a positive number; a system without it takes no step.
+    let ratio = |a: &Array1<f64>, b: &Array1<f64>, least: &dyn Fn(usize) -> f64| {
+        Array1::from_shape_fn(systems, |i| if a[i].is_finite() && b[i] > least(i) { a[i] / b[i] } else { 0.0 })
+    };
+    for iteration in 0..iterations {
+        for (e, f) in energy.iter_mut().zip(&first) {
+            if !(e.is_finite() && *e > f * 1e-24) {
+                *e = 0.0;
+            }
+        }
+        if energy.iter().all(|e| *e == 0.0) {
+            break;
+        }
+        let image = apply(&direction)?;
+        let step = ratio(&energy, &dot(&direction, &image, systems), &|_| 0.0);
+        combine(&mut x, &ones, &step, &direction);
+        decrease += step.dot(&energy);
+        if iteration + 1 == iterations {
+            break;
+        }
+        combine(&mut residual, &ones, &-&step, &image);
+        let preconditioned = precondition(&residual)?;
+        let next = dot(&residual, &preconditioned, systems);
+        combine(&mut direction, &ratio(&next, &energy, &|_| 0.0), &ones, &preconditioned);
+        energy = next;
+    }
+    Ok(Solution { x, decrease })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+    use crate::factor::linalg::matmul;
+
+    fn spd(n: usize, seed: f64) -> Array2<f64> {
+        let a = Array2::from_shape_fn((2 * n, n), |(i, j)| ((i * 7 + j * 3 + i * j) as f64 * 0.37 + seed).sin());
+        matmul(&a.t(), &a) + Array2::<f64>::eye(n)
+    }
+
+    /// `A(X) = K X C` for each of two matrices.
+    fn problem() -> (Vec<Array2<f64>>, impl Fn(&[Array2<f64>]) -> Result<Vec<Array2<f64>>, Infallible>) {
+        let (k, c) = ([spd(3, 0.1), spd(2, 0.2)], [spd(4, 0.3), spd(5, 0.4)]);
+        let b = vec![
+            Array2::from_shape_fn((3, 4), |(i, j)| (i + 2 * j) as f64 - 3.0),
+            Array2::from_shape_fn((2, 5), |(i, j)| (3 * i + j) as f64 - 2.0),
+        ];
+        let apply = move |x: &[Array2<f64>]| {
+            Ok(x.iter().zip(&k).zip(&c).map(|((x, k), c)| matmul(&matmul(k, x), c)).collect::<Vec<_>>())
+        };
+        (b, apply)
+    }
+
+    #[test]
+    fn a_system_is_solved_in_as_many_steps_as_it_has_unknowns() {
+        let (b, apply) = problem();
+        let found = conjugate_gradients(b.clone(), 1, &apply, |r| Ok(r.to_vec()), 40).unwrap();
+        for (got, want) in apply(&found.x).unwrap().iter().zip(&b) {
+            assert!((got - want).iter().all(|e| e.abs() < 1e-7), "{got} {want}");
+        }
+        // At the solution the quadratic is -<x, b>.
+        assert!((found.decrease / dot(&found.x, &b, 1)[0] - 1.0).abs() < 1e-8);
+    }
+
+    #[test]
+    fn every_step_lowers_the_quadratic_by_what_it_says() {
+        let (b, apply) = problem();
+        let mut last = 0.0;
+        for steps in 0..5 {
+            let found = conjugate_gradients(b.clone(), 1, &apply, |r| Ok(r.to_vec()), steps).unwrap();
+            let value = dot(&found.x, &apply(&found.x).unwrap(), 1)[0] - 2.0 * dot(&found.x, &b, 1)[0];
+            assert!((value + found.decrease).abs() < 1e-9 * (1.0 + value.abs()));
+            assert!(steps == 0 || found.decrease > last);
+            last = found.decrease;
+        }
+    }
+
+    #[test]
+    fn nothing_to_solve_gives_zeros() {
+        let zero = vec![Array2::zeros((2, 2))];
+        let found =
+            conjugate_gradients::<Infallible>(zero.clone(), 1, |x| Ok(x.to_vec()), |r| Ok(r.to_vec()), 3).unwrap();
+        assert_eq!((found.x, found.decrease), (zero, 0.0));
+    }
+
+    #[test]
+    fn systems_are_solved_as_if_each_stood_alone() {
+        let (k, c) = ([spd(3, 0.5), spd(3, 0.9) * 50.0], spd(4, 0.3));
+        let parts: Vec<Array2<f64>> =
+            (0..2).map(|i| Array2::from_shape_fn((3, 4), |(a, b)| (a * 3 + b + 5 * i) as f64 - 4.0)).collect();
+        let alone: Vec<Solution> = (0..2)
+            .map(|i| {
+                let apply = |x: &[Array2<f64>]| Ok::<_, Infallible>(vec![matmul(&matmul(&k[i], &x[0]), &c)]);
+                conjugate_gradients(vec![parts[i].clone()], 1, apply, |r| Ok(r.to_vec()), 3).unwrap()
+            })
+            .collect();
+        let stack = |a: &Array2<f64>, b: &Array2<f64>| ndarray::concatenate![ndarray::Axis(0), a.view(), b.view()];
+        let apply = |x: &[Array2<f64>]| {
+            let (a, b) = (x[0].slice(s![..3, ..]), x[0].slice(s![3.., ..]));
+            Ok::<_, Infallible>(vec![stack(&matmul(&matmul(&k[0], &a), &c), &matmul(&matmul(&k[1], &b), &c))])
+        };
+        let both = conjugate_gradients(vec![stack(&parts[0], &parts[1])], 2, apply, |r| Ok(r.to_vec()), 3).unwrap();
+        let want = stack(&alone[0].x[0], &alone[1].x[0]);
+        assert!(
+            (&both.x[0] - &want).iter().all(|e| e.abs() < 1e-10 * want.iter().fold(0.0, |m: f64, v| m.max(v.abs())))
+        );
+        assert!((both.decrease / (alone[0].decrease + alone[1].decrease) - 1.0).abs() < 1e-10);
+    }
+}
