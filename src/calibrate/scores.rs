@@ -81,8 +81,8 @@ impl<'a> ScoreTarget<'a> {
                     }
                 }
                 let columns = tile.head * width..(tile.head + 1) * width;
-                let keys = k.slice(s![tile.window_start..tile.window_start + w.ncols(), columns]).to_owned();
-                let mean = matmul_f32_sequential(w.view(), keys.view());
+                let keys = k.slice(s![tile.window_start..tile.window_start + w.ncols(), columns]);
+                let mean = matmul_f32_sequential(w.view(), keys);
                 *pooled += &matmul_f32_sequential(mean.t(), mean.view());
             },
         );
@@ -111,9 +111,8 @@ impl<'a> ScoreTarget<'a> {
                 let columns = tile.head * width..(tile.head + 1) * width;
                 let first = tile.window_start;
                 let (from, to) = (first + tile.row0, first + tile.probabilities.ncols());
-                let queries = |a: &'_ Array2<f32>| a.slice(s![from..to, columns.clone()]).to_owned();
-                let keys = |a: &'_ Array2<f32>| a.slice(s![first..to, columns.clone()]).to_owned();
-                let mut e = matmul_f32_sequential(queries(q).view(), keys(k).t());
+                let (queries, keys) = (s![from..to, columns.clone()], s![first..to, columns]);
+                let mut e = matmul_f32_sequential(q.slice(queries), k.slice(keys).t());
                 e *= self.scale;
                 if residual {
                     e -= &self.source_scores(&tile);
@@ -122,11 +121,11 @@ impl<'a> ScoreTarget<'a> {
                 e *= self.scale;
                 match at {
                     At::Keys(k) => {
-                        let part = matmul_f32_sequential(e.view(), keys(k).view());
+                        let part = matmul_f32_sequential(e.view(), k.slice(keys));
                         rows.slice_mut(s![tile.row0.., ..]).slice_mut(s![..part.nrows(), ..]).assign(&part);
                     }
                     At::Queries(q) => {
-                        let part = matmul_f32_sequential(e.t(), queries(q).view());
+                        let part = matmul_f32_sequential(e.t(), q.slice(queries));
                         let mut seen = rows.slice_mut(s![..part.nrows(), ..]);
                         seen += &part;
                     }

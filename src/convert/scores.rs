@@ -18,7 +18,7 @@ use crate::methods::MlaLayer;
 use crate::runtime::{Qkv, Rotation};
 
 /// Tokens that the refits look at, at most.
-const TOKENS: usize = 8192;
+const TOKENS: usize = 12288;
 /// Conjugate gradient steps for the queries: the first brings most of the gain.
 const QUERY_STEPS: usize = 2;
 /// Conjugate gradient steps for the keys.

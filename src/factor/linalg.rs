@@ -7,8 +7,9 @@ use std::sync::Once;
 
 use faer::linalg::matmul::matmul as faer_matmul;
 use faer::linalg::solvers::Solve;
+use faer::traits::ComplexField;
 use faer::{Accum, Mat, MatMut, MatRef, Par, Side, c64};
-use ndarray::{Array1, Array2, ArrayBase, ArrayView2, CowArray, Data, Ix2};
+use ndarray::{Array1, Array2, ArrayBase, ArrayView2, ArrayViewMut2, CowArray, Data, Ix2};
 
 use super::FactorError;
 
@@ -91,19 +92,38 @@ macro_rules! product {
 product!(matmul, matmul_add, f64, "`a * b` in f64.");
 product!(matmul_f32, matmul_add_f32, f32, "`a * b` in f32.");
 
+/// `out = scale * a b`, or `out += scale * a b`, on the calling thread, for views of any layout.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub(crate) fn gemm<T: ComplexField>(
+    mut out: ArrayViewMut2<'_, T>,
+    accum: Accum,
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    scale: T,
+) {
+    let (rows, columns) = out.dim();
+    let inner = a.ncols();
+    assert_eq!((a.nrows(), b.ncols(), b.nrows()), (rows, columns, inner), "shapes of a product");
+    let [down, across] = [out.strides()[0], out.strides()[1]];
+    let to = out.as_mut_ptr();
+    // SAFETY: pointer, extents and strides are those of a live view that is held exclusively here.
+    let out = unsafe { MatMut::from_raw_parts_mut(to, rows, columns, down, across) };
+    // SAFETY: as above, shared.
+    let a = unsafe { MatRef::from_raw_parts(a.as_ptr(), rows, inner, a.strides()[0], a.strides()[1]) };
+    // SAFETY: as above, shared.
+    let b = unsafe { MatRef::from_raw_parts(b.as_ptr(), inner, columns, b.strides()[0], b.strides()[1]) };
+    faer_matmul(out, accum, a, b, scale, Par::Seq);
+}
+
 /// `a * b` in f32 on the calling thread, for work that is parallel one level up.
 ///
 /// # Panics
 /// If the inner dimensions differ.
 pub fn matmul_f32_sequential(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> Array2<f32> {
-    assert_eq!(a.ncols(), b.nrows(), "inner dimensions differ");
-    let (rows, cols) = (a.nrows(), b.ncols());
-    let mut out = Array2::<f32>::zeros((rows, cols));
-    let (a, b) = (Operand::new(a), Operand::new(b));
-    if let Some(slice) = out.as_slice_mut() {
-        let dst = MatMut::from_row_major_slice_mut(slice, rows, cols);
-        faer_matmul(dst, Accum::Add, a.as_faer(), b.as_faer(), 1.0, Par::Seq);
-    }
+    let mut out = Array2::<f32>::zeros((a.nrows(), b.ncols()));
+    gemm(out.view_mut(), Accum::Replace, a, b, 1.0);
     out
 }
 

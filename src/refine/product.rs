@@ -7,10 +7,11 @@ use std::fmt::Debug;
 use std::iter::Sum;
 use std::ops::{AddAssign, MulAssign};
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::Accum;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, LinalgScalar, ScalarOperand};
 use rayon::prelude::*;
+
+use crate::factor::linalg;
 
 /// Output tile per task. Fixed, so that sums are cut the same way for any number of threads.
 const TILE: (usize, usize) = (128, 256);
@@ -41,25 +42,8 @@ macro_rules! real {
                 <$t>::exp(self)
             }
 
-            fn gemm(
-                mut out: ArrayViewMut2<'_, $t>,
-                accum: Accum,
-                a: ArrayView2<'_, $t>,
-                b: ArrayView2<'_, $t>,
-                scale: $t,
-            ) {
-                let (rows, columns) = out.dim();
-                assert_eq!((a.nrows(), b.ncols(), a.ncols()), (rows, columns, b.nrows()), "shapes of a product");
-                let [down, across] = [out.strides()[0], out.strides()[1]];
-                let to = out.as_mut_ptr();
-                // SAFETY: pointer, extents and strides are those of a live view that is held exclusively here.
-                let out = unsafe { MatMut::from_raw_parts_mut(to, rows, columns, down, across) };
-                let inner = a.ncols();
-                // SAFETY: as above, shared.
-                let a = unsafe { MatRef::from_raw_parts(a.as_ptr(), rows, inner, a.strides()[0], a.strides()[1]) };
-                // SAFETY: as above, shared.
-                let b = unsafe { MatRef::from_raw_parts(b.as_ptr(), inner, columns, b.strides()[0], b.strides()[1]) };
-                matmul(out, accum, a, b, scale, Par::Seq);
+            fn gemm(out: ArrayViewMut2<'_, $t>, accum: Accum, a: ArrayView2<'_, $t>, b: ArrayView2<'_, $t>, scale: $t) {
+                linalg::gemm(out, accum, a, b, scale);
             }
         }
     };
