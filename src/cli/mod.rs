@@ -4,12 +4,14 @@ pub mod exit;
 pub mod interrupt;
 pub mod output;
 
+mod bench;
 mod command_line;
 mod compare;
 mod completions;
 mod convert;
 mod demo;
 mod eval;
+mod generate;
 mod inspect;
 mod measure;
 mod model;
@@ -69,6 +71,8 @@ enum Command {
     Convert(convert::ConvertArgs),
     Verify(verify::VerifyArgs),
     Eval(eval::EvalArgs),
+    Generate(generate::GenerateArgs),
+    Bench(bench::BenchArgs),
     Compare(compare::CompareArgs),
     Demo(demo::DemoArgs),
     Completions(completions::CompletionsArgs),
@@ -126,6 +130,8 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Convert(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),
         Command::Eval(args) => args.execute(&context),
+        Command::Generate(args) => args.execute(&context),
+        Command::Bench(args) => args.execute(&context),
         Command::Compare(args) => args.execute(&context),
         Command::Demo(args) => args.execute(&context),
         Command::Completions(args) => args.execute(),

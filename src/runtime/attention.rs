@@ -26,7 +26,7 @@ impl<T> Projection<T> {
             Some(bias) => Some(vector(backend, role, bias, out)?),
             None => None,
         };
-        Ok(Self { weight: backend.upload(linear.weight), bias })
+        Ok(Self { weight: backend.upload_weight(linear.weight), bias })
     }
 
     pub(super) fn apply<B: Backend<Tensor = T>>(&self, backend: &B, x: &T) -> T {
@@ -102,19 +102,35 @@ pub(super) enum LatentPath {
 
 /// New rows of a session: where they go, and how they are turned.
 pub(super) struct Step<'a> {
-    /// Rows already in the cache.
-    pub start: usize,
     /// Table over at least the new positions.
     pub rotation: &'a Rotation,
-    /// `start..start + new rows`.
+    /// Position of each new row in its sequence.
     pub positions: &'a [usize],
+    /// Cache row of each new row.
+    pub slots: &'a [usize],
+    /// New rows of each sequence, and all its cache rows, the new ones included.
+    pub spans: &'a [Span],
     pub path: LatentPath,
 }
 
 impl Step<'_> {
-    fn span(&self) -> [Span; 1] {
-        let new = self.positions.len();
-        [Span { queries: 0..new, keys: 0..self.start + new }]
+    /// Cache rows of all spans under each other, and the spans over them.
+    fn gather<B: Backend>(&self, backend: &B, cache: &B::Tensor) -> (B::Tensor, Vec<Span>) {
+        let mut spans = Vec::with_capacity(self.spans.len());
+        let mut total = 0;
+        for span in self.spans {
+            spans.push(Span { queries: span.queries.clone(), keys: total..total + span.keys.len() });
+            total += span.keys.len();
+        }
+        if let [only] = self.spans {
+            return (backend.rows(cache, only.keys.clone()), spans);
+        }
+        let mut rows = backend.zeros(total, backend.shape(cache).1);
+        for (to, from) in spans.iter().zip(self.spans) {
+            let to: Vec<usize> = to.keys.clone().collect();
+            backend.write_rows(&mut rows, &to, &backend.rows(cache, from.keys.clone()));
+        }
+        (rows, spans)
     }
 }
 
@@ -192,20 +208,20 @@ impl<T: Send + Sync> AttentionBlock<T> {
         match (self, cache) {
             (Self::Gqa(a), Cache::Gqa { k, v }) => {
                 let new = a.expand(backend, x, step.rotation, step.positions);
-                backend.write_rows(k, step.start, &new.k);
-                backend.write_rows(v, step.start, &new.v);
-                Ok(backend.attention(&new.q, k, v, &new.shape, &step.span()))
+                backend.write_rows(k, step.slots, &new.k);
+                backend.write_rows(v, step.slots, &new.v);
+                Ok(backend.attention(&new.q, k, v, &new.shape, step.spans))
             }
             (Self::Mla(a), Cache::Mla(rows)) => {
                 let latent = a.latent(backend, x, step.rotation, step.positions);
-                backend.write_rows(rows, step.start, &latent);
+                backend.write_rows(rows, step.slots, &latent);
                 let q = a.queries(backend, x, step.rotation, step.positions);
                 Ok(match step.path {
-                    LatentPath::Absorbed => a.attend_latent(backend, &q, rows, &step.span()),
+                    LatentPath::Absorbed => a.attend_latent(backend, &q, rows, step.spans),
                     LatentPath::Expanded => {
-                        let end = step.start + step.positions.len();
-                        let all = a.expand(backend, q, &backend.rows(rows, 0..end));
-                        backend.attention(&all.q, &all.k, &all.v, &all.shape, &step.span())
+                        let (cached, spans) = step.gather(backend, rows);
+                        let all = a.expand(backend, q, &cached);
+                        backend.attention(&all.q, &all.k, &all.v, &all.shape, &spans)
                     }
                 })
             }

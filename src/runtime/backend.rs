@@ -99,6 +99,12 @@ pub trait Backend: Sync {
         self.upload(host.to_owned())
     }
 
+    /// Move the weight of a linear layer to the device, which may keep it in a narrower dtype that holds every value.
+    /// Only [`Backend::linear`] and [`Backend::head_linear`] read it.
+    fn upload_weight(&self, host: Array2<f32>) -> Self::Tensor {
+        self.upload(host)
+    }
+
     /// Move a matrix back to the host.
     ///
     /// # Errors
@@ -111,8 +117,8 @@ pub trait Backend: Sync {
     /// A matrix of zeros.
     fn zeros(&self, rows: usize, columns: usize) -> Self::Tensor;
 
-    /// Overwrite rows `first..` of `into` by `rows`.
-    fn write_rows(&self, into: &mut Self::Tensor, first: usize, rows: &Self::Tensor);
+    /// Overwrite row `to[i]` of `into` by row `i` of `rows`.
+    fn write_rows(&self, into: &mut Self::Tensor, to: &[usize], rows: &Self::Tensor);
 
     /// Rows of a matrix.
     fn rows(&self, x: &Self::Tensor, rows: Range<usize>) -> Self::Tensor;

@@ -190,7 +190,9 @@ impl<'b, B: Backend> Layer<'b, B> {
         let mut cache = self.cache(hidden.nrows());
         for t in 0..hidden.nrows() {
             let rotation = Rotation::new(&self.rope, t..t + 1);
-            let step = Step { start: t, rotation: &rotation, positions: &[t], path: LatentPath::Absorbed };
+            let spans = [Span { queries: 0..1, keys: 0..t + 1 }];
+            let step =
+                Step { rotation: &rotation, positions: &[t], slots: &[t], spans: &spans, path: LatentPath::Absorbed };
             let mut x = self.backend.upload_view(hidden.slice(s![t..t + 1, ..]));
             self.decode(&mut x, &mut cache, &step)?;
             hidden.slice_mut(s![t..t + 1, ..]).assign(&self.backend.download(x)?);

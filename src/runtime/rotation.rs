@@ -1,12 +1,17 @@
 //! Cosines and sines of a range of positions.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::arch::{Rope, RopeLayout};
+
+/// Number of the next table; 0 is the empty one.
+static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// Rotary embedding tabulated for a range of positions.
 #[derive(Debug, Clone)]
 pub struct Rotation {
+    id: u64,
     first: usize,
     pairs: usize,
     layout: RopeLayout,
@@ -30,7 +35,17 @@ impl Rotation {
                 table.push((cos as f32 * amplitude, sin as f32 * amplitude));
             }
         }
-        Self { first, pairs, layout: rope.layout, table }
+        Self { id: NEXT.fetch_add(1, Ordering::Relaxed), first, pairs, layout: rope.layout, table }
+    }
+
+    /// A table without positions.
+    pub(super) fn empty() -> Self {
+        Self { id: 0, first: 0, pairs: 0, layout: RopeLayout::Half, table: Vec::new() }
+    }
+
+    /// Tables of one process with equal numbers are equal: devices know by it what they have already.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// Which coordinates form a pair.

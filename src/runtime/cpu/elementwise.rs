@@ -25,9 +25,14 @@ pub(super) fn exp(x: f32) -> f32 {
 
 /// `gate = silu(gate) * up`.
 pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
-    for (g, u) in gate.iter_mut().zip(up) {
-        *g = *g / (1.0 + exp(-*g)) * u;
-    }
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (g, u) in gate.iter_mut().zip(up) {
+                *g = *g / (1.0 + exp(-*g)) * u;
+            }
+        },
+    );
 }
 
 /// RMSNorm of one row in place; the mean of squares is taken in f64.
@@ -48,24 +53,49 @@ pub(super) fn rms_norm(row: &mut [f32], gain: &[f32], eps: f64) {
     }
 }
 
-/// Softmax of one row in place; returns nothing but leaves probabilities that sum to 1 within rounding.
-pub(super) fn softmax(row: &mut [f32]) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sums = [0.0f32; 16];
-    let mut blocks = row.chunks_exact_mut(16);
-    for block in &mut blocks {
-        for (sum, x) in sums.iter_mut().zip(block) {
-            *x = exp(*x - max);
-            *sum += *x;
+/// Replace a row by `exp(x - max)`; the largest element and the sum of what was put.
+pub(super) fn exponentials(row: &mut [f32]) -> (f32, f32) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let max = largest(row);
+            let mut sums = [0.0f32; 16];
+            let mut blocks = row.chunks_exact_mut(16);
+            for block in &mut blocks {
+                for (sum, x) in sums.iter_mut().zip(block) {
+                    *x = exp(*x - max);
+                    *sum += *x;
+                }
+            }
+            let mut total: f64 = 0.0;
+            for x in blocks.into_remainder() {
+                *x = exp(*x - max);
+                total += f64::from(*x);
+            }
+            total += sums.iter().map(|s| f64::from(*s)).sum::<f64>();
+            (max, total as f32)
+        },
+    )
+}
+
+/// In lanes, since a chain of comparisons would wait for each.
+#[inline(always)]
+fn largest(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let blocks = row.chunks_exact(16);
+    let rest = blocks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for block in blocks {
+        for (lane, x) in lanes.iter_mut().zip(block) {
+            *lane = if *x > *lane { *x } else { *lane };
         }
     }
-    let mut total: f64 = 0.0;
-    for x in blocks.into_remainder() {
-        *x = exp(*x - max);
-        total += f64::from(*x);
-    }
-    total += sums.iter().map(|s| f64::from(*s)).sum::<f64>();
-    let inverse = (1.0 / total) as f32;
+    lanes.into_iter().fold(rest, f32::max)
+}
+
+/// Softmax of one row in place; returns nothing but leaves probabilities that sum to 1 within rounding.
+pub(super) fn softmax(row: &mut [f32]) {
+    let (_, total) = exponentials(row);
+    let inverse = 1.0 / total;
     row.iter_mut().for_each(|x| *x *= inverse);
 }
 

@@ -3,8 +3,10 @@
 //! Results do not depend on the number of threads: work is cut by shape alone, and every sum is taken in one task.
 
 mod attention;
+mod decode;
 mod elementwise;
 mod gemm;
+mod simd;
 
 use std::ops::Range;
 
@@ -68,8 +70,10 @@ impl Backend for Cpu {
         Array2::zeros((rows, columns))
     }
 
-    fn write_rows(&self, into: &mut Array2<f32>, first: usize, rows: &Array2<f32>) {
-        into.slice_mut(s![first..first + rows.nrows(), ..]).assign(rows);
+    fn write_rows(&self, into: &mut Array2<f32>, to: &[usize], rows: &Array2<f32>) {
+        for (&to, from) in to.iter().zip(rows.rows()) {
+            into.row_mut(to).assign(&from);
+        }
     }
 
     fn rows(&self, x: &Array2<f32>, rows: Range<usize>) -> Array2<f32> {
