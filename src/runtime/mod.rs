@@ -14,6 +14,8 @@ mod bench;
 mod cpu;
 mod error;
 mod generate;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 mod layer;
 mod model;
 mod rotation;
