@@ -287,3 +287,29 @@ fn bench_measures_models_side_by_side() {
     assert_eq!(serde_json::from_str::<Value>(&written).expect("JSON"), document);
     assert!(fs_err::read_to_string(dir.path().join("bench.svg")).expect("bench.svg").ends_with("</svg>\n"));
 }
+
+#[test]
+fn devices_lists_the_processor_and_says_why_others_cannot_be_used() {
+    let (code, document) = json(&["devices", "--json"]);
+    assert_eq!(code, Some(0));
+    let devices = document["devices"].as_array().expect("devices");
+    assert_eq!((&devices[0]["id"], &devices[0]["unusable"]), (&"cpu".into(), &Value::Null));
+    for device in devices {
+        // What can be used has a name, what cannot a reason.
+        let key = if device["unusable"].is_null() { "name" } else { "unusable" };
+        assert!(device[key].as_str().is_some_and(|text| !text.is_empty()), "{device}");
+    }
+    assert!(devices.iter().any(|d| d["id"] == "cuda"));
+    let out = run(&["devices"]);
+    assert!(String::from_utf8_lossy(&out.stdout).lines().any(|l| l.contains("not usable: ")), "{out:?}");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_unusable_input_and_names_what_is() {
+    for (device, expected) in [("cuda:7", "cpu: "), ("gpu:99", "--device cpu"), ("abacus", "gqa2mla devices")] {
+        let out = run(&["eval", TRAINED, "--device", device]);
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{text}");
+        assert!(text.contains(expected), "{device}: {text}");
+    }
+}

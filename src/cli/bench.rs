@@ -6,8 +6,9 @@ use anyhow::Context as _;
 use clap::Args;
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::{BenchReport, BenchRow};
-use gqa2mla::runtime::{Backend, Case, Cpu, Model, Resident, Trial};
+use gqa2mla::runtime::{Backend, Case, Device, Model, Resident, Trial};
 
+use super::devices::DeviceOption;
 use super::exit::ExitStatus;
 use super::model::{self, OpenModel};
 use super::output::width;
@@ -39,6 +40,8 @@ pub struct BenchArgs {
     /// Folder for bench.json and bench.svg (decoding speed against context)
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceOption,
 }
 
 impl BenchArgs {
@@ -47,9 +50,10 @@ impl BenchArgs {
     /// # Errors
     /// A model that cannot be used, a context that is too long for one, files that cannot be written.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
+        let device = self.device.open(context)?;
         let models: Vec<OpenModel> =
             self.models.iter().map(|m| model::open(m, &context.progress)).collect::<Result<_, _>>()?;
-        let report = self.measure(&models, &Cpu, context)?;
+        let report = self.measure(&models, &device, context)?;
         if let Some(dir) = &self.output {
             fs_err::create_dir_all(dir)?;
             fs_err::write(dir.join("bench.json"), format!("{}\n", serde_json::to_string_pretty(&report)?))?;
@@ -59,18 +63,18 @@ impl BenchArgs {
         Ok(ExitStatus::Done)
     }
 
-    fn measure<B: Backend>(&self, models: &[OpenModel], backend: &B, context: &Context) -> anyhow::Result<BenchReport> {
+    fn measure(&self, models: &[OpenModel], device: &Device, context: &Context) -> anyhow::Result<BenchReport> {
         let cases: Vec<Case> = self.cases();
         let progress = &context.progress;
         progress.event(Event::Phase { name: "load", steps: Some(models.len() as u64) });
         let mut residents = Vec::new();
         for (model, name) in models.iter().zip(&self.models) {
-            let loaded = Resident::load(Model::new(&model.source, &model.arch, backend));
+            let loaded = Resident::load(Model::new(&model.source, &model.arch, device));
             residents.push(loaded.with_context(|| format!("cannot load `{name}`"))?);
             progress.event(Event::Step { done: residents.len() as u64, tokens: 0 });
         }
         progress.event(Event::Phase { name: "bench", steps: Some(cases.len() as u64) });
-        let mut report = BenchReport::new(backend.name(), rayon::current_num_threads());
+        let mut report = BenchReport::new(device.name(), rayon::current_num_threads());
         for (done, case) in cases.iter().enumerate() {
             let mut trials = Vec::new();
             for (resident, name) in residents.iter().zip(&self.models) {

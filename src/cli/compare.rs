@@ -8,6 +8,7 @@ use clap::Args;
 use gqa2mla::convert::{Budget, ConvertSettings, Method, OutputDtype};
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::{MethodComparison, MethodFigures, MethodRow};
+use gqa2mla::runtime::{Cpu, Device};
 
 use super::exit::ExitStatus;
 use super::measure::{self, Windows};
@@ -57,7 +58,8 @@ impl CompareArgs {
             fs_err::create_dir_all(dir)?;
         }
         let scratch = scratch(self.output.as_deref())?;
-        let base = measure::perplexity(&source, &windows, &context.progress)?;
+        let device = Device::Cpu(Cpu);
+        let base = measure::perplexity(&source, &windows, &device, &context.progress)?;
         let mut document =
             MethodComparison::new(&self.model, &windows.text, base.tokens, base.perplexity, source.arch.cache_values());
         for (method, budget) in self.runs() {
@@ -132,7 +134,7 @@ fn run(
     let report = convert::publish(source, settings, output, context)?;
     let seconds = started.elapsed().as_secs_f64();
     let converted = model::open(&output.to_string_lossy(), &context.progress)?;
-    let perplexity = measure::perplexity(&converted, windows, &context.progress)?.perplexity;
+    let perplexity = measure::perplexity(&converted, windows, &Device::Cpu(Cpu), &context.progress)?.perplexity;
     let cache = report.cache_values_per_token_per_layer;
     Ok(MethodFigures {
         kv_lora_rank: report.geometry.kv_lora_rank,

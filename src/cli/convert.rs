@@ -6,6 +6,7 @@ use anyhow::bail;
 use clap::Args;
 use gqa2mla::convert::{self, ConversionReport, ConvertSettings};
 use gqa2mla::report::{Verification, card, text};
+use gqa2mla::runtime::{Cpu, Device};
 use serde::Serialize;
 
 use super::exit::ExitStatus;
@@ -104,7 +105,7 @@ pub fn verification(
 ) -> anyhow::Result<Verification> {
     let options = TextOptions { text: None, seq_len: 512, windows: Count(8), every: 1 };
     let windows = measure::Windows::new(&options, &[source, converted])?;
-    let figures = measure::compare(source, converted, &windows, &context.progress)?;
+    let figures = measure::compare(source, converted, &windows, &Device::Cpu(Cpu), &context.progress)?;
     let (thresholds, from) = measure::default_thresholds(converted);
     let names = (source.source.spec.as_str(), converted.source.spec.as_str());
     Ok(Verification::new(names, (&windows.text, windows.seq_len), figures, thresholds, from))

@@ -8,9 +8,10 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::{GenerationReport, Rate, SCHEMA_VERSION};
-use gqa2mla::runtime::{Cpu, Generation, Model, Resident, Sampler, Session, SessionSize, generate};
+use gqa2mla::runtime::{Backend, Device, Generation, Model, Resident, Sampler, Session, SessionSize, generate};
 use gqa2mla::source::{ChatTemplate, Message, TextStream, Tokenizer, end_tokens};
 
+use super::devices::DeviceOption;
 use super::exit::ExitStatus;
 use super::model::{self, OpenModel};
 use super::output::{self, Format};
@@ -36,6 +37,8 @@ pub struct GenerateArgs {
     sampling: SamplingOptions,
     #[command(flatten)]
     length: LengthOptions,
+    #[command(flatten)]
+    device: DeviceOption,
 }
 
 #[derive(Debug, Args)]
@@ -89,12 +92,13 @@ impl GenerateArgs {
     /// # Errors
     /// A model, template or prompt that cannot be used, a context that is too long.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
+        let device = self.device.open(context)?;
         let model = model::open(&self.model, &context.progress)?;
         let tokenizer = model.source.tokenizer()?;
         let prompt = self.tokens(&model, &tokenizer)?;
         let max_tokens = self.length.tokens(prompt.len(), model.arch.max_position)?;
         let ends = if self.length.ignore_end { Vec::new() } else { end_tokens(&model.source)? };
-        let report = self.run(&model, &tokenizer, (&prompt, max_tokens, &ends), context)?;
+        let report = self.run(&model, &tokenizer, &device, (&prompt, max_tokens, &ends), context)?;
         match context.format {
             Format::Json => context.show(&report, |_| String::new())?,
             Format::Human => {
@@ -109,13 +113,13 @@ impl GenerateArgs {
         &self,
         model: &OpenModel,
         tokenizer: &Tokenizer,
+        device: &Device,
         (prompt, max_tokens, ends): (&[u32], usize, &[u32]),
         context: &Context,
     ) -> anyhow::Result<GenerationReport> {
         let failed = || format!("cannot generate with `{}`", self.model);
         context.progress.event(Event::Phase { name: "load", steps: None });
-        let backend = Cpu;
-        let resident = Resident::load(Model::new(&model.source, &model.arch, &backend)).with_context(failed)?;
+        let resident = Resident::load(Model::new(&model.source, &model.arch, device)).with_context(failed)?;
         let size = SessionSize {
             sequences: 1,
             capacity: prompt.len() + max_tokens,
@@ -150,7 +154,7 @@ impl GenerateArgs {
         Ok(GenerationReport {
             schema_version: SCHEMA_VERSION,
             model: self.model.clone(),
-            device: "cpu".to_owned(),
+            device: device.name().to_owned(),
             text,
             stop: generation.stop,
             prefill: Rate::new(prompt.len(), generation.prefill_seconds),

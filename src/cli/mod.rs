@@ -10,6 +10,7 @@ mod compare;
 mod completions;
 mod convert;
 mod demo;
+mod devices;
 mod eval;
 mod generate;
 mod inspect;
@@ -75,6 +76,7 @@ enum Command {
     Bench(bench::BenchArgs),
     Compare(compare::CompareArgs),
     Demo(demo::DemoArgs),
+    Devices(devices::DevicesArgs),
     Completions(completions::CompletionsArgs),
     /// Print this command line's reference as Markdown
     #[command(hide = true)]
@@ -119,6 +121,7 @@ pub fn parse() -> Result<Cli, ExitStatus> {
 /// Whatever made it impossible; [`exit::classify`] knows the exit code.
 pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
     let Global { json, quiet, threads } = cli.global;
+    devices::quieten();
     start_logging();
     if let Some(n) = threads {
         rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("cannot start the threads")?;
@@ -134,6 +137,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Bench(args) => args.execute(&context),
         Command::Compare(args) => args.execute(&context),
         Command::Demo(args) => args.execute(&context),
+        Command::Devices(args) => args.execute(&context),
         Command::Completions(args) => args.execute(),
         Command::Reference => reference::execute(),
     }

@@ -9,12 +9,14 @@ pub mod text;
 pub mod units;
 
 mod card;
+mod devices;
 mod inspect;
 mod methods;
 mod speed;
 mod verification;
 
 pub use card::card;
+pub use devices::DeviceList;
 pub use inspect::{InspectedMla, InspectedModel, TargetOption};
 pub use methods::{MethodComparison, MethodFigures, MethodRow};
 pub use speed::{BenchReport, BenchRow, GenerationReport, Rate};

@@ -76,6 +76,17 @@ pub enum RuntimeError {
         /// Where it appeared first: `layer 3`, `the embedding`, `the output head`.
         place: String,
     },
+    /// There is no such device.
+    #[error(
+        "there is no device `{wanted}`; this machine has:\n  {}\n\nhint: `--device gpu` takes any GPU, NVIDIA's included, `--device cpu` works everywhere",
+        found.join("\n  ")
+    )]
+    NoDevice {
+        /// What was asked for.
+        wanted: String,
+        /// What there is, and why the rest cannot be used.
+        found: Vec<String>,
+    },
     /// A device has too little memory.
     #[error(
         "device `{device}` is out of memory: {message}\n\nhint: use `--device cpu`, or shorter and fewer windows, contexts and batches; `eval`, `verify` and `convert` hold one layer at a time, `generate` and `bench` the whole model"

@@ -12,6 +12,7 @@ mod attention;
 mod backend;
 mod bench;
 mod cpu;
+mod device;
 mod error;
 mod generate;
 #[cfg(feature = "gpu")]
@@ -27,6 +28,7 @@ mod tensors;
 pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, Span};
 pub use bench::{Case, Trial, median};
 pub use cpu::Cpu;
+pub use device::{Device, DeviceChoice, DeviceDescription, DeviceTensor, devices};
 pub use error::RuntimeError;
 pub use generate::{Generation, Stop, generate};
 pub use layer::{Layer, MlpTrace};

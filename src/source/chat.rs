@@ -85,11 +85,10 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Message]) -> Result<String, SourceError> {
         let fail = |e: Error| bad(&self.path, &format!("the chat template failed: {}", one_line(&e)));
         let turn = |m: &Message| context! { role => m.role.as_str(), content => m.content.as_str() };
-        let special: BTreeMap<&str, &str> = self.special.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         let values = context! {
             messages => messages.iter().map(turn).collect::<Vec<_>>(),
             add_generation_prompt => true,
-            ..Jinja::from_iter(special)
+            ..Jinja::from(self.special.clone())
         };
         self.environment.get_template(NAME).and_then(|t| t.render(values)).map_err(fail)
     }
@@ -185,7 +184,7 @@ mod tests {
                     {%- endfor %}{% if ns.found and tools is not defined and not documents %}{{ m is defined }}{% endif %}\
                     {% if add_generation_prompt %}<a>{% endif %}";
         let out = template(text).unwrap().render(&talk()).unwrap();
-        assert_eq!(out, "be <brief>|[USER:hi]</s>1false<a>");
+        assert_eq!(out, "be <brief>|[USER:hi]</s>1False<a>");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Row kernels, written so that the compiler vectorises them.
 
+use pulp::{Arch, Simd, WithSimd};
+
 /// `e^x` within 2 ulp for `x` in [-87, 88], clamped outside; NaN stays NaN.
 ///
 /// Written out rather than taken from the C library: that one is scalar, and its last bit differs between systems.
@@ -25,14 +27,23 @@ pub(super) fn exp(x: f32) -> f32 {
 
 /// `gate = silu(gate) * up`.
 pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for (g, u) in gate.iter_mut().zip(up) {
-                *g = *g / (1.0 + exp(-*g)) * u;
-            }
-        },
-    );
+    Arch::new().dispatch(SiluMul { gate, up });
+}
+
+struct SiluMul<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl WithSimd for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (g, u) in self.gate.iter_mut().zip(self.up) {
+            *g = *g / (1.0 + exp(-*g)) * u;
+        }
+    }
 }
 
 /// RMSNorm of one row in place; the mean of squares is taken in f64.
@@ -55,27 +66,34 @@ pub(super) fn rms_norm(row: &mut [f32], gain: &[f32], eps: f64) {
 
 /// Replace a row by `exp(x - max)`; the largest element and the sum of what was put.
 pub(super) fn exponentials(row: &mut [f32]) -> (f32, f32) {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let max = largest(row);
-            let mut sums = [0.0f32; 16];
-            let mut blocks = row.chunks_exact_mut(16);
-            for block in &mut blocks {
-                for (sum, x) in sums.iter_mut().zip(block) {
-                    *x = exp(*x - max);
-                    *sum += *x;
-                }
-            }
-            let mut total: f64 = 0.0;
-            for x in blocks.into_remainder() {
+    Arch::new().dispatch(Exponentials(row))
+}
+
+/// A type, since a closure would not be compiled for the wider vectors.
+struct Exponentials<'a>(&'a mut [f32]);
+
+impl WithSimd for Exponentials<'_> {
+    type Output = (f32, f32);
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> (f32, f32) {
+        let max = largest(self.0);
+        let mut sums = [0.0f32; 16];
+        let mut blocks = self.0.chunks_exact_mut(16);
+        for block in &mut blocks {
+            for (sum, x) in sums.iter_mut().zip(block) {
                 *x = exp(*x - max);
-                total += f64::from(*x);
+                *sum += *x;
             }
-            total += sums.iter().map(|s| f64::from(*s)).sum::<f64>();
-            (max, total as f32)
-        },
-    )
+        }
+        let mut total: f64 = 0.0;
+        for x in blocks.into_remainder() {
+            *x = exp(*x - max);
+            total += f64::from(*x);
+        }
+        total += sums.iter().map(|s| f64::from(*s)).sum::<f64>();
+        (max, total as f32)
+    }
 }
 
 /// In lanes, since a chain of comparisons would wait for each.
