@@ -156,9 +156,9 @@ impl Mix<'_> {
                 }
             }
         }
-        for a in 0..R {
+        for (a, sums) in sums.iter().enumerate() {
             let row = &mut self.out[(i + a) * self.v.width..][..self.v.width];
-            S::as_mut_simd_f32s(row).0[c..c + C].copy_from_slice(&sums[a]);
+            S::as_mut_simd_f32s(row).0[c..c + C].copy_from_slice(sums);
         }
         R
     }

@@ -1,7 +1,7 @@
 //! What adapters there are, and opening one.
 
 use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -61,16 +61,27 @@ pub fn adapters() -> Result<Vec<AdapterDescription>, String> {
 /// # Errors
 /// [`RuntimeError::Device`] when the adapter is gone or its driver fails.
 pub fn open(index: usize) -> Result<Gpu, RuntimeError> {
+    open_limited(index, u64::MAX)
+}
+
+/// As [`open`], with kernels that see at most `binding_bytes` of a matrix at a time: what does not fit is worked on in
+/// tiles, as on a device that allows no more. No less than 64 rows of the widest matrix.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_limited(index: usize, binding_bytes: u64) -> Result<Gpu, RuntimeError> {
     let failed = |message: String| RuntimeError::Device { device: format!("gpu:{index}"), message };
     let opened = guarded(|| {
         let adapter = found().into_iter().nth(index).ok_or_else(|| "there is no such adapter".to_owned())?;
         if let Some(why) = unusable(&adapter.limits()) {
             return Err(why);
         }
+        let mut limits = adapter.limits();
+        limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(binding_bytes);
         let descriptor = wgpu::DeviceDescriptor {
             label: None,
             required_features: wgpu::Features::empty(),
-            required_limits: adapter.limits(),
+            required_limits: limits,
             ..Default::default()
         };
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| e.to_string())?;
@@ -154,13 +165,37 @@ fn memory(_: &wgpu::Adapter) -> Option<u64> {
     None
 }
 
-/// Run what enters a driver; a panic becomes its message.
+/// Run what enters a driver; a panic becomes its message, and prints nothing.
 fn guarded<T>(f: impl FnOnce() -> T) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| panic_text(panic.as_ref()))
+    let hook = take_hook();
+    set_hook(Box::new(|_| {}));
+    let result = catch_unwind(AssertUnwindSafe(f));
+    set_hook(hook);
+    result.map_err(|panic| panic_text(panic.as_ref()))
 }
 
 /// What a panic said.
 pub(super) fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
     format!("the driver panicked: {}", text.unwrap_or("it does not say why"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_that_panics_is_an_error() {
+        assert_eq!(guarded(|| 7), Ok(7));
+        let text = guarded(|| panic!("no {}", "library")).unwrap_err();
+        assert_eq!(text, "the driver panicked: no library");
+        assert!(guarded(|| std::panic::panic_any(3)).unwrap_err().contains("does not say why"));
+    }
+
+    #[test]
+    fn limits_that_are_too_small_are_named() {
+        let limits = wgpu::Limits { max_storage_buffer_binding_size: 1 << 20, ..wgpu::Limits::default() };
+        assert!(unusable(&limits).is_some_and(|why| why.contains("bytes per binding")));
+        assert_eq!(unusable(&wgpu::Limits::default()), None);
+    }
 }

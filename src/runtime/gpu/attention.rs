@@ -22,7 +22,7 @@ pub(super) fn attention(
     while first < spans.len() {
         // As many spans as kernels can see at once: all of them, but on the smallest devices.
         let mut last = first + 1;
-        while last < spans.len() && fits(gpu, q, k, v, &out, &spans[first..last + 1]) {
+        while last < spans.len() && fits(gpu, (q, k, v, &out), shape, &spans[first..last + 1]) {
             last += 1;
         }
         group(gpu, q, k, v, shape, &spans[first..last], &out);
@@ -37,10 +37,19 @@ fn hull(rows: impl Iterator<Item = Range<usize>> + Clone) -> Range<usize> {
     start..rows.map(|r| r.end).max().unwrap_or(start)
 }
 
-fn fits(gpu: &Gpu, q: &GpuTensor, k: &GpuTensor, v: &GpuTensor, out: &GpuTensor, spans: &[Span]) -> bool {
+fn fits(
+    gpu: &Gpu,
+    (q, k, v, out): (&GpuTensor, &GpuTensor, &GpuTensor, &GpuTensor),
+    shape: &AttentionShape,
+    spans: &[Span],
+) -> bool {
     let (queries, keys) = (hull(spans.iter().map(|s| s.queries.clone())), hull(spans.iter().map(|s| s.keys.clone())));
     let bytes = |rows: &Range<usize>, t: &GpuTensor| rows.len() as u64 * t.row_bytes();
-    let largest = [bytes(&queries, q), bytes(&queries, out), bytes(&keys, k), bytes(&keys, v)];
+    // What `combine` reads, if every span is cut into runs.
+    let runs: usize = spans.iter().map(|s| s.keys.len().div_ceil(RUN)).sum();
+    let parts = (runs * shape.kv_heads * ATTENTION_ROWS * shape.values.width * 4) as u64;
+    let parts = if spans.iter().all(|s| s.queries.len() == 1) { parts } else { 0 };
+    let largest = [bytes(&queries, q), bytes(&queries, out), bytes(&keys, k), bytes(&keys, v), parts];
     largest.into_iter().all(|bytes| bytes <= gpu.queue.binding_bytes())
 }
 

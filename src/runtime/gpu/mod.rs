@@ -20,7 +20,7 @@ use self::queue::Queue;
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
 use crate::arch::RopeLayout;
 
-pub use adapter::{AdapterDescription, AdapterKind, adapters, open};
+pub use adapter::{AdapterDescription, AdapterKind, adapters, open, open_limited};
 
 /// Up to this many rows a product is bound by reading the weight.
 const FEW_ROWS: usize = 8;
@@ -198,7 +198,7 @@ impl Backend for Gpu {
     }
 
     fn upload_weight(&self, host: Array2<f32>) -> GpuTensor {
-        match host.as_slice().filter(|_| host.ncols() % 2 == 0).and_then(pack) {
+        match host.as_slice().filter(|_| host.ncols().is_multiple_of(2)).and_then(pack) {
             Some(words) => self.filled(bytemuck::cast_slice(&words), host.nrows(), host.ncols(), true),
             None => self.upload(host),
         }
