@@ -8,10 +8,12 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use gqa2mla::arch::{Architecture, Rope, RopeLayout};
+use gqa2mla::convert::{CalibrationSettings, ConvertSettings, Method, convert};
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::gpu::{Gpu, adapters, open, open_limited};
 use gqa2mla::runtime::{
-    AttentionShape, Backend, Cpu, HeadColumns, HeadPart, Model, Resident, Rotation, Session, SessionSize, Span,
+    AttentionShape, Backend, Cpu, DeviceChoice, HeadColumns, HeadPart, Model, Resident, Rotation, Session, SessionSize,
+    Span,
 };
 use gqa2mla::source::{ModelSource, OpenOptions};
 use ndarray::{Array2, s};
@@ -274,7 +276,7 @@ fn what_a_kernel_may_not_see_at_once_is_worked_on_in_tiles() {
     let dense = HeadColumns::dense(20);
     let shape = AttentionShape { heads: 5, kv_heads: 5, keys: dense, values: dense, scale: 0.2, sliding_window: None };
     for spans in [
-        Span::of_windows(&[100, 70, 130]),
+        Span::of_windows(&[100, 70, 100]),
         (0..3).map(|i| Span { queries: i..i + 1, keys: i * 90..i * 90 + 80 }).collect(),
     ] {
         let expected = Cpu.attention(&x, &y, &y, &shape, &spans);
@@ -282,6 +284,32 @@ fn what_a_kernel_may_not_see_at_once_is_worked_on_in_tiles() {
         let rows = spans.last().unwrap().queries.end;
         let part = |m: &Array2<f32>| m.slice(s![..rows, ..]).to_owned();
         assert_close("attention", &part(&found), &part(&expected), 130, 1.0);
+    }
+    // The keys of one query are never cut in two.
+    let long = [Span { queries: 0..1, keys: 0..200 }];
+    let error = gpu.download(gpu.attention(&x_gpu, &y_gpu, &y_gpu, &shape, &long)).unwrap_err().to_string();
+    assert!(error.contains("200 tokens") && error.contains("--device cpu"), "{error}");
+}
+
+#[test]
+fn a_conversion_calibrated_on_a_gpu_is_that_of_the_cpu_to_rounding() {
+    if gpu().is_none() {
+        return;
+    }
+    let trained = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico-trained");
+    let source = ModelSource::open(&trained.display().to_string(), &OpenOptions::default(), &Silent).unwrap();
+    let arch = Architecture::from_config(&source.config).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let errors = [DeviceChoice::Cpu, DeviceChoice::Gpu(None)].map(|device| {
+        let calibration = CalibrationSettings { samples: 16, seq_len: 64, ..CalibrationSettings::default() };
+        let settings = ConvertSettings { method: Method::Transmla, device, calibration, ..ConvertSettings::default() };
+        let output = dir.path().join(device.to_string());
+        let report = convert(&source, &arch, &settings, &output, &|_| Vec::new(), &Silent).unwrap();
+        report.layers.iter().map(|l| l.predicted_error).collect::<Vec<_>>()
+    });
+    for (cpu, gpu) in errors[0].iter().zip(&errors[1]) {
+        // Smooth functions of sums that agree to some 1e-6.
+        assert!((cpu - gpu).abs() <= 1e-4 * cpu, "{cpu} {gpu}");
     }
 }
 

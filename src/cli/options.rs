@@ -9,6 +9,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gqa2mla::convert::{
     Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, RopeGrid, Steps, TargetKind,
 };
+use gqa2mla::runtime::DeviceChoice;
 
 use super::values::{self, Count, Ratio};
 
@@ -56,6 +57,10 @@ pub struct ConvertOptions {
     calibration: CalibrationOptions,
     #[command(flatten)]
     output: OutputOptions,
+    /// Where to run the model: cpu, auto (a GPU that is no software, else the CPU), gpu[:N], vulkan, metal or cuda[:N];
+    /// the last bits of the output depend on it
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", help_heading = "Device")]
+    device: DeviceChoice,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -205,6 +210,7 @@ impl ConvertOptions {
             rope_grid: c.rope_grid.0,
             dtype: self.output.dtype.0,
             calibration: self.calibration.settings(),
+            device: self.device,
             max_shard_bytes: self.output.max_shard_size,
             max_context: self.output.max_context,
             overwrite: self.output.overwrite,
@@ -266,7 +272,8 @@ mod tests {
         let s = settings(
             "--method transmla --kv-lora-rank 128 --qk-rope-head-dim 64 --q-lora-rank 96 --freqfold 4 \
              --balance-kv-ratio none --rope-grid stock --dtype f32 --calib a.txt --calib b.jsonl --calib-samples 3 \
-             --calib-seq-len 17 --seed 7 --target deepseek_v3 --max-shard-size 1MiB --max-context 99 --overwrite --force",
+             --calib-seq-len 17 --seed 7 --target deepseek_v3 --max-shard-size 1MiB --max-context 99 --overwrite --force \
+             --device gpu:1",
         )
         .expect("valid");
         let expected = ConvertSettings {
@@ -288,6 +295,7 @@ mod tests {
                 seq_len: 17,
                 seed: 7,
             },
+            device: DeviceChoice::Gpu(Some(1)),
             max_shard_bytes: 1 << 20,
             max_context: Some(99),
             overwrite: true,

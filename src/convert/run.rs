@@ -13,7 +13,7 @@ use crate::calibrate::{Moments, calibration_windows, read_texts};
 use crate::methods::{MlaLayer, exact};
 use crate::observe::{Event, Observer};
 use crate::refine::RefineSettings;
-use crate::runtime::Cpu;
+use crate::runtime::Device;
 use crate::source::{Dtype, ModelSource};
 use crate::target::encode;
 use crate::write::{ShardPlan, StagedWriter, Staging, StagingOptions};
@@ -76,7 +76,11 @@ pub fn plan(
     let mut job = Job::prepare(source, arch, settings)?;
     let windows = windows(&job, observer)?;
     let open = job.splits.len() > 1 || settings.method != Method::Exact && predict;
-    let found = if open { survey(&mut job, &Cpu, &windows, predict, observer)? } else { Survey::default() };
+    let found = if open {
+        survey(&mut job, &Device::open(settings.device)?, &windows, predict, observer)?
+    } else {
+        Survey::default()
+    };
     let tokens: usize = windows.iter().map(Vec::len).sum();
     super::plan::describe(&job, tokens, found.predicted_error)
 }
@@ -109,7 +113,7 @@ pub fn convert(
     };
     let staging = Staging::create(output, &options)?;
     clock.lap("prepare");
-    let backend = Cpu;
+    let backend = Device::open(settings.device)?;
     let found = survey(&mut job, &backend, &windows, false, observer)?;
     if !source.files.iter().any(|f| f.name == "tokenizer.json") {
         observer.event(Event::Warning("the source has no tokenizer.json, so the output has none".into()));
@@ -193,7 +197,7 @@ fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
 /// Run the calibration tokens through the layers and convert each on the way.
 fn convert_layers(
     job: &Job<'_>,
-    backend: &Cpu,
+    backend: &Device,
     windows: &[Vec<u32>],
     found: &Survey,
     observer: &dyn Observer,

@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
+use crate::runtime::DeviceChoice;
+
 /// How attention is factorised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -233,6 +235,8 @@ pub struct ConvertSettings {
     pub dtype: Option<OutputDtype>,
     /// Calibration.
     pub calibration: CalibrationSettings,
+    /// Where calibration runs the model. The last bits of a sum differ between devices, so the output's bytes do.
+    pub device: DeviceChoice,
     /// Longest shard in bytes.
     pub max_shard_bytes: u64,
     /// Longest context the output claims; lets a sliding-window source be converted within its window.
@@ -259,6 +263,7 @@ impl Default for ConvertSettings {
             rope_grid: None,
             dtype: None,
             calibration: CalibrationSettings::default(),
+            device: DeviceChoice::Cpu,
             max_shard_bytes: 5_000_000_000,
             max_context: None,
             overwrite: false,

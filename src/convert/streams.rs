@@ -9,7 +9,7 @@ use crate::arch::{AttentionSource, load_attention_source};
 use crate::calibrate::{LatentAttention, attend};
 use crate::factor::linalg::matmul_f32;
 use crate::methods::MlaLayer;
-use crate::runtime::{Cpu, Layer, LayerTensors, Model};
+use crate::runtime::{Device, Layer, LayerTensors, Model};
 
 /// Hidden states of one model at the input of a layer, for all windows end to end.
 pub(super) struct Stream {
@@ -38,11 +38,11 @@ pub(super) struct SourceLayer<'b> {
     /// Gain of the input norm.
     pub gain: Vec<f64>,
     /// f32, for the forward pass.
-    pub layer: Layer<'b, Cpu>,
+    pub layer: Layer<'b, Device>,
 }
 
 impl<'b> SourceLayer<'b> {
-    pub fn load(job: &Job<'_>, backend: &'b Cpu, index: usize) -> Result<Self, ConvertError> {
+    pub fn load(job: &Job<'_>, backend: &'b Device, index: usize) -> Result<Self, ConvertError> {
         let attention = load_attention_source(job.source, job.arch, index)?;
         let tensors = LayerTensors::load(job.source, job.arch, index)?;
         let gain = tensors.input_norm.iter().map(|v| f64::from(*v)).collect();
@@ -91,7 +91,7 @@ impl<'b> SourceLayer<'b> {
 
 impl Stream {
     /// Embed windows of tokens.
-    pub fn start(job: &Job<'_>, backend: &Cpu, windows: &[Vec<u32>]) -> Result<Self, ConvertError> {
+    pub fn start(job: &Job<'_>, backend: &Device, windows: &[Vec<u32>]) -> Result<Self, ConvertError> {
         let model = Model::new(job.source, job.arch, backend);
         let tokens: Vec<u32> = windows.iter().flatten().copied().collect();
         Ok(Self { hidden: model.embed(&tokens)?, windows: windows.iter().map(Vec::len).collect() })

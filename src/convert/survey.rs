@@ -14,7 +14,7 @@ use crate::methods::attention_aware::analyse_slots;
 use crate::methods::{MethodError, MlaLayer, care, transmla};
 use crate::observe::{Event, Observer};
 use crate::refine::RefineSettings;
-use crate::runtime::Cpu;
+use crate::runtime::Device;
 
 /// Windows that the survey looks at.
 const WINDOWS: usize = 8;
@@ -35,7 +35,7 @@ pub(super) struct Survey {
 /// Look at the model, settle what the settings leave open, and say why.
 pub(super) fn survey(
     job: &mut Job<'_>,
-    backend: &Cpu,
+    backend: &Device,
     windows: &[Vec<u32>],
     measure: bool,
     observer: &dyn Observer,
@@ -57,7 +57,7 @@ fn trial_layers(layers: usize) -> Vec<usize> {
 /// Run the source over the survey's windows, handing each layer to `look`.
 fn walk(
     job: &Job<'_>,
-    backend: &Cpu,
+    backend: &Device,
     windows: &[Vec<u32>],
     observer: &dyn Observer,
     profile: bool,
@@ -80,7 +80,7 @@ fn walk(
 
 fn survey_fold(
     job: &mut Job<'_>,
-    backend: &Cpu,
+    backend: &Device,
     windows: &[Vec<u32>],
     measure: bool,
     observer: &dyn Observer,
@@ -159,7 +159,7 @@ pub(super) fn output_error(layer: &MlaLayer, x: ArrayView2<'_, f32>, windows: &[
 
 fn survey_slots(
     job: &mut Job<'_>,
-    backend: &Cpu,
+    backend: &Device,
     windows: &[Vec<u32>],
     measure: bool,
     observer: &dyn Observer,

@@ -50,6 +50,12 @@ impl FromStr for DeviceChoice {
     }
 }
 
+impl Serialize for DeviceChoice {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 const UNKNOWN: &str =
     "expected auto, cpu, gpu, gpu:N, vulkan, metal, cuda or cuda:N; `gqa2mla devices` lists what this machine has";
 

@@ -25,6 +25,10 @@ pub(super) fn attention(
         while last < spans.len() && fits(gpu, (q, k, v, &out), shape, &spans[first..last + 1]) {
             last += 1;
         }
+        if last == first + 1 && !fits(gpu, (q, k, v, &out), shape, &spans[first..last]) {
+            gpu.queue.refuse(format!("attention over {} tokens at once", spans[first].keys.len()));
+            return out;
+        }
         group(gpu, q, k, v, shape, &spans[first..last], &out);
         first = last;
     }

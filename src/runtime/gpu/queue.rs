@@ -193,6 +193,12 @@ impl Queue {
         pass.dispatch_workgroups(groups.0 as u32, groups.1 as u32, groups.2 as u32);
     }
 
+    /// Fail because of something that no kernel of this device can see at once.
+    pub(super) fn refuse(&self, what: String) {
+        let text = format!("{what} needs more than the {} bytes that a kernel may see", self.binding_bytes());
+        fail(&self.failure, Failure::Memory(text));
+    }
+
     /// Record a copy of `bytes` bytes.
     pub(super) fn copy(&self, from: (&wgpu::Buffer, u64), to: (&wgpu::Buffer, u64), bytes: u64) {
         if bytes > 0 {
