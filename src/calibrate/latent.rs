@@ -62,6 +62,7 @@ impl<'a> LatentAttention<'a> {
             layout: RopeLayout::Interleaved,
             theta: 0.0,
             kind: String::new(),
+            long: None,
         };
         let rotation = Rotation::new(&rope, 0..windows.iter().copied().max().unwrap_or(0));
         let query = &mla.query;

@@ -25,7 +25,7 @@ impl EvalArgs {
     /// # Errors
     /// A model or text that cannot be used.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
-        let model = model::open(&self.model, &context.progress)?;
+        let model = model::open(&self.model, context)?;
         let windows = measure::Windows::new(&self.text, &[&model])?;
         let figures = measure::perplexity(&model, &windows, &context.progress)?;
         let document = Evaluation {

@@ -41,7 +41,7 @@ impl PlanArgs {
 /// Whatever would stop the conversion.
 pub fn show_plan(spec: &str, options: &ConvertOptions, predict: bool, context: &Context) -> anyhow::Result<ExitStatus> {
     let settings = options.settings()?;
-    let model = model::open_convertible(spec, &context.progress)?;
+    let model = model::open_convertible(spec, context)?;
     let mut plan = convert::plan(&model.source, &model.arch, &settings, predict, &context.progress)?;
     if plan.engines.is_empty() {
         plan.engines = engines(&plan, &model);

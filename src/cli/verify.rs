@@ -51,8 +51,8 @@ impl VerifyArgs {
     /// # Errors
     /// Models or text that cannot be used.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
-        let source = model::open(&self.source, &context.progress)?;
-        let converted = model::open(&self.converted, &context.progress)?;
+        let source = model::open(&self.source, context)?;
+        let converted = model::open(&self.converted, context)?;
         let windows = measure::Windows::new(&self.text, &[&source, &converted])?;
         let figures = measure::compare(&source, &converted, &windows, &context.progress)?;
         let (defaults, why) = measure::default_thresholds(&converted);

@@ -64,6 +64,12 @@ impl<'a> Job<'a> {
                 "no stock class combines MLA with MLP biases of this kind",
             ));
         }
+        if let Some(what) = crate::target::obstacles(arch).first() {
+            return Err(ConvertError::refused(
+                format!("the target `deepseek_v3` cannot hold {what}"),
+                "the source itself runs here: `eval` and `inspect` take it",
+            ));
+        }
         let mut decisions = Vec::new();
         let max_position = context(arch, &shape, settings, &mut decisions)?;
         let (base, lossless) = dtypes(source, settings, &mut decisions);
@@ -183,11 +189,11 @@ impl<'a> Job<'a> {
             let to = format!("model.layers.{layer}.");
             out.push(plain(format!("{to}input_layernorm.weight"), &from.role("input_norm"), vec![d]));
             out.extend(spec.planned_attention(arch, layer));
-            out.push(plain(format!("{to}mlp.gate_proj.weight"), &from.weight("gate"), vec![i, d]));
-            out.push(plain(format!("{to}mlp.up_proj.weight"), &from.weight("up"), vec![i, d]));
+            out.push(plain(format!("{to}mlp.gate_proj.weight"), &arch.weight(layer, "gate").name, vec![i, d]));
+            out.push(plain(format!("{to}mlp.up_proj.weight"), &arch.weight(layer, "up").name, vec![i, d]));
             out.push(PlannedTensor {
                 name: format!("{to}mlp.down_proj.weight"),
-                dtype: self.stream_dtype(&from.weight("down")),
+                dtype: self.stream_dtype(&arch.weight(layer, "down").name),
                 shape: vec![d, i],
             });
             out.push(plain(format!("{to}post_attention_layernorm.weight"), &from.role("post_norm"), vec![d]));

@@ -338,9 +338,10 @@ impl Sink<'_> {
         for tensor in self.job.spec.attention_tensors(self.job.arch, index, mla, gain) {
             self.put(&tensor.values)?;
         }
-        self.copy(&names.weight("gate"))?;
-        self.copy(&names.weight("up"))?;
-        self.stream_scaled(&names.weight("down"))?;
+        let arch = self.job.arch;
+        self.copy(&arch.weight(index, "gate").name)?;
+        self.copy(&arch.weight(index, "up").name)?;
+        self.stream_scaled(&arch.weight(index, "down").name)?;
         self.copy(&names.role("post_norm"))
     }
 }

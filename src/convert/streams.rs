@@ -45,7 +45,11 @@ impl<'b> SourceLayer<'b> {
     pub fn load(job: &Job<'_>, backend: &'b Cpu, index: usize) -> Result<Self, ConvertError> {
         let attention = load_attention_source(job.source, job.arch, index)?;
         let tensors = LayerTensors::load(job.source, job.arch, index)?;
-        let gain = tensors.input_norm.iter().map(|v| f64::from(*v)).collect();
+        // Where there is no norm the gain bounds nothing; only classes that do not need the bound take such a source.
+        let gain = match tensors.input_norm.is_empty() {
+            true => vec![1.0; job.arch.hidden],
+            false => tensors.input_norm.iter().map(|v| f64::from(*v)).collect(),
+        };
         Ok(Self { attention, gain, layer: Layer::new(backend, job.arch, tensors)? })
     }
 
@@ -82,7 +86,7 @@ impl<'b> SourceLayer<'b> {
 
     /// Add the attention output and the MLP's to a stream.
     pub fn advance(&self, stream: &mut Stream, attention: &Array2<f32>) -> Result<(), ConvertError> {
-        stream.hidden += attention;
+        self.layer.add_attention(&mut stream.hidden, attention.view())?;
         let mlp = self.layer.mlp_output(stream.hidden.view())?;
         stream.hidden += &mlp;
         Ok(())

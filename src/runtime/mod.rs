@@ -12,6 +12,7 @@ mod attention;
 mod backend;
 mod cpu;
 mod error;
+mod feed_forward;
 mod layer;
 mod model;
 mod rotation;
@@ -27,4 +28,7 @@ pub use model::{Head, Model};
 pub use rotation::Rotation;
 pub use session::{Resident, Session};
 pub use statistics::{ProbabilityTile, Qkv};
-pub use tensors::{AttentionTensors, GqaTensors, LayerTensors, Linear, MlaTensors, MlpTensors, QueryTensors};
+pub use tensors::{
+    AttentionTensors, ExpertTensors, FeedForwardTensors, GqaTensors, LayerExtras, LayerTensors, Linear, MlaTensors,
+    MlpTensors, QueryTensors,
+};

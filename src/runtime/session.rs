@@ -61,7 +61,8 @@ impl<B: Backend> std::fmt::Debug for Session<'_, '_, B> {
 }
 
 impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
-    /// Allocate caches for `capacity` tokens.
+    /// Allocate caches for `capacity` tokens. A model whose frequencies change with the length of a sequence takes those
+    /// of the capacity, since cached keys are rotated already.
     ///
     /// # Errors
     /// [`RuntimeError::ContextTooLong`] when the model has fewer positions.
@@ -123,7 +124,7 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
         }
         let b = model.backend();
         let positions: Vec<usize> = (start..end).collect();
-        let rotation = layers.first().map(|layer| Rotation::new(layer.rope(), start..end));
+        let rotation = layers.first().map(|layer| Rotation::for_length(layer.rope(), start..end, self.capacity));
         let mut hidden = b.upload(model.embed(tokens)?);
         if let Some(rotation) = &rotation {
             let step = Step { start, rotation, positions: &positions, path };
@@ -132,7 +133,7 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
             }
         }
         let last = b.rows(&hidden, tokens.len() - 1..tokens.len());
-        let logits = b.download(head.on_device(&last))?;
+        let logits = b.download(head.on_device(&last)?)?;
         if check_finite(logits.view(), String::new).is_err() {
             return Err(self.first_bad_layer(tokens, path)?);
         }
@@ -148,7 +149,8 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
         let mut hidden = model.embed(tokens)?;
         check_finite(hidden.view(), || "the embedding".into())?;
         for (index, (layer, cache)) in layers.iter().zip(&mut self.caches).enumerate() {
-            let rotation = Rotation::new(layer.rope(), self.length..self.length + tokens.len());
+            let end = self.length + tokens.len();
+            let rotation = Rotation::for_length(layer.rope(), self.length..end, self.capacity);
             let step = Step { start: self.length, rotation: &rotation, positions: &positions, path };
             let mut x = b.upload(hidden);
             layer.decode(&mut x, cache, &step)?;

@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::elementwise::softmax;
+use super::elementwise::{softcap, softmax};
 use super::gemm;
 use crate::runtime::{AttentionShape, Span};
 
@@ -21,7 +21,8 @@ pub(in crate::runtime) fn tile_rows(keys: usize) -> usize {
 
 /// The probabilities of a tile of query rows of one head: `q [rows, d]`, `k [keys, d]`, to `[rows, keys]`.
 ///
-/// Row `i` sees keys up to `last + i`, of which the `window` latest where there is one; the rest is zero.
+/// Row `i` sees keys up to `last + i`, of which the `window` latest where there is one; the rest is zero. Scores are capped
+/// where there is a `cap`.
 pub(in crate::runtime) fn probability_tile(
     out: &mut ArrayViewMut2<'_, f32>,
     q: ArrayView2<'_, f32>,
@@ -29,12 +30,16 @@ pub(in crate::runtime) fn probability_tile(
     scale: f64,
     last: usize,
     window: Option<usize>,
+    cap: Option<f64>,
 ) {
     gemm::serial(out.view_mut(), q, k.reversed_axes(), scale as f32);
     for (i, mut row) in out.rows_mut().into_iter().enumerate() {
         let Some(row) = row.as_slice_mut() else { continue };
         let end = last + i + 1;
         let start = window.map_or(0, |w| end.saturating_sub(w));
+        if let Some(cap) = cap {
+            softcap(&mut row[start..end], cap);
+        }
         softmax(&mut row[start..end]);
         row[..start].fill(0.0);
         row[end..].fill(0.0);
@@ -59,6 +64,7 @@ pub(super) fn attention(
     k: ArrayView2<'_, f32>,
     v: ArrayView2<'_, f32>,
     shape: &AttentionShape,
+    cap: Option<f64>,
     spans: &[Span],
 ) -> Array2<f32> {
     let (d, width) = (shape.keys.width, shape.values.width);
@@ -86,7 +92,7 @@ pub(super) fn attention(
         let q = q.slice(s![first..first + rows, task.head * d..(task.head + task.heads) * d]);
         if task.heads == 1 {
             let mut probabilities = Array2::zeros((rows, end - start));
-            probability_tile(&mut probabilities.view_mut(), q, k, shape.scale, last - start, shape.sliding_window);
+            probability_tile(&mut probabilities.view_mut(), q, k, shape.scale, last - start, shape.sliding_window, cap);
             gemm::serial(task.out, probabilities.view(), v, 1.0);
             return;
         }
@@ -98,6 +104,9 @@ pub(super) fn attention(
             gemm::serial(probabilities.view_mut(), q, k.reversed_axes(), shape.scale as f32);
             for mut row in probabilities.rows_mut() {
                 if let Some(row) = row.as_slice_mut() {
+                    if let Some(cap) = cap {
+                        softcap(row, cap);
+                    }
                     softmax(row);
                 }
             }
