@@ -39,6 +39,8 @@ pub struct AttentionSource {
     pub inv_freq: Vec<f64>,
     /// What multiplies `<q, k>` before the softmax: `d^(-1/2)`, times the square of RoPE's amplitude.
     pub score_scale: f64,
+    /// Cap `c` of the scores, `c tanh(s / c)`.
+    pub score_softcap: Option<f64>,
 }
 
 impl AttentionSource {
@@ -109,6 +111,7 @@ pub fn load_attention_source(
         bo: bias("o", shape.out_bias)?,
         inv_freq: arch.rope.inv_freq.clone(),
         score_scale: shape.score_scale * arch.rope.amplitude.powi(2),
+        score_softcap: arch.score_softcap,
     };
     if shape.rotary_dim < d {
         let rows = normal_rows(d, shape.rotary_dim);

@@ -11,21 +11,23 @@ use super::{ArchError, Family};
 pub(super) struct Config<'a> {
     map: &'a Map<String, Value>,
     family: &'a str,
-    defaults: Option<&'a BTreeMap<String, Value>>,
+    family_keys: Option<&'a Family>,
 }
 
 impl<'a> Config<'a> {
     pub(super) fn new(map: &'a Map<String, Value>, family: &'a str) -> Self {
-        Self { map, family, defaults: None }
+        Self { map, family, family_keys: None }
     }
 
     /// As `family` reads it: keys that are absent have its defaults. A null stays null.
     pub(super) fn of_family(map: &'a Map<String, Value>, family: &'a Family) -> Self {
-        Self { map, family: &family.name, defaults: Some(&family.defaults) }
+        Self { map, family: &family.name, family_keys: Some(family) }
     }
 
     fn get(&self, key: &str) -> Option<&'a Value> {
-        self.map.get(key).or_else(|| self.defaults?.get(key))
+        let family = self.family_keys;
+        let alias = || family?.aliases.get(key).and_then(|other| self.map.get(other));
+        self.map.get(key).or_else(alias).or_else(|| family?.defaults.get(key))
     }
 
     /// The value of a key that is neither absent nor null.

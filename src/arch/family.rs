@@ -6,11 +6,14 @@ use serde::Deserialize;
 
 use super::ArchError;
 
-const EMBEDDED: [(&str, &str); 12] = [
+const EMBEDDED: [(&str, &str); 16] = [
+    ("deepseek_v2", include_str!("families/deepseek_v2.toml")),
     ("deepseek_v3", include_str!("families/deepseek_v3.toml")),
     ("gemma2", include_str!("families/gemma2.toml")),
+    ("gqa2mla", include_str!("families/gqa2mla.toml")),
     ("granite", include_str!("families/granite.toml")),
     ("llama", include_str!("families/llama.toml")),
+    ("minicpm3", include_str!("families/minicpm3.toml")),
     ("mistral", include_str!("families/mistral.toml")),
     ("mixtral", include_str!("families/mixtral.toml")),
     ("olmo2", include_str!("families/olmo2.toml")),
@@ -19,6 +22,7 @@ const EMBEDDED: [(&str, &str); 12] = [
     ("qwen2_moe", include_str!("families/qwen2_moe.toml")),
     ("qwen3", include_str!("families/qwen3.toml")),
     ("qwen3_moe", include_str!("families/qwen3_moe.toml")),
+    ("youtu", include_str!("families/youtu.toml")),
 ];
 
 /// A family of checkpoints that share tensor names and config keys. `docs/families.md` describes the format.
@@ -97,6 +101,9 @@ pub struct Family {
     /// Mixture of experts, where the family has one.
     #[serde(default)]
     pub moe: Option<MoeKeys>,
+    /// Other names of config keys, tried where a key is absent.
+    #[serde(default)]
+    pub aliases: BTreeMap<String, String>,
     /// Values of config keys that a config may leave out, as the stock class assumes them.
     #[serde(default)]
     pub defaults: BTreeMap<String, serde_json::Value>,

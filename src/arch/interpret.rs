@@ -127,8 +127,18 @@ fn activation(config: &Config<'_>, key: &str) -> Result<Activation, ArchError> {
 fn windows(config: &Config<'_>, family: &Family, layers: usize) -> Result<Vec<Option<usize>>, ArchError> {
     let none = vec![None; layers];
     let Some(key) = &family.sliding_window else { return Ok(none) };
+    let has = windowed(config, family, layers)?;
+    if !has.contains(&true) {
+        // Some configs say 0 where the window is switched off.
+        return Ok(none);
+    }
     // An explicit null means no window.
-    let Some(window) = config.count(key)? else { return Ok(none) };
+    let window = config.count(key)?;
+    Ok(has.into_iter().map(|on| if on { window } else { None }).collect())
+}
+
+/// Which layers have the window, if there is one.
+fn windowed(config: &Config<'_>, family: &Family, layers: usize) -> Result<Vec<bool>, ArchError> {
     let pattern = family.sliding_window_layers.as_deref().unwrap_or("all");
     if pattern != "all"
         && let Some(types) = config.list("layer_types")?
@@ -136,19 +146,19 @@ fn windows(config: &Config<'_>, family: &Family, layers: usize) -> Result<Vec<Op
         if types.len() < layers {
             return Err(config.bad("layer_types", &format!("a list of {layers} layer types")));
         }
-        let window_of = |t: &Value| match t.as_str() {
-            Some("full_attention") => Ok(None),
-            Some("sliding_attention") => Ok(Some(window)),
+        let sliding = |t: &Value| match t.as_str() {
+            Some("full_attention") => Ok(false),
+            Some("sliding_attention") => Ok(true),
             _ => Err(ArchError::Unsupported { what: format!("`layer_types` with {t}"), hint: None }),
         };
-        return types.iter().take(layers).map(window_of).collect();
+        return types.iter().take(layers).map(sliding).collect();
     }
     let on = match &family.sliding_window_switch {
         Some(switch) => config.flag(switch)?.unwrap_or(false),
         None => true,
     };
     if !on {
-        return Ok(none);
+        return Ok(vec![false; layers]);
     }
     let limit = |key: &str| config.number(key).map(|n| n.map_or(layers, |n| n.max(0.0) as usize));
     let has: Box<dyn Fn(usize) -> bool> = match pattern.split_once(':') {
@@ -175,7 +185,7 @@ fn windows(config: &Config<'_>, family: &Family, layers: usize) -> Result<Vec<Op
             });
         }
     };
-    Ok((0..layers).map(|i| has(i).then_some(window)).collect())
+    Ok((0..layers).map(has).collect())
 }
 
 fn read_gqa(
@@ -304,8 +314,9 @@ fn read_moe(config: &Config<'_>, family: &Family, keys: &MoeKeys, layers: usize)
     if !sparse.contains(&true) {
         return Ok(None);
     }
+    // Classes that can be dense too leave the number out.
+    let Some(experts) = config.count(&keys.experts)? else { return Ok(None) };
     config.must_be_neutral(&keys.neutral)?;
-    let experts = config.need_count(&keys.experts)?;
     let per_token = config.need_count(&keys.per_token)?;
     if per_token > experts {
         return Err(config.bad(&keys.per_token, &format!("at most {} ({experts})", keys.experts)));

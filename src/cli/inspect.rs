@@ -60,7 +60,7 @@ fn inspect(spec: &str, context: &Context) -> anyhow::Result<InspectedModel> {
 }
 
 /// The config of a folder that has one and no weight file, nor an index that promises some.
-fn config_alone(dir: &Path) -> anyhow::Result<Option<serde_json::Value>> {
+pub fn config_alone(dir: &Path) -> anyhow::Result<Option<serde_json::Value>> {
     const MAX_CONFIG_BYTES: u64 = 16 << 20;
     let path = dir.join("config.json");
     if !path.is_file() {

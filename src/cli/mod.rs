@@ -4,6 +4,7 @@ pub mod exit;
 pub mod interrupt;
 pub mod output;
 
+mod check;
 mod command_line;
 mod compare;
 mod completions;
@@ -74,6 +75,7 @@ pub struct Global {
 #[derive(Debug, Subcommand)]
 enum Command {
     Inspect(inspect::InspectArgs),
+    Check(check::CheckArgs),
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
     Verify(verify::VerifyArgs),
@@ -154,6 +156,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
     let context = Context { format, progress: Progress::new(quiet), reading };
     match cli.command {
         Command::Inspect(args) => args.execute(&context),
+        Command::Check(args) => args.execute(&context),
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),

@@ -1,8 +1,8 @@
 //! `gqa2mla plan`
 
 use clap::Args;
-use gqa2mla::convert::{self, Method, Plan, RopeGrid};
-use gqa2mla::report::engines::{Candidate, judge};
+use gqa2mla::convert::{self, Method, Plan, Profile, RopeGrid};
+use gqa2mla::report::engines::{Facts, judge};
 use gqa2mla::report::text;
 
 use super::exit::ExitStatus;
@@ -52,7 +52,12 @@ pub fn show_plan(spec: &str, options: &ConvertOptions, predict: bool, context: &
 
 /// `(engine, verdict)` for the output that is planned.
 fn engines(plan: &Plan, model: &model::OpenModel) -> Vec<(String, String)> {
-    let mut candidate = Candidate::planned(plan.geometry, plan.settings.rope_grid.unwrap_or(RopeGrid::Free));
+    let grid = match (plan.settings.rope_grid, plan.settings.profile) {
+        (Some(grid), _) => grid,
+        (None, Some(Profile::Portable)) => RopeGrid::Stock,
+        (None, _) => RopeGrid::Free,
+    };
+    let mut candidate = Facts::planned(plan.geometry, grid, plan.target);
     if let (Method::Exact, Some(gqa)) = (plan.settings.method, model.arch.gqa()) {
         candidate.bias = gqa.qkv_bias || gqa.out_bias;
     }

@@ -9,11 +9,13 @@ pub mod text;
 pub mod units;
 
 mod card;
+mod check;
 mod inspect;
 mod methods;
 mod verification;
 
 pub use card::card;
+pub use check::Check;
 pub use inspect::{InspectedMla, InspectedModel, TargetOption};
 pub use methods::{MethodComparison, MethodFigures, MethodRow};
 pub use verification::{Evaluation, Verification};
