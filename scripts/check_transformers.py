@@ -165,6 +165,14 @@ def main() -> int:
                     whole, cached = difference(model, out)
                     bad = target not in takes or not max(whole, cached) < LIMIT
                     print(f"{label} {'BAD ' if bad else ''}{whole:.2e} whole, {cached:.2e} cached")
+                    # What `check` says of transformers has to be what it did.
+                if run.returncode == 0:
+                    verdict = subprocess.run(
+                        [args.binary, "check", out, "--engine", "transformers", "-q"], capture_output=True
+                    ).returncode
+                    if verdict != (family, what, target) in NOT_IN_TRANSFORMERS:
+                        print(f"{label} BAD verdict of check: exit {verdict}")
+                        bad = True
                 failures += bad
     print(f"{failures} failures")
     return 1 if failures else 0

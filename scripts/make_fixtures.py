@@ -446,6 +446,52 @@ MODELS |= {
     ),
 }
 
+MODELS |= {
+    # The other stock classes that hold MLA: experts by softmax with one for every token, split pairs with multipliers, and
+    # a dense class of its own.
+    "pico-deepseek-v2": (
+        {
+            **deepseek(
+                "float32",
+                vocab_size=93, hidden_size=40, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=4,
+                q_lora_rank=None, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+                max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=False,
+                rope_theta=10000.0, rope_scaling=None,
+            ),
+            "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "first_k_dense_replace": 1,
+            "n_routed_experts": 5, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
+        },
+        latent,
+        1,
+        {"mlp": expert_mlp},
+    ),
+    "pico-minicpm3": (
+        config(
+            "MiniCPM3ForCausalLM", "minicpm3", "torch_dtype", "float32",
+            vocab_size=91, hidden_size=40, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, pad_token_id=0,
+            q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+            max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False, attention_bias=True,
+            scale_emb=3, scale_depth=0.9, dim_model_base=10, rope_theta=10000.0, rope_scaling=None,
+        ),
+        latent,
+        1,
+    ),
+    "pico-youtu": (
+        config(
+            "YoutuForCausalLM", "youtu", "torch_dtype", "float32",
+            vocab_size=89, hidden_size=40, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4,
+            q_lora_rank=None, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
+            max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=True, attention_bias=True,
+            rope_interleave=True, rope_theta=10000.0, rope_scaling=None,
+        ),
+        latent,
+        1,
+    ),
+}
+
 
 TRAINED = "pico-trained"
 

@@ -131,10 +131,12 @@ impl<'a> Job<'a> {
         };
         let width = (geometry.qk_nope_head_dim + geometry.qk_rope_head_dim) as f64;
         let score_scale = shape.score_scale * arch.rope.amplitude.powi(2) * width.sqrt();
-        let spec = TargetSpec {
+        let mut spec = TargetSpec {
             kind,
             geometry,
+            portable: settings.profile == Some(Profile::Portable),
             pad: pads(settings),
+            stock_grid: grid == RopeGrid::Stock && !exact,
             plain_scale: score_scale.log2().fract().abs() < 1e-12,
             bias,
             query_bias: query_bias && remote,
@@ -148,17 +150,7 @@ impl<'a> Job<'a> {
             plain_weights: exact && (still == 0 || arch.rope.amplitude == 1.0),
             stream_scale: if remote { 1.0 } else { TargetSpec::stream_scale(arch.norm_eps) },
         };
-        check_padding(&spec, settings, &mut decisions)?;
-        if spec.fp8 && !spec.output().kv_lora_rank.is_multiple_of(BLOCK) {
-            return Err(ConvertError::refused(
-                format!(
-                    "a latent of {} values shares an FP8 block of {BLOCK} rows with the rotated key, whose weights are \
-                     2^20 times as large: the latent would be rounded to zero",
-                    spec.output().kv_lora_rank
-                ),
-                format!("choose a kv_lora_rank that is a multiple of {BLOCK}, or `--pad kernels`"),
-            ));
-        }
+        let splits = fitting(splits, &mut spec, settings, &mut decisions)?;
         if spec.stream_scale != 1.0 {
             decisions.push(format!(
                 "rms_norm_eps {:e} becomes 1e-6, which stock classes fix for the latent norm: the residual stream is scaled by {:.5}",
@@ -195,7 +187,10 @@ impl<'a> Job<'a> {
             format!(
                 "the output would cache {new} values per token and layer, the source caches {old}: nothing is saved"
             ),
-            "lower `--kv-budget`, `--kv-lora-rank` or `--qk-rope-head-dim`, or say `--force`",
+            match self.spec.output() == self.spec.geometry {
+                true => "lower `--kv-budget`, `--kv-lora-rank` or `--qk-rope-head-dim`, or say `--force`",
+                false => "padding to kernels costs more than this model saves: `--pad none`, or say `--force`",
+            },
         ))
     }
 
@@ -287,32 +282,60 @@ fn pads(settings: &ConvertSettings) -> bool {
     }
 }
 
-/// Say what padding costs; refuse it where it was asked for and no kernel is wide enough.
-fn check_padding(
-    spec: &TargetSpec,
+/// The splits that padding and FP8 blocks allow. Padding that was asked for and that no kernel is wide enough for is
+/// refused; that of the portable profile is left out.
+fn fitting(
+    splits: Vec<(usize, usize)>,
+    spec: &mut TargetSpec,
     settings: &ConvertSettings,
     decisions: &mut Vec<String>,
-) -> Result<(), ConvertError> {
-    if !spec.pad {
-        return Ok(());
-    }
-    let g = &spec.geometry;
-    let Some(to) = target::pad::kernel_shape(g) else {
-        let message = format!(
-            "no kernel holds heads of {} + {} and {} values with a latent of {}",
-            g.qk_nope_head_dim, g.qk_rope_head_dim, g.v_head_dim, g.kv_lora_rank
-        );
-        if settings.pad.is_none() {
-            decisions.push(format!("{message}: nothing is padded"));
-            return Ok(());
-        }
-        return Err(ConvertError::refused(
-            message,
-            "kernels take heads up to 192 + 64 and 256 values, a rotated width that divides 64, and latents up to 512: \
-             choose smaller widths, or `--pad none`",
-        ));
+) -> Result<Vec<(usize, usize)>, ConvertError> {
+    let at = |spec: &TargetSpec, (rope, rank): (usize, usize)| {
+        let mut spec = spec.clone();
+        spec.geometry.qk_rope_head_dim = rope;
+        spec.geometry.kv_lora_rank = rank;
+        spec
     };
-    if to != *g {
+    let kernel = |s: &TargetSpec| target::pad::kernel_shape(&s.geometry, s.stock_grid);
+    let mut splits = splits;
+    if spec.pad {
+        let fit: Vec<_> = splits.iter().copied().filter(|split| kernel(&at(spec, *split)).is_some()).collect();
+        if fit.is_empty() {
+            let g = &spec.geometry;
+            let message = format!(
+                "no kernel holds heads of {} + {} and {} values with a latent of {}",
+                g.qk_nope_head_dim, g.qk_rope_head_dim, g.v_head_dim, g.kv_lora_rank
+            );
+            if settings.pad.is_some() {
+                return Err(ConvertError::refused(
+                    message,
+                    "kernels take heads up to 192 + 64 and 256 values, on a stock grid a rotated width that divides 64, and \
+                     latents up to 512: choose smaller widths, or `--pad none`",
+                ));
+            }
+            decisions.push(format!("{message}: nothing is padded"));
+            spec.pad = false;
+        } else {
+            splits = fit;
+        }
+    }
+    if spec.fp8 {
+        let whole = |split: &(usize, usize)| at(spec, *split).output().kv_lora_rank.is_multiple_of(BLOCK);
+        let rank = at(spec, splits[0]).output().kv_lora_rank;
+        splits.retain(whole);
+        if splits.is_empty() {
+            return Err(ConvertError::refused(
+                format!(
+                    "a latent of {rank} values shares an FP8 block of {BLOCK} rows with the rotated key, whose weights are \
+                     2^20 times as large: the latent would be rounded to zero"
+                ),
+                format!("choose a kv_lora_rank that is a multiple of {BLOCK}, or `--pad kernels`"),
+            ));
+        }
+    }
+    spec.geometry = at(spec, splits[0]).geometry;
+    let (g, to) = (spec.geometry, spec.output());
+    if to != g {
         decisions.push(format!(
             "padded with zeros to kernels: heads {} + {} / {} become {} + {} / {}, the cache grows from {} to {} values \
              ({} more bytes per token and layer in bf16)",
@@ -327,7 +350,7 @@ fn check_padding(
             2 * (to.kv_lora_rank + to.qk_rope_head_dim - g.kv_lora_rank - g.qk_rope_head_dim)
         ));
     }
-    Ok(())
+    Ok(splits)
 }
 
 fn context(
@@ -471,7 +494,7 @@ fn check_portable(
         Some(format!("the target `{}` is not a class that engines have of their own", kind.name()))
     } else if shape.qkv_bias || shape.out_bias {
         Some("the source has biases in its attention, which engines' own classes skip without a word".to_owned())
-    } else if arch.rope.kind != "default" {
+    } else if !["default", "llama3", "yarn"].contains(&arch.rope.kind.as_str()) {
         Some(format!("the source's RoPE is scaled by `{}`, which engines' own classes replace by YaRN", arch.rope.kind))
     } else if shape.rotary_dim != shape.head_dim {
         Some("the source rotates only part of a head, whose frequencies are on no stock grid".to_owned())

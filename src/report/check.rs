@@ -56,19 +56,19 @@ impl Check {
         if !self.weights_present {
             out = format!("{}: {}, judged by its config alone\n\n", self.model, self.model_type);
         }
+        let mut t = Table::new(&["engine", "runs it", "why, and what to change"]);
         for v in &self.engines {
-            let mut t = Table::new(&["", "", "", ""]);
-            let mut head = (v.engine.to_owned(), v.loads.word().to_owned());
             if v.reasons.is_empty() {
-                t.row([head.0.as_str(), head.1.as_str(), "", "runs it as it is"]);
+                t.row([v.engine, v.loads.word(), "as it is"]);
             }
+            let mut head = [v.engine, v.loads.word()];
             for (why, change) in v.reasons.iter().zip(&v.changes) {
-                t.row([head.0.as_str(), head.1.as_str(), "because", why]);
-                t.row(["", "", "change", change]);
-                head = (String::new(), String::new());
+                t.row([head[0], head[1], why]);
+                t.row(["", "", &format!("-> {change}")]);
+                head = ["", ""];
             }
-            out += t.render(width).trim_start_matches('\n');
         }
+        out += &t.render(width);
         out
     }
 }

@@ -12,14 +12,14 @@ const HEADS: [(usize, usize, usize); 3] = [(64, 64, 128), (128, 64, 128), (192, 
 /// Latent widths of the decode kernels, with 64 rotated values: 320 and 576 cached.
 const LATENTS: [usize; 2] = [256, 512];
 
-/// The smallest kernel shape that holds `g`, or `None` where none does.
-pub fn kernel_shape(g: &PlannedGeometry) -> Option<PlannedGeometry> {
+/// The smallest kernel shape that holds `g`, or `None` where none does. On a stock grid the padded rotated width has to hold
+/// the narrower one's frequencies.
+pub fn kernel_shape(g: &PlannedGeometry, stock_grid: bool) -> Option<PlannedGeometry> {
     let (nope, rope, v) = HEADS
         .into_iter()
         .find(|(n, r, v)| g.qk_nope_head_dim <= *n && g.qk_rope_head_dim <= *r && g.v_head_dim <= *v)?;
     let rank = LATENTS.into_iter().find(|r| g.kv_lora_rank <= *r)?;
-    // On a stock grid the padded width has to hold the narrower one's frequencies.
-    rope.is_multiple_of(g.qk_rope_head_dim).then_some(PlannedGeometry {
+    (!stock_grid || rope.is_multiple_of(g.qk_rope_head_dim)).then_some(PlannedGeometry {
         kv_lora_rank: rank,
         qk_nope_head_dim: nope,
         qk_rope_head_dim: rope,
@@ -29,9 +29,9 @@ pub fn kernel_shape(g: &PlannedGeometry) -> Option<PlannedGeometry> {
 }
 
 /// Slot of the wider rotated part that slot `p` of `from` becomes: frequency `theta^(-2p / d_R)` keeps its place on the
-/// wider grid.
+/// wider grid, where that is a refinement.
 fn slot(p: usize, from: usize, to: usize) -> usize {
-    p * (to / from)
+    if to.is_multiple_of(from) { p * (to / from) } else { p }
 }
 
 /// `mla` with the widths of `to`. Pairs that are added turn as the plain grid of base `theta` has it.
@@ -49,11 +49,7 @@ pub fn pad(mla: &MlaLayer, to: &PlannedGeometry, theta: f64) -> MlaLayer {
     let mut latent = Array2::zeros((rank, mla.hidden()));
     latent.slice_mut(s![..mla.rank(), ..]).assign(&mla.latent);
     let wo = rows(&mla.wo.t().to_owned(), heads, value, to.v_head_dim, plain).t().to_owned();
-    let wide = to.qk_rope_head_dim;
-    let mut rope_freq: Vec<f64> = (0..wide / 2).map(|p| f64::from(1.0 / base_power(theta, wide, p))).collect();
-    for (p, f) in mla.rope_freq.iter().enumerate() {
-        rope_freq[slot(p, rope, to.qk_rope_head_dim)] = *f;
-    }
+    let rope_freq = frequencies(&mla.rope_freq, to.qk_rope_head_dim, theta);
     let mut out = mla.clone();
     out.query.nope = rows(&mla.query.nope, heads, nope, to.qk_nope_head_dim, plain);
     out.query.rope = rows(&mla.query.rope, heads, rope, to.qk_rope_head_dim, turned);
@@ -75,6 +71,15 @@ pub fn pad(mla: &MlaLayer, to: &PlannedGeometry, theta: f64) -> MlaLayer {
     out.latent = latent;
     out.wo = wo;
     out.rope_freq = rope_freq;
+    out
+}
+
+/// Radians per token of each slot of a rotated width of `wide`, from those of a narrower one.
+pub fn frequencies(narrow: &[f64], wide: usize, theta: f64) -> Vec<f64> {
+    let mut out: Vec<f64> = (0..wide / 2).map(|p| f64::from(1.0 / base_power(theta, wide, p))).collect();
+    for (p, f) in narrow.iter().enumerate() {
+        out[slot(p, 2 * narrow.len(), wide)] = *f;
+    }
     out
 }
 
@@ -102,9 +107,10 @@ mod tests {
             qk_rope_head_dim: d,
             v_head_dim: v,
         };
-        assert_eq!(kernel_shape(&g(128, 64, 32, 64)), Some(g(256, 64, 64, 128)));
-        assert_eq!(kernel_shape(&g(400, 96, 64, 96)), Some(g(512, 128, 64, 128)));
-        assert_eq!(kernel_shape(&g(600, 64, 64, 64)), None);
-        assert_eq!(kernel_shape(&g(128, 64, 48, 64)), None);
+        assert_eq!(kernel_shape(&g(128, 64, 32, 64), true), Some(g(256, 64, 64, 128)));
+        assert_eq!(kernel_shape(&g(400, 96, 64, 96), true), Some(g(512, 128, 64, 128)));
+        assert_eq!(kernel_shape(&g(600, 64, 64, 64), false), None);
+        assert_eq!(kernel_shape(&g(128, 64, 48, 64), true), None);
+        assert_eq!(kernel_shape(&g(128, 64, 48, 64), false), Some(g(256, 64, 64, 128)));
     }
 }

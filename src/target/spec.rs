@@ -32,8 +32,12 @@ pub struct TargetSpec {
     pub kind: TargetKind,
     /// Widths before padding. `q_lora_rank` counts the constant row, if there is one.
     pub geometry: PlannedGeometry,
+    /// Whether the output is for engines' own classes, which know the stock grid and YaRN only.
+    pub portable: bool,
     /// Whether widths are padded to those of kernels.
     pub pad: bool,
+    /// Whether rotated slots have to lie on the config's grid.
+    pub stock_grid: bool,
     /// `attention_bias`: biases on `kv_a`, `o` and, behind a query latent, `q_a`.
     pub bias: bool,
     /// Generic class: whether the queries' own projection has a bias.
@@ -77,7 +81,7 @@ impl TargetSpec {
     /// Widths of the output.
     pub fn output(&self) -> PlannedGeometry {
         match self.pad {
-            true => pad::kernel_shape(&self.geometry).unwrap_or(self.geometry),
+            true => pad::kernel_shape(&self.geometry, self.stock_grid).unwrap_or(self.geometry),
             false => self.geometry,
         }
     }
@@ -269,6 +273,7 @@ impl TargetSpec {
 
     /// Frequencies as the output's config will express them. `frequencies` are those of the slots, radians per token.
     pub fn rope(&self, frequencies: &[f64], arch: &Architecture, source: &Value, max_position: usize) -> RopeConfig {
+        let frequencies = &pad::frequencies(frequencies, self.output().qk_rope_head_dim, arch.rope.theta);
         let scaling = ["rope_scaling", "rope_parameters"].iter().find_map(|k| source.get(k).and_then(Value::as_object));
         // Slots turn as pairs of the source, so each finds there what it turns by past the original context.
         let long = arch.rope.long.as_ref().filter(|l| max_position > l.original).map(|long| {
@@ -278,7 +283,7 @@ impl TargetSpec {
             };
             LongRope { original: long.original, inv_freq: frequencies.iter().map(beyond).collect() }
         });
-        rope_config(frequencies, long, arch.rope.theta, scaling, max_position)
+        rope_config(frequencies, long, arch.rope.theta, scaling, max_position, self.portable)
     }
 }
 

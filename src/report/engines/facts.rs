@@ -69,6 +69,8 @@ pub struct Facts {
     pub rope: CandidateRope,
     /// Name of the scheme.
     pub rope_name: String,
+    /// Whether a llama3 scheme has YaRN's betas fitted to it.
+    pub fitted: bool,
     /// Whether a `rope_theta` stands beside the RoPE parameters rather than only in them.
     pub top_level_theta: bool,
     /// Whether rotated pairs are neighbours.
@@ -95,7 +97,7 @@ pub struct Facts {
     pub f16: bool,
     /// Quantisation of the weights.
     pub quantised: Option<String>,
-    /// Multipliers of MiniCPM3 that are not neutral, for engines that fix their values.
+    /// `intermediate_size`.
     pub intermediate: usize,
     /// Whether the tokenizer is SentencePiece's (byte fallback).
     pub sentencepiece: bool,
@@ -147,6 +149,7 @@ impl Facts {
             neutral_norms: true,
             rope: CandidateRope::Default,
             rope_name: "default".into(),
+            fitted: false,
             top_level_theta: true,
             interleaved: true,
             eps: 1e-6,
@@ -256,6 +259,7 @@ impl Facts {
             layers,
             bias: flag("attention_bias"),
             rope: CandidateRope::of(&rope_name),
+            fitted: rope_name == "llama3" && scaling.is_some_and(|s| s.get("beta_fast").is_some()),
             rope_name,
             top_level_theta: get("rope_theta").is_some(),
             interleaved: match model_type.as_str() {

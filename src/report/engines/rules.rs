@@ -238,10 +238,17 @@ pub(super) const RULES: &[Rule] = &[
     },
     Rule {
         engines: &[VLLM],
-        when: |f| deepseek(f) && scaled(f) && f.rope != CandidateRope::Yarn,
+        when: |f| deepseek(f) && scaled(f) && f.rope != CandidateRope::Yarn && !f.fitted,
         then: No,
         why: "treats every RoPE scaling as YaRN: wrong frequencies",
         change: "serve with --model-impl transformers, or convert with --profile portable",
+    },
+    Rule {
+        engines: &[VLLM],
+        when: |f| deepseek(f) && f.fitted,
+        then: Conditionally,
+        why: "runs llama3 RoPE as YaRN, with the betas that the config has fitted: slow pairs are off by up to a third",
+        change: "compare outputs on long texts, or serve with --model-impl transformers",
     },
     Rule {
         engines: &[SGLANG],
