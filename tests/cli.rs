@@ -174,6 +174,46 @@ fn a_text_shorter_than_a_window_is_unusable() {
 }
 
 #[test]
+fn check_knows_the_engines() {
+    assert_snapshot!("check", transcript(&["check", "fixtures/pico-deepseek-v3-bias"], &[]));
+    let (code, all) = json(&["check", "fixtures/pico-deepseek-v3", "--json"]);
+    assert_eq!((code, &all["passed"]), (Some(0), &true.into()));
+    assert_eq!(all["engines"].as_array().map(Vec::len), Some(6));
+    for (model, engine, code) in [
+        ("fixtures/pico-deepseek-v3", "transformers", 0),
+        ("fixtures/pico-deepseek-v3-bias", "transformers", 0),
+        ("fixtures/pico-deepseek-v3-bias", "vllm", 1),
+        ("fixtures/pico-deepseek-v3-bias", "llama.cpp", 1),
+        ("fixtures/pico-youtu", "vllm", 0),
+        ("fixtures/pico-youtu", "sglang", 1),
+    ] {
+        let (found, document) = json(&["check", model, "--engine", engine, "--json"]);
+        assert_eq!(found, Some(code), "{model} {engine}: {document}");
+    }
+    let out = run(&["check", "fixtures/pico-llama"]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("not an MLA model"));
+}
+
+#[test]
+fn a_family_file_and_a_broken_one() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("mine.toml");
+    let config = fs_err::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico-llama/config.json"));
+    let mut config: Value = serde_json::from_str(&config.expect("a fixture")).expect("JSON");
+    config["model_type"] = "mine".into();
+    let model = config_folder(&config);
+    let (model, file) = (model.path().display().to_string(), path.display().to_string());
+    fs_err::write(&path, "extends = \"llama\"\nmodel_types = [\"mine\"]\n").expect("written");
+    let (code, document) = json(&["inspect", &model, "--json", "--family-file", &file]);
+    assert_eq!((code, &document["family"]), (Some(0), &"mine".into()));
+    fs_err::write(&path, "extends = \"nothing\"\n").expect("written");
+    let out = run(&["inspect", &model, "--family-file", &file]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("family description `mine`"), "{out:?}");
+}
+
+#[test]
 fn an_mla_model_is_not_converted_again() {
     assert_snapshot!("mla_source", transcript(&["plan", "fixtures/pico-deepseek-v3"], &[]));
 }

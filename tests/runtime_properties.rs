@@ -3,8 +3,8 @@
 use gqa2mla::arch::Architecture;
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{
-    AttentionTensors, Cpu, GqaTensors, Layer, LayerTensors, Linear, MlaTensors, MlpTensors, Model, Qkv, QueryTensors,
-    Resident, RuntimeError, Session, SessionSize,
+    AttentionTensors, Cpu, FeedForwardTensors, GqaTensors, Layer, LayerExtras, LayerTensors, Linear, MlaTensors,
+    MlpTensors, Model, Qkv, QueryTensors, Resident, RuntimeError, Session, SessionSize,
 };
 use gqa2mla::source::{ModelSource, OpenOptions};
 use ndarray::{Array2, s};
@@ -73,7 +73,9 @@ impl Random {
                 gate: self.linear(i, d, arch.mlp_bias),
                 up: self.linear(i, d, arch.mlp_bias),
                 down: self.linear(d, i, arch.mlp_bias),
-            },
+            }
+            .into(),
+            extras: LayerExtras { window: arch.windows[0], ..LayerExtras::default() },
         }
     }
 }
@@ -283,7 +285,9 @@ fn what_does_not_fit_is_named() {
         Layer::new(&Cpu, &gqa(json!({})), tensors.clone()),
         Err(RuntimeError::Variant { expected: "gqa", found: "mla" })
     ));
-    tensors.mlp.down = Array2::<f32>::zeros((48, 79)).into();
+    if let FeedForwardTensors::Dense(mlp) = &mut tensors.mlp {
+        mlp.down = Array2::<f32>::zeros((48, 79)).into();
+    }
     let error = Layer::new(&Cpu, &arch, tensors).unwrap_err();
     assert_eq!(error.to_string(), "layer weight `down`: expected [48, 80], found [48, 79]");
 }

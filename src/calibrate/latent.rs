@@ -21,6 +21,8 @@ pub struct LatentAttention<'a> {
     q_nope: Array2<f32>,
     /// `[T, H d_R]`, rotated.
     q_rope: Array2<f32>,
+    /// Cap of the scores.
+    cap: Option<f64>,
 }
 
 /// `x W^T + b` in f32.
@@ -62,6 +64,7 @@ impl<'a> LatentAttention<'a> {
             layout: RopeLayout::Interleaved,
             theta: 0.0,
             kind: String::new(),
+            long: None,
         };
         let rotation = Rotation::new(&rope, 0..windows.iter().copied().max().unwrap_or(0));
         let query = &mla.query;
@@ -72,7 +75,12 @@ impl<'a> LatentAttention<'a> {
         let mut k_rope = project(x, &mla.k_rope, mla.k_rope_bias.as_ref());
         rotate(&mut q_rope, &rotation, windows);
         rotate(&mut k_rope, &rotation, windows);
-        Self { mla, windows, latent: project(x, &mla.latent, None), k_rope, q_nope, q_rope }
+        Self { mla, windows, latent: project(x, &mla.latent, None), k_rope, q_nope, q_rope, cap: None }
+    }
+
+    /// With scores capped as the source's are.
+    pub fn capped(self, cap: Option<f64>) -> Self {
+        Self { cap, ..self }
     }
 
     /// What head `h` pools of the latents, `[T, r]`.
@@ -91,7 +99,7 @@ impl<'a> LatentAttention<'a> {
         let mut k = Array2::zeros((tokens, nope + rope));
         k.slice_mut(s![.., ..nope]).assign(&matmul_f32(&self.latent, &up.t()));
         k.slice_mut(s![.., nope..]).assign(&self.k_rope);
-        pool(q, k, self.mla.score_scale, self.windows, values)
+        pool(q, k, self.mla.score_scale, self.cap, self.windows, values)
     }
 
     /// Output of head `h`, `[T, d_V]`, from what it pooled.

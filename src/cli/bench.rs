@@ -51,8 +51,7 @@ impl BenchArgs {
     /// A model that cannot be used, a context that is too long for one, files that cannot be written.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
         let device = self.device.open(context)?;
-        let models: Vec<OpenModel> =
-            self.models.iter().map(|m| model::open(m, &context.progress)).collect::<Result<_, _>>()?;
+        let models: Vec<OpenModel> = self.models.iter().map(|m| model::open(m, context)).collect::<Result<_, _>>()?;
         let report = self.measure(&models, &device, context)?;
         if let Some(dir) = &self.output {
             fs_err::create_dir_all(dir)?;

@@ -52,7 +52,7 @@ impl CompareArgs {
     /// # Errors
     /// A model or text that cannot be used, files that cannot be written. A method that fails is no error.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
-        let source = model::open_convertible(&self.model, &context.progress)?;
+        let source = model::open_convertible(&self.model, context)?;
         let windows = Windows::new(&self.text, &[&source])?;
         if let Some(dir) = &self.output {
             fs_err::create_dir_all(dir)?;
@@ -133,7 +133,7 @@ fn run(
     let started = Instant::now();
     let report = convert::publish(source, settings, output, context)?;
     let seconds = started.elapsed().as_secs_f64();
-    let converted = model::open(&output.to_string_lossy(), &context.progress)?;
+    let converted = model::open(&output.to_string_lossy(), context)?;
     let perplexity = measure::perplexity(&converted, windows, &Device::Cpu(Cpu), &context.progress)?.perplexity;
     let cache = report.cache_values_per_token_per_layer;
     Ok(MethodFigures {

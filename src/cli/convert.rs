@@ -58,10 +58,10 @@ impl ConvertArgs {
         }
         let Some(output) = &self.output else { bail!("-o DIR is missing") };
         let settings = self.options.settings()?;
-        let source = model::open_convertible(&self.model, &context.progress)?;
+        let source = model::open_convertible(&self.model, context)?;
         let report = publish(&source, &settings, output, context)?;
         let verify = if self.verify {
-            let converted = model::open(&output.to_string_lossy(), &context.progress)?;
+            let converted = model::open(&output.to_string_lossy(), context)?;
             Some(verification(&source, &converted, &devices::open(settings.device, context)?, context)?)
         } else {
             None

@@ -29,7 +29,7 @@ impl EvalArgs {
     /// A model or text that cannot be used.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
         let device = self.device.open(context)?;
-        let model = model::open(&self.model, &context.progress)?;
+        let model = model::open(&self.model, context)?;
         let windows = measure::Windows::new(&self.text, &[&model])?;
         let figures = measure::perplexity(&model, &windows, &device, &context.progress)?;
         let document = Evaluation {

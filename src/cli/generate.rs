@@ -93,7 +93,7 @@ impl GenerateArgs {
     /// A model, template or prompt that cannot be used, a context that is too long.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
         let device = self.device.open(context)?;
-        let model = model::open(&self.model, &context.progress)?;
+        let model = model::open(&self.model, context)?;
         let tokenizer = model.source.tokenizer()?;
         let prompt = self.tokens(&model, &tokenizer)?;
         let max_tokens = self.length.tokens(prompt.len(), model.arch.max_position)?;

@@ -55,8 +55,8 @@ impl VerifyArgs {
     /// Models or text that cannot be used.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
         let device = self.device.open(context)?;
-        let source = model::open(&self.source, &context.progress)?;
-        let converted = model::open(&self.converted, &context.progress)?;
+        let source = model::open(&self.source, context)?;
+        let converted = model::open(&self.converted, context)?;
         let windows = measure::Windows::new(&self.text, &[&source, &converted])?;
         let figures = measure::compare(&source, &converted, &windows, &device, &context.progress)?;
         let (defaults, why) = measure::default_thresholds(&converted);

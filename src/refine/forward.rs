@@ -41,6 +41,7 @@ impl Block {
             layout: RopeLayout::Interleaved,
             theta: 0.0,
             kind: String::new(),
+            long: None,
         };
         Self { heads: layer.heads, scale: layer.score_scale, rotation: Rotation::new(&rope, 0..longest) }
     }

@@ -9,6 +9,7 @@ pub mod text;
 pub mod units;
 
 mod card;
+mod check;
 mod devices;
 mod inspect;
 mod methods;
@@ -16,6 +17,7 @@ mod speed;
 mod verification;
 
 pub use card::card;
+pub use check::Check;
 pub use devices::DeviceList;
 pub use inspect::{InspectedMla, InspectedModel, TargetOption};
 pub use methods::{MethodComparison, MethodFigures, MethodRow};

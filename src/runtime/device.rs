@@ -7,6 +7,8 @@ use std::str::FromStr;
 use ndarray::{Array2, ArrayView2};
 use serde::Serialize;
 
+use crate::arch::Activation;
+
 use super::{AttentionShape, Backend, Cpu, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
 
 #[cfg(feature = "gpu")]
@@ -451,6 +453,62 @@ impl Backend for Device {
 
     fn add(&self, x: &mut DeviceTensor, y: &DeviceTensor) {
         on!(self, |b, get, get_mut, into, made| b.add(get_mut(x), get(y)));
+    }
+
+    fn copy_to_host(&self, x: &DeviceTensor) -> Result<Array2<f32>, RuntimeError> {
+        on!(self, |b, get, get_mut, into, made| b.copy_to_host(get(x)))
+    }
+
+    fn gated(
+        &self,
+        gate: DeviceTensor,
+        up: &DeviceTensor,
+        activation: Activation,
+    ) -> Result<DeviceTensor, RuntimeError> {
+        on!(self, |b, get, get_mut, into, made| b.gated(into(gate), get(up), activation).map(made))
+    }
+
+    fn rms_norm_heads(
+        &self,
+        x: &mut DeviceTensor,
+        gain: &DeviceTensor,
+        eps: f64,
+        columns: HeadColumns,
+        heads: usize,
+    ) -> Result<(), RuntimeError> {
+        on!(self, |b, get, get_mut, into, made| b.rms_norm_heads(get_mut(x), get(gain), eps, columns, heads))
+    }
+
+    fn capped_attention(
+        &self,
+        q: &DeviceTensor,
+        k: &DeviceTensor,
+        v: &DeviceTensor,
+        shape: &AttentionShape,
+        cap: f64,
+        spans: &[Span],
+    ) -> Result<DeviceTensor, RuntimeError> {
+        on!(self, |b, get, get_mut, into, made| {
+            b.capped_attention(get(q), get(k), get(v), shape, cap, spans).map(made)
+        })
+    }
+
+    fn softcap(&self, x: DeviceTensor, cap: f64) -> Result<DeviceTensor, RuntimeError> {
+        on!(self, |b, get, get_mut, into, made| b.softcap(into(x), cap).map(made))
+    }
+
+    fn gather_rows(&self, x: &DeviceTensor, rows: &[usize]) -> Result<DeviceTensor, RuntimeError> {
+        on!(self, |b, get, get_mut, into, made| b.gather_rows(get(x), rows).map(made))
+    }
+
+    fn scatter_add_rows(
+        &self,
+        target: &mut DeviceTensor,
+        rows: &[usize],
+        weights: &[f32],
+        y: &DeviceTensor,
+    ) -> Result<(), RuntimeError> {
+        on!(self, |b, get, get_mut, into, made| b.scatter_add_rows(get_mut(target), rows, weights, get(y)))
     }
 }
 

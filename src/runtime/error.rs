@@ -17,8 +17,8 @@ pub enum RuntimeError {
         /// Shape given.
         found: Vec<usize>,
     },
-    /// Weights of one attention variant were given for an architecture of the other.
-    #[error("layer weights are {found} attention, the architecture is {expected}")]
+    /// Weights of one variant of a layer were given for an architecture of the other.
+    #[error("layer weights are `{found}`, the architecture is `{expected}`")]
     Variant {
         /// Variant of the architecture.
         expected: &'static str,

@@ -14,6 +14,7 @@ mod bench;
 mod cpu;
 mod device;
 mod error;
+mod feed_forward;
 mod generate;
 #[cfg(feature = "gpu")]
 pub mod gpu;
@@ -37,4 +38,7 @@ pub use rotation::Rotation;
 pub use sampling::Sampler;
 pub use session::{Resident, Session, SessionSize};
 pub use statistics::{ProbabilityTile, Qkv};
-pub use tensors::{AttentionTensors, GqaTensors, LayerTensors, Linear, MlaTensors, MlpTensors, QueryTensors};
+pub use tensors::{
+    AttentionTensors, ExpertTensors, FeedForwardTensors, GqaTensors, LayerExtras, LayerTensors, Linear, MlaTensors,
+    MlpTensors, QueryTensors,
+};

@@ -101,7 +101,8 @@ impl Piece {
 }
 
 impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
-    /// One sequence of up to `capacity` tokens.
+    /// One sequence of up to `capacity` tokens. A model whose frequencies change with the length of a sequence takes those of
+    /// the capacity, since cached keys are rotated already.
     ///
     /// # Errors
     /// [`RuntimeError::ContextTooLong`] when the model has fewer positions.
@@ -227,7 +228,7 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
         let start = piece.positions.iter().copied().min().unwrap_or(0);
         let end = piece.positions.iter().copied().max().map_or(0, |last| last + 1);
         if let Some(layer) = self.resident.layers.first() {
-            piece.rotation = Rotation::new(layer.rope(), start..end);
+            piece.rotation = Rotation::for_length(layer.rope(), start..end, self.capacity);
         }
         piece
     }
@@ -244,7 +245,7 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
         let logits = match last.is_empty() {
             // Nothing is read, but a device may only fail when it is asked.
             true => b.download(b.rows(&hidden, 0..1)).map(|row| row.slice(s![..0, ..]).to_owned()),
-            false => b.download(head.on_device(&pick(b, hidden, &last))),
+            false => b.download(head.on_device(&pick(b, hidden, &last))?),
         }?;
         if check_finite(logits.view(), String::new).is_err() {
             return Err(self.first_bad_layer(piece)?);

@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::elementwise::softmax;
+use super::elementwise::{softcap, softmax};
 use super::{decode, gemm};
 use crate::runtime::{AttentionShape, Span};
 
@@ -19,7 +19,8 @@ pub(in crate::runtime) fn tile_rows(keys: usize) -> usize {
 
 /// The probabilities of a tile of query rows of one head: `q [rows, d]`, `k [keys, d]`, to `[rows, keys]`.
 ///
-/// Row `i` sees keys up to `last + i`, of which the `window` latest where there is one; the rest is zero.
+/// Row `i` sees keys up to `last + i`, of which the `window` latest where there is one; the rest is zero. Scores are capped
+/// where there is a `cap`.
 pub(in crate::runtime) fn probability_tile(
     out: &mut ArrayViewMut2<'_, f32>,
     q: ArrayView2<'_, f32>,
@@ -27,12 +28,16 @@ pub(in crate::runtime) fn probability_tile(
     scale: f64,
     last: usize,
     window: Option<usize>,
+    cap: Option<f64>,
 ) {
     gemm::serial(out.view_mut(), q, k.reversed_axes(), scale as f32);
     for (i, mut row) in out.rows_mut().into_iter().enumerate() {
         let Some(row) = row.as_slice_mut() else { continue };
         let end = last + i + 1;
         let start = window.map_or(0, |w| end.saturating_sub(w));
+        if let Some(cap) = cap {
+            softcap(&mut row[start..end], cap);
+        }
         softmax(&mut row[start..end]);
         row[..start].fill(0.0);
         row[end..].fill(0.0);
@@ -55,10 +60,11 @@ pub(super) fn attention(
     k: ArrayView2<'_, f32>,
     v: ArrayView2<'_, f32>,
     shape: &AttentionShape,
+    cap: Option<f64>,
     spans: &[Span],
 ) -> Array2<f32> {
     if !spans.is_empty() && spans.iter().all(|span| span.queries.len() == 1) {
-        return decode::attention(q, k, v, shape, spans);
+        return decode::attention(q, k, v, shape, cap, spans);
     }
     let (d, width) = (shape.keys.width, shape.values.width);
     let mut out = Array2::zeros((q.nrows(), shape.heads * width));
@@ -84,7 +90,7 @@ pub(super) fn attention(
         let v = v.slice(s![keys, shape.values.of(kv_head)]);
         let q = q.slice(s![first..first + rows, task.head * d..(task.head + 1) * d]);
         let mut probabilities = Array2::zeros((rows, end - start));
-        probability_tile(&mut probabilities.view_mut(), q, k, shape.scale, last - start, shape.sliding_window);
+        probability_tile(&mut probabilities.view_mut(), q, k, shape.scale, last - start, shape.sliding_window, cap);
         gemm::serial(task.out, probabilities.view(), v, 1.0);
     });
     out

@@ -29,6 +29,7 @@ pub(super) fn attention(
     k: ArrayView2<'_, f32>,
     v: ArrayView2<'_, f32>,
     shape: &AttentionShape,
+    cap: Option<f64>,
     spans: &[Span],
 ) -> Array2<f32> {
     let (d, width) = (shape.keys.width, shape.values.width);
@@ -51,7 +52,7 @@ pub(super) fn attention(
         let rows = |data, columns: usize, of: HeadColumns| part_of(data, columns, of, *kv_head, keys);
         let q = &q[(row * shape.heads + kv_head * group) * d..][..group * d];
         let q = Rows { data: q, stride: d, width: d, count: group };
-        run(q, rows(k_data, k.ncols(), shape.keys), rows(v_data, v.ncols(), shape.values), shape.scale)
+        run(q, rows(k_data, k.ncols(), shape.keys), rows(v_data, v.ncols(), shape.values), shape.scale, cap)
     };
     let parts: Vec<Part> = tasks.par_iter().map(part).collect();
     if let Some(out) = out.as_slice_mut() {
@@ -82,12 +83,15 @@ fn part_of<'a>(
     Rows { data: &data[first..], stride: columns, width: of.width, count: keys.len() }
 }
 
-fn run(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f64) -> Part {
+fn run(q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scale: f64, cap: Option<f64>) -> Part {
     let (heads, keys) = (q.count, k.count);
     let mut scores = vec![0.0; heads * keys];
     simd::dots(&mut scores, keys, q, k, scale as f32);
     let (mut max, mut sum) = (Vec::with_capacity(heads), Vec::with_capacity(heads));
     for row in scores.chunks_exact_mut(keys) {
+        if let Some(cap) = cap {
+            elementwise::softcap(row, cap);
+        }
         let (m, s) = elementwise::exponentials(row);
         max.push(m);
         sum.push(s);
