@@ -60,5 +60,5 @@ fn pooling_of_one_head(bencher: Bencher<'_, '_>) {
     let x = sample(TOKENS, 2 * RANK).mapv(|v| v as f32);
     let (q, k) = (x.slice(s![.., ..RANK]).to_owned(), x.slice(s![.., RANK..]).to_owned());
     let windows = [256; TOKENS / 256];
-    bencher.bench(|| pool(q.clone(), k.clone(), 0.125, &windows, black_box(k.view())));
+    bencher.bench(|| pool(q.clone(), k.clone(), 0.125, None, &windows, black_box(k.view())));
 }

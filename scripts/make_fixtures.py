@@ -34,6 +34,8 @@ TOLERANCE = 2e-5
 QUERY_KEY_SCALE = 1.6
 EMBED_STD = 0.12
 BIAS_STD = 0.3
+# Routers have to tell experts apart, or the choice hangs on rounding.
+ROUTER_SCALE = 3.0
 
 
 class Weights:
@@ -54,24 +56,77 @@ class Weights:
         if bias:
             self.normal(f"{name}.bias", (out,), BIAS_STD, row_scale=row_scale)
 
-    def norm(self, name: str, size: int) -> None:
-        self.normal(f"{name}.weight", (size,), 0.2, mean=1.0)
+    def norm(self, name: str, size: int, mean: float = 1.0) -> None:
+        self.normal(f"{name}.weight", (size,), 0.2, mean=mean)
 
 
-def common(w: Weights, c: dict) -> None:
-    """Embedding, norms, gated MLPs, final norm and head: the same in every family here."""
-    hidden, inner = c["hidden_size"], c["intermediate_size"]
+def common(w: Weights, c: dict, norms=("input_layernorm", "post_attention_layernorm"), mlp=None, mean=1.0) -> None:
+    """Embedding, norms, MLPs, final norm and head; `mlp(w, c, i)` writes what is no plain gated MLP."""
+    hidden = c["hidden_size"]
     w.normal("model.embed_tokens.weight", (c["vocab_size"], hidden), EMBED_STD)
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        w.norm(f"{layer}.input_layernorm", hidden)
-        w.norm(f"{layer}.post_attention_layernorm", hidden)
-        w.linear(f"{layer}.mlp.gate_proj", inner, hidden)
-        w.linear(f"{layer}.mlp.up_proj", inner, hidden)
-        w.linear(f"{layer}.mlp.down_proj", hidden, inner, 0.7)
-    w.norm("model.norm", hidden)
+        for norm in norms:
+            w.norm(f"{layer}.{norm}", hidden, mean)
+        (mlp or plain_mlp)(w, c, i)
+    w.norm("model.norm", hidden, mean)
     if not c["tie_word_embeddings"]:
         w.linear("lm_head", c["vocab_size"], hidden)
+
+
+def gated_mlp(w: Weights, stem: str, hidden: int, inner: int, names=("gate_proj", "up_proj", "down_proj")) -> None:
+    w.linear(f"{stem}.{names[0]}", inner, hidden)
+    w.linear(f"{stem}.{names[1]}", inner, hidden)
+    w.linear(f"{stem}.{names[2]}", hidden, inner, 0.7)
+
+
+def plain_mlp(w: Weights, c: dict, i: int) -> None:
+    gated_mlp(w, f"model.layers.{i}.mlp", c["hidden_size"], c["intermediate_size"])
+
+
+def mixtral_mlp(w: Weights, c: dict, i: int) -> None:
+    stem, hidden = f"model.layers.{i}.block_sparse_moe", c["hidden_size"]
+    w.linear(f"{stem}.gate", c["num_local_experts"], hidden, ROUTER_SCALE)
+    for e in range(c["num_local_experts"]):
+        gated_mlp(w, f"{stem}.experts.{e}", hidden, c["intermediate_size"], ("w1", "w3", "w2"))
+
+
+def expert_mlp(w: Weights, c: dict, i: int) -> None:
+    """Qwen and DeepSeek layouts."""
+    if i in c.get("mlp_only_layers", ()) or i < c.get("first_k_dense_replace", 0):
+        return plain_mlp(w, c, i)
+    stem, hidden, inner = f"model.layers.{i}.mlp", c["hidden_size"], c["moe_intermediate_size"]
+    experts = c.get("num_experts") or c["n_routed_experts"]
+    w.linear(f"{stem}.gate", experts, hidden, ROUTER_SCALE)
+    for e in range(experts):
+        gated_mlp(w, f"{stem}.experts.{e}", hidden, inner)
+    if "shared_expert_intermediate_size" in c:
+        gated_mlp(w, f"{stem}.shared_expert", hidden, c["shared_expert_intermediate_size"])
+        w.linear(f"{stem}.shared_expert_gate", 1, hidden, ROUTER_SCALE)
+    if c.get("n_shared_experts"):
+        gated_mlp(w, f"{stem}.shared_experts", hidden, inner * c["n_shared_experts"])
+
+
+def head_norms(w: Weights, c: dict, wide: int, narrow: int) -> None:
+    for i in range(c["num_hidden_layers"]):
+        w.norm(f"model.layers.{i}.self_attn.q_norm", wide)
+        w.norm(f"model.layers.{i}.self_attn.k_norm", narrow)
+
+
+def phi3(w: Weights, c: dict) -> None:
+    hidden, heads, groups = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
+    d, inner = hidden // heads, c["intermediate_size"]
+    rows = np.concatenate([np.full((heads + groups) * d, QUERY_KEY_SCALE), np.ones(groups * d)])
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        w.linear(f"{layer}.self_attn.qkv_proj", (heads + 2 * groups) * d, hidden, row_scale=rows)
+        w.linear(f"{layer}.self_attn.o_proj", hidden, heads * d)
+
+
+def phi3_mlp(w: Weights, c: dict, i: int) -> None:
+    stem, hidden, inner = f"model.layers.{i}.mlp", c["hidden_size"], c["intermediate_size"]
+    w.linear(f"{stem}.gate_up_proj", 2 * inner, hidden)
+    w.linear(f"{stem}.down_proj", hidden, inner, 0.7)
 
 
 def grouped(w: Weights, c: dict, qkv_bias: bool = False, o_bias: bool = False) -> None:
@@ -154,7 +209,12 @@ def deepseek(dtype: str, **fields) -> dict:
 
 LONGROPE = [1.0, 1.7, 0.6, 3.2]
 
-# name -> (config, attention tensors, number of shards)
+FOUR_NORMS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+)
+SHORT, LONG = [1.0, 1.2, 1.5, 2.0, 2.5, 3.1], [1.0, 1.4, 2.5, 4.0, 7.0, 9.5]
+
+# name -> (config, attention tensors, number of shards[, what `common` takes])
 MODELS = {
     # Heads times head_dim (48) differs from the hidden size, which transformers still wants to be a multiple of the heads.
     # The config keys are those of most checkpoints on the hub.
@@ -260,6 +320,179 @@ MODELS = {
 }
 
 
+MODELS |= {
+    # A norm on every query and key head; heads that do not make up the hidden size.
+    "pico-qwen3": (
+        config(
+            "Qwen3ForCausalLM", "qwen3", "torch_dtype", "float32",
+            vocab_size=97, hidden_size=40, intermediate_size=56, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=True,
+            attention_bias=False, use_sliding_window=False, sliding_window=None, max_window_layers=2,
+            rope_theta=1000000.0, rope_scaling=None,
+        ),
+        lambda w, c: (grouped(w, c), head_norms(w, c, 16, 16)),
+        1,
+    ),
+    # Two experts of four, their weights made to sum to one.
+    "pico-mixtral": (
+        config(
+            "MixtralForCausalLM", "mixtral", "torch_dtype", "bfloat16",
+            vocab_size=101, hidden_size=48, intermediate_size=40, num_hidden_layers=2,
+            num_attention_heads=6, num_key_value_heads=2,
+            max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False,
+            sliding_window=None, rope_theta=1000000.0,
+            num_local_experts=4, num_experts_per_tok=2, output_router_logits=False, router_aux_loss_coef=0.02,
+        ),
+        lambda w, c: grouped(w, c),
+        2,
+        {"mlp": mixtral_mlp},
+    ),
+    # One dense layer, then experts beside one that sees every token behind a gate; weights left as the softmax has them.
+    "pico-qwen2-moe": (
+        config(
+            "Qwen2MoeForCausalLM", "qwen2_moe", "torch_dtype", "bfloat16",
+            vocab_size=96, hidden_size=48, intermediate_size=56, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4,
+            max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=False,
+            use_sliding_window=False, sliding_window=64, max_window_layers=2, rope_theta=1000000.0,
+            num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=32,
+            decoder_sparse_step=1, mlp_only_layers=[0], norm_topk_prob=False,
+        ),
+        lambda w, c: grouped(w, c, qkv_bias=True),
+        1,
+        {"mlp": expert_mlp},
+    ),
+    "pico-qwen3-moe": (
+        config(
+            "Qwen3MoeForCausalLM", "qwen3_moe", "torch_dtype", "bfloat16",
+            vocab_size=96, hidden_size=40, intermediate_size=56, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=1, head_dim=16,
+            max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=False,
+            attention_bias=False, use_sliding_window=False, sliding_window=None, rope_theta=1000000.0,
+            num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24,
+            decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True,
+        ),
+        lambda w, c: (grouped(w, c), head_norms(w, c, 16, 16)),
+        1,
+        {"mlp": expert_mlp},
+    ),
+    # Caps low enough to bend what they cap, and a window shorter than the longer sequence.
+    "pico-gemma2": (
+        config(
+            "Gemma2ForCausalLM", "gemma2", "torch_dtype", "float32",
+            vocab_size=99, hidden_size=40, intermediate_size=56, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+            max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=True,
+            attention_bias=False, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=24,
+            sliding_window=9, attn_logit_softcapping=4.0, final_logit_softcapping=3.0, rope_theta=10000.0,
+        ),
+        lambda w, c: grouped(w, c),
+        1,
+        {"norms": FOUR_NORMS, "mean": 0.0},
+    ),
+    # Fused projections, three quarters of a head rotated, and the first of two lists of frequencies.
+    "pico-phi3": (
+        config(
+            "Phi3ForCausalLM", "phi3", "torch_dtype", "float32",
+            vocab_size=103, hidden_size=64, intermediate_size=56, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=256, original_max_position_embeddings=64, rms_norm_eps=1e-5,
+            tie_word_embeddings=True, pad_token_id=0, partial_rotary_factor=0.75, sliding_window=None, rope_theta=10000.0,
+            rope_scaling={"type": "longrope", "short_factor": SHORT, "long_factor": LONG},
+        ),
+        phi3,
+        1,
+        {"mlp": phi3_mlp},
+    ),
+    # The second list: both sequences are longer than the original context.
+    "pico-phi3-long": (
+        config(
+            "Phi3ForCausalLM", "phi3", "torch_dtype", "bfloat16",
+            vocab_size=103, hidden_size=64, intermediate_size=56, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=4,
+            max_position_embeddings=128, original_max_position_embeddings=16, rms_norm_eps=1e-5,
+            tie_word_embeddings=False, pad_token_id=0, partial_rotary_factor=0.75, sliding_window=None, rope_theta=10000.0,
+            rope_scaling={"type": "longrope", "short_factor": SHORT, "long_factor": LONG},
+        ),
+        phi3,
+        1,
+        {"mlp": phi3_mlp},
+    ),
+    # Norms behind attention and MLP, none before, and one over all queries and one over all keys.
+    "pico-olmo2": (
+        config(
+            "Olmo2ForCausalLM", "olmo2", "torch_dtype", "float32",
+            vocab_size=95, hidden_size=48, intermediate_size=56, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=False,
+            attention_bias=False, rope_theta=500000.0, rope_scaling=None,
+        ),
+        lambda w, c: (grouped(w, c), head_norms(w, c, 48, 24)),
+        1,
+        {"norms": ("post_attention_layernorm", "post_feedforward_layernorm")},
+    ),
+    "pico-granite": (
+        config(
+            "GraniteForCausalLM", "granite", "torch_dtype", "bfloat16",
+            vocab_size=105, hidden_size=48, intermediate_size=64, num_hidden_layers=3,
+            num_attention_heads=6, num_key_value_heads=2,
+            max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=True,
+            attention_bias=True, mlp_bias=False, rope_theta=10000.0, rope_scaling=None,
+            embedding_multiplier=6.0, residual_multiplier=0.3, attention_multiplier=0.25, logits_scaling=4.0,
+        ),
+        lambda w, c: grouped(w, c, qkv_bias=True, o_bias=True),
+        1,
+    ),
+}
+
+MODELS |= {
+    # The other stock classes that hold MLA: experts by softmax with one for every token, split pairs with multipliers, and
+    # a dense class of its own.
+    "pico-deepseek-v2": (
+        {
+            **deepseek(
+                "float32",
+                vocab_size=93, hidden_size=40, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=4,
+                q_lora_rank=None, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+                max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=False,
+                rope_theta=10000.0, rope_scaling=None,
+            ),
+            "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "first_k_dense_replace": 1,
+            "n_routed_experts": 5, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
+        },
+        latent,
+        1,
+        {"mlp": expert_mlp},
+    ),
+    "pico-minicpm3": (
+        config(
+            "MiniCPM3ForCausalLM", "minicpm3", "torch_dtype", "float32",
+            vocab_size=91, hidden_size=40, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, pad_token_id=0,
+            q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+            max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False, attention_bias=True,
+            scale_emb=3, scale_depth=0.9, dim_model_base=10, rope_theta=10000.0, rope_scaling=None,
+        ),
+        latent,
+        1,
+    ),
+    "pico-youtu": (
+        config(
+            "YoutuForCausalLM", "youtu", "torch_dtype", "float32",
+            vocab_size=89, hidden_size=40, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4,
+            q_lora_rank=None, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
+            max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=True, attention_bias=True,
+            rope_interleave=True, rope_theta=10000.0, rope_scaling=None,
+        ),
+        latent,
+        1,
+    ),
+}
+
+
 TRAINED = "pico-trained"
 
 
@@ -324,10 +557,10 @@ def golden(folder: Path, name: str, sequences: list[np.ndarray]) -> tuple[dict, 
 
 
 def make(name: str, folder: Path) -> None:
-    cfg, attention, shards = MODELS[name]
+    cfg, attention, shards, *more = MODELS[name]
     dtype = getattr(torch, cfg.get("torch_dtype") or cfg["dtype"])
     weights = Weights(name, dtype)
-    common(weights, cfg)
+    common(weights, cfg, **dict(*more))
     attention(weights, cfg)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", cfg)

@@ -174,6 +174,46 @@ fn a_text_shorter_than_a_window_is_unusable() {
 }
 
 #[test]
+fn check_knows_the_engines() {
+    assert_snapshot!("check", transcript(&["check", "fixtures/pico-deepseek-v3-bias"], &[]));
+    let (code, all) = json(&["check", "fixtures/pico-deepseek-v3", "--json"]);
+    assert_eq!((code, &all["passed"]), (Some(0), &true.into()));
+    assert_eq!(all["engines"].as_array().map(Vec::len), Some(6));
+    for (model, engine, code) in [
+        ("fixtures/pico-deepseek-v3", "transformers", 0),
+        ("fixtures/pico-deepseek-v3-bias", "transformers", 0),
+        ("fixtures/pico-deepseek-v3-bias", "vllm", 1),
+        ("fixtures/pico-deepseek-v3-bias", "llama.cpp", 1),
+        ("fixtures/pico-youtu", "vllm", 0),
+        ("fixtures/pico-youtu", "sglang", 1),
+    ] {
+        let (found, document) = json(&["check", model, "--engine", engine, "--json"]);
+        assert_eq!(found, Some(code), "{model} {engine}: {document}");
+    }
+    let out = run(&["check", "fixtures/pico-llama"]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("not an MLA model"));
+}
+
+#[test]
+fn a_family_file_and_a_broken_one() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("mine.toml");
+    let config = fs_err::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico-llama/config.json"));
+    let mut config: Value = serde_json::from_str(&config.expect("a fixture")).expect("JSON");
+    config["model_type"] = "mine".into();
+    let model = config_folder(&config);
+    let (model, file) = (model.path().display().to_string(), path.display().to_string());
+    fs_err::write(&path, "extends = \"llama\"\nmodel_types = [\"mine\"]\n").expect("written");
+    let (code, document) = json(&["inspect", &model, "--json", "--family-file", &file]);
+    assert_eq!((code, &document["family"]), (Some(0), &"mine".into()));
+    fs_err::write(&path, "extends = \"nothing\"\n").expect("written");
+    let out = run(&["inspect", &model, "--family-file", &file]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("family description `mine`"), "{out:?}");
+}
+
+#[test]
 fn an_mla_model_is_not_converted_again() {
     assert_snapshot!("mla_source", transcript(&["plan", "fixtures/pico-deepseek-v3"], &[]));
 }
@@ -202,5 +242,114 @@ fn every_shell_gets_completions() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let out = run(&["completions", shell]);
         assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("kv-budget"), "{shell}");
+    }
+}
+
+#[test]
+fn generate_streams_text_and_tells_the_speed() {
+    let args = ["generate", TRAINED, "--raw", "--prompt", "The ", "--max-tokens", "12", "--ignore-end"];
+    let out = run(&args);
+    assert_eq!(out.status.code(), Some(0), "{out:?}");
+    let (code, document) = json(&[&args[..], &["--json"]].concat());
+    assert_eq!(code, Some(0));
+    assert_eq!(document["text"].as_str().map(|t| format!("{t}\n")), String::from_utf8(out.stdout).ok());
+    assert_eq!((document["tokens"].as_array().map(Vec::len), &document["stop"]), (Some(12), &"max_tokens".into()));
+    // The last token is not fed back.
+    assert_eq!(document["decode"]["tokens"], 11);
+    assert!(String::from_utf8_lossy(&out.stderr).contains("tokens/s"), "{:?}", out.stderr);
+    let drawn =
+        |seed: &str| json(&[&args[..], &["--json", "--temperature", "1", "--seed", seed]].concat()).1["tokens"].clone();
+    assert_eq!(drawn("5"), drawn("5"));
+    assert_ne!(drawn("5"), drawn("6"));
+}
+
+#[test]
+fn a_context_beyond_the_model_is_refused_unless_asked_for() {
+    let args = ["generate", TRAINED, "--raw", "--prompt", "The ", "--max-tokens", "100000"];
+    let out = run(&args);
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text.contains("positions of the model") && text.contains("--beyond-context"), "{text}");
+    let bench = run(&["bench", TRAINED, "--contexts", "100000", "--steps", "1"]);
+    assert_eq!(bench.status.code(), Some(2), "{bench:?}");
+}
+
+#[test]
+fn a_chat_template_is_used_where_there_is_one() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let trained = Path::new(env!("CARGO_MANIFEST_DIR")).join(TRAINED);
+    for file in ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"] {
+        fs_err::copy(trained.join(file), dir.path().join(file)).expect("copied");
+    }
+    let path = dir.path().display().to_string();
+    let tokens = |args: &[&str]| {
+        let (code, document) =
+            json(&[&["generate", path.as_str(), "--json", "--max-tokens", "4", "--ignore-end"], args].concat());
+        (code, document["prefill"]["tokens"].as_u64().unwrap_or(0))
+    };
+    let without = tokens(&["--prompt", "abc"]);
+    fs_err::write(
+        dir.path().join("chat_template.jinja"),
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' * 9 }}",
+    )
+    .expect("written");
+    let (code, with) = tokens(&["--prompt", "abc"]);
+    assert_eq!((code, tokens(&["--prompt", "abc", "--raw"])), (Some(0), without));
+    assert!(with > without.1, "{with} {without:?}");
+    fs_err::write(dir.path().join("chat_template.jinja"), "{{ raise_exception('no') }}").expect("written");
+    let out = run(&["generate", &path, "--prompt", "abc"]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("--raw"), "{out:?}");
+}
+
+#[test]
+fn bench_measures_models_side_by_side() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().display().to_string();
+    let mla = "fixtures/pico-deepseek-v3";
+    let args = ["bench", TRAINED, mla, "--json", "--contexts", "8,20", "--batches", "1,3", "--steps", "3", "-o", &path];
+    let (code, document) = json(&args);
+    assert_eq!(code, Some(0), "{document}");
+    let rows = document["rows"].as_array().expect("rows");
+    assert_eq!(rows.len(), 8);
+    for row in rows {
+        assert!(row["decode"]["tokens_per_second"].as_f64().is_some_and(|x| x > 0.0), "{row}");
+        assert_eq!(row["decode_step_seconds"].as_array().map(Vec::len), Some(3));
+        // Four steps of room: three measured, one before. Values of f32.
+        let tokens = row["batch"].as_u64().unwrap_or(0) * (row["context"].as_u64().unwrap_or(0) + 4);
+        assert_eq!(row["cache_tokens"], tokens);
+        let (_, model) = json(&["inspect", "--json", row["model"].as_str().expect("a name")]);
+        let values =
+            model["layers"].as_u64().unwrap_or(0) * model["kv_values_per_token_per_layer"].as_u64().unwrap_or(0);
+        assert_eq!(row["cache_bytes"], tokens * values * 4);
+    }
+    let written = fs_err::read_to_string(dir.path().join("bench.json")).expect("bench.json");
+    assert_eq!(serde_json::from_str::<Value>(&written).expect("JSON"), document);
+    assert!(fs_err::read_to_string(dir.path().join("bench.svg")).expect("bench.svg").ends_with("</svg>\n"));
+}
+
+#[test]
+fn devices_lists_the_processor_and_says_why_others_cannot_be_used() {
+    let (code, document) = json(&["devices", "--json"]);
+    assert_eq!(code, Some(0));
+    let devices = document["devices"].as_array().expect("devices");
+    assert_eq!((&devices[0]["id"], &devices[0]["unusable"]), (&"cpu".into(), &Value::Null));
+    for device in devices {
+        // What can be used has a name, what cannot a reason.
+        let key = if device["unusable"].is_null() { "name" } else { "unusable" };
+        assert!(device[key].as_str().is_some_and(|text| !text.is_empty()), "{device}");
+    }
+    assert!(devices.iter().any(|d| d["id"] == "cuda"));
+    let out = run(&["devices"]);
+    assert!(String::from_utf8_lossy(&out.stdout).lines().any(|l| l.contains("not usable: ")), "{out:?}");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_unusable_input_and_names_what_is() {
+    for (device, expected) in [("cuda:7", "cpu: "), ("gpu:99", "--device cpu"), ("abacus", "gqa2mla devices")] {
+        let out = run(&["eval", TRAINED, "--device", device]);
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{text}");
+        assert!(text.contains(expected), "{device}: {text}");
     }
 }

@@ -3,8 +3,8 @@
 use gqa2mla::arch::Architecture;
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{
-    AttentionTensors, Cpu, GqaTensors, Layer, LayerTensors, Linear, MlaTensors, MlpTensors, Model, Qkv, QueryTensors,
-    RuntimeError,
+    AttentionTensors, Cpu, FeedForwardTensors, GqaTensors, Layer, LayerExtras, LayerTensors, Linear, MlaTensors,
+    MlpTensors, Model, Qkv, QueryTensors, Resident, RuntimeError, Session, SessionSize,
 };
 use gqa2mla::source::{ModelSource, OpenOptions};
 use ndarray::{Array2, s};
@@ -73,7 +73,9 @@ impl Random {
                 gate: self.linear(i, d, arch.mlp_bias),
                 up: self.linear(i, d, arch.mlp_bias),
                 down: self.linear(d, i, arch.mlp_bias),
-            },
+            }
+            .into(),
+            extras: LayerExtras { window: arch.windows[0], ..LayerExtras::default() },
         }
     }
 }
@@ -242,6 +244,33 @@ fn results_do_not_depend_on_the_number_of_threads() {
 }
 
 #[test]
+fn sequences_side_by_side_are_those_alone() {
+    for name in ["pico-llama", "pico-mistral", "pico-deepseek-v3"] {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name);
+        let source = ModelSource::open(dir.to_str().unwrap(), &OpenOptions::default(), &Silent).unwrap();
+        let arch = Architecture::from_config(&source.config).unwrap();
+        let resident = Resident::load(Model::new(&source, &arch, &Cpu)).unwrap();
+        let text = |n: usize, s: usize| (0..n).map(|i| ((i * 31 + s * 17) % arch.vocab) as u32).collect::<Vec<_>>();
+        // Lengths on either side of what is attended to in the latent.
+        let (texts, more) = ([text(3, 0), text(40, 1), text(9, 2)], [text(1, 3), text(1, 4), text(1, 5)]);
+        let size = SessionSize { sequences: 3, capacity: 41, beyond_context: false };
+        let mut together = Session::with(&resident, size).unwrap();
+        let first = together.feed(&texts.each_ref().map(Vec::as_slice)).unwrap();
+        let second = together.feed(&more.each_ref().map(Vec::as_slice)).unwrap();
+        for s in 0..3 {
+            let mut alone = Session::new(&resident, 41).unwrap();
+            for (text, found) in [(&texts[s], &first), (&more[s], &second)] {
+                let expected = Array2::from_shape_vec((1, arch.vocab), alone.prefill(text).unwrap()).unwrap();
+                let found = found.slice(s![s..s + 1, ..]).to_owned();
+                assert_close(name, &found, &expected, arch.intermediate * arch.layers);
+            }
+        }
+        assert_eq!(together.cache_bytes(), 3 * 41 * arch.layers * arch.cache_values() * size_of::<f32>());
+        assert!(matches!(together.feed(&[&[1]]), Err(RuntimeError::Sequences { expected: 3, found: 1 })));
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_named() {
     let arch = mla(json!({}));
     let mut tensors = Random(5).layer(&arch);
@@ -256,7 +285,9 @@ fn what_does_not_fit_is_named() {
         Layer::new(&Cpu, &gqa(json!({})), tensors.clone()),
         Err(RuntimeError::Variant { expected: "gqa", found: "mla" })
     ));
-    tensors.mlp.down = Array2::<f32>::zeros((48, 79)).into();
+    if let FeedForwardTensors::Dense(mlp) = &mut tensors.mlp {
+        mlp.down = Array2::<f32>::zeros((48, 79)).into();
+    }
     let error = Layer::new(&Cpu, &arch, tensors).unwrap_err();
     assert_eq!(error.to_string(), "layer weight `down`: expected [48, 80], found [48, 79]");
 }

@@ -7,15 +7,21 @@ mod attention;
 mod config;
 mod error;
 mod family;
+mod interpret;
 mod rope;
+mod scale;
 mod tensors;
+mod weights;
+mod wrapper;
 
 pub use attention::{AttentionSource, load_attention_source};
 pub use error::ArchError;
-pub use family::{Family, known_families};
+pub use family::{Family, QkNormScope, known_families};
 pub(crate) use rope::base_power;
-pub use rope::{Rope, RopeLayout};
-pub use tensors::{ExpectedTensor, LayerNames, TensorNames, check_tensors};
+pub use rope::{LongRope, Rope, RopeLayout};
+pub use tensors::{ExpectedTensor, LayerNames, Part, TensorNames, check_tensors};
+pub use weights::{SCALE_SUFFIX, StoredPart};
+pub use wrapper::language_config;
 
 use crate::source::Dtype;
 
@@ -54,6 +60,66 @@ pub struct Architecture {
     pub names: TensorNames,
     /// Dtype the config claims for its weights.
     pub config_dtype: Option<Dtype>,
+    /// Added to every stored norm weight.
+    pub norm_offset: f64,
+    /// Norm of queries and keys before RoPE.
+    pub qk_norm: Option<QkNormScope>,
+    /// Factors that some families put where others have none.
+    pub multipliers: Multipliers,
+    /// Cap `c` of attention scores: `c tanh(s / c)`.
+    pub score_softcap: Option<f64>,
+    /// Cap of the logits.
+    pub logit_softcap: Option<f64>,
+    /// Sliding window of each layer, `[layers]`.
+    pub windows: Vec<Option<usize>>,
+    /// Mixture of experts, where some layer has one.
+    pub moe: Option<Moe>,
+}
+
+/// Factors on the residual stream and at its ends; 1 where a family has none.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Multipliers {
+    /// On the rows of the embedding.
+    pub embedding: f64,
+    /// On the output of attention and MLP, before it is added to the stream.
+    pub residual: f64,
+    /// On the logits.
+    pub logits: f64,
+}
+
+/// Mixture of experts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Moe {
+    /// Experts to choose from.
+    pub experts: usize,
+    /// Experts a token goes to.
+    pub per_token: usize,
+    /// Width `I` of an expert.
+    pub width: usize,
+    /// How router logits become weights.
+    pub scoring: Scoring,
+    /// Whether the chosen weights are made to sum to one.
+    pub renormalise: bool,
+    /// Factor on the chosen weights.
+    pub scale: f64,
+    /// Whether a bias is added to the scores for the choice (not for the weights).
+    pub choice_bias: bool,
+    /// Width of the expert that sees every token.
+    pub shared_width: Option<usize>,
+    /// Whether a sigmoid gate multiplies the shared expert's output.
+    pub shared_gated: bool,
+    /// Which layers have experts, `[layers]`.
+    pub sparse: Vec<bool>,
+}
+
+/// How router logits become weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scoring {
+    /// Over all experts.
+    Softmax,
+    /// Each by itself.
+    Sigmoid,
 }
 
 /// Gate activation of a gated MLP `down(act(gate x) * up x)`.
@@ -61,6 +127,27 @@ pub struct Architecture {
 pub enum Activation {
     /// `x * sigmoid(x)`.
     Silu,
+    /// `x Phi(x)`.
+    Gelu,
+    /// GELU by its tanh approximation.
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+impl Activation {
+    /// Every activation with the names configs have for it, the preferred one first.
+    pub const NAMES: [(Activation, &'static [&'static str]); 4] = [
+        (Activation::Silu, &["silu", "swish"]),
+        (Activation::Gelu, &["gelu"]),
+        (Activation::GeluTanh, &["gelu_pytorch_tanh", "gelu_new"]),
+        (Activation::Relu, &["relu"]),
+    ];
+
+    /// Name in a config.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(a, _)| *a == self).map_or("silu", |(_, names)| names[0])
+    }
 }
 
 /// Attention variant of a decoder layer.
@@ -83,8 +170,12 @@ pub struct GqaShape {
     pub qkv_bias: bool,
     /// Whether the output projection carries a bias.
     pub out_bias: bool,
-    /// Sliding window in tokens, where one limits attention.
+    /// Shortest sliding window of any layer in tokens, where one limits attention.
     pub sliding_window: Option<usize>,
+    /// Rotated width: the first `rotary_dim` of a head's `d` values turn.
+    pub rotary_dim: usize,
+    /// What multiplies `<q, k>` before the softmax, RoPE's amplitude not counted.
+    pub score_scale: f64,
 }
 
 /// Geometry of multi-head latent attention.
@@ -102,13 +193,25 @@ pub struct MlaShape {
     pub v_head_dim: usize,
     /// Whether `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` carry biases (`attention_bias`).
     pub bias: bool,
+    /// Whether `q_proj` (`q_b_proj`) carries one; no stock class has it.
+    pub query_bias: bool,
+    /// Whether latents are normed, as in every stock class.
+    pub latent_norm: bool,
     /// Epsilon of `kv_a_layernorm` and `q_a_layernorm`: stock transformers hard-codes 1e-6.
     pub latent_eps: f64,
+    /// Where rotated queries and keys are normed ([`Architecture::qk_norm`]): values per head of the source. The rotated
+    /// width holds the source's KV heads side by side.
+    pub norm_width: usize,
     /// What multiplies `<q, k>` before the softmax.
     pub score_scale: f64,
 }
 
 impl Architecture {
+    /// Whether layer `layer` has experts.
+    pub fn is_sparse(&self, layer: usize) -> bool {
+        self.moe.as_ref().is_some_and(|m| m.sparse.get(layer) == Some(&true))
+    }
+
     /// Cached values per token per layer: `2 g d` for GQA, `r + d_R` for MLA.
     pub fn cache_values(&self) -> usize {
         match &self.attention {

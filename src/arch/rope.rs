@@ -27,6 +27,17 @@ pub struct Rope {
     pub theta: f64,
     /// Scaling scheme of the config, `default` when there is none.
     pub kind: String,
+    /// Other frequencies for sequences past a length.
+    pub long: Option<LongRope>,
+}
+
+/// Frequencies that take over once a sequence is longer than `original` tokens (LongRoPE with two lists).
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongRope {
+    /// Longest sequence that [`Rope::inv_freq`] serves, in tokens.
+    pub original: usize,
+    /// As [`Rope::inv_freq`], beyond it.
+    pub inv_freq: Vec<f64>,
 }
 
 /// `base^(2j/dim)` as stock runtimes compute it: the exponent rounded to f32, the power rounded to f32.
@@ -40,7 +51,7 @@ impl Rope {
     ///
     /// # Errors
     /// An odd `dim`, a scheme this tool does not know, or a missing parameter of a known one.
-    pub(super) fn read(config: &Config<'_>, dim: usize, default_theta: f64) -> Result<Self, ArchError> {
+    pub(super) fn read(config: &Config<'_>, dim: usize) -> Result<Self, ArchError> {
         if dim == 0 || !dim.is_multiple_of(2) {
             return Err(ArchError::BadValue {
                 key: "head_dim".into(),
@@ -48,13 +59,16 @@ impl Rope {
                 expected: "a positive even number, since RoPE rotates pairs".into(),
             });
         }
+        if let Some(list) = config.list("rotary_frequencies")? {
+            return Self::explicit(config, dim, list);
+        }
         // transformers lets a `rope_scaling` that is not empty replace `rope_parameters` as a whole.
         let scaling = config.object("rope_scaling")?.filter(|m| !m.is_empty()).or(config.object("rope_parameters")?);
         let theta = scaling
             .and_then(|s| s.get("rope_theta"))
             .and_then(Value::as_f64)
             .or(config.number("rope_theta")?)
-            .unwrap_or(default_theta);
+            .unwrap_or(10_000.0);
         if !(theta.is_finite() && theta > 0.0) {
             return Err(config.bad("rope_theta", "a positive number"));
         }
@@ -71,6 +85,12 @@ impl Rope {
         };
         let plain: Vec<f32> = (0..dim / 2).map(|j| 1.0 / base_power(theta, dim, j)).collect();
         let params = Scaling { config, scaling, theta, dim, plain };
+        // Older Phi-3 configs call LongRoPE `su` or `yarn`.
+        let lists = scaling.is_some_and(|s| s.contains_key("short_factor"));
+        let kind = if kind == "su" || kind == "yarn" && lists { "longrope".to_owned() } else { kind };
+        // Dynamic NTK changes nothing within the model's positions; with text alone, the sections of `mrope` turn as one.
+        let kind = if kind == "dynamic" || kind == "mrope" { "default".to_owned() } else { kind };
+        let mut long = None;
         let (inv_freq, amplitude) = match kind.as_str() {
             "default" => (params.plain.clone(), 1.0),
             "linear" => {
@@ -79,7 +99,14 @@ impl Rope {
             }
             "llama3" => (params.llama3()?, 1.0),
             "yarn" => params.yarn()?,
-            "longrope" => params.longrope()?,
+            "longrope" => {
+                let (short, beyond, amplitude) = params.longrope()?;
+                if short != beyond {
+                    let inv_freq = beyond.into_iter().map(f64::from).collect();
+                    long = Some(LongRope { original: params.original_max()? as usize, inv_freq });
+                }
+                (short, amplitude)
+            }
             other => {
                 return Err(ArchError::Unsupported {
                     what: format!("RoPE scaling `{other}`"),
@@ -101,7 +128,41 @@ impl Rope {
             layout: RopeLayout::Half,
             theta,
             kind,
+            long,
         })
+    }
+
+    /// Frequencies written out one by one, as the generic class of this tool has them.
+    fn explicit(config: &Config<'_>, dim: usize, list: &[Value]) -> Result<Self, ArchError> {
+        let frequencies = |key: &str, list: &[Value]| -> Result<Vec<f64>, ArchError> {
+            let found: Vec<f64> = list.iter().filter_map(Value::as_f64).map(|f| f64::from(f as f32)).collect();
+            match found.len() == dim / 2 && list.len() == dim / 2 && found.iter().all(|f| f.is_finite()) {
+                true => Ok(found),
+                false => Err(config.bad(key, &format!("{} numbers, one per rotated pair", dim / 2))),
+            }
+        };
+        let long = match (config.list("rotary_frequencies_long")?, config.count("original_max_position_embeddings")?) {
+            (Some(l), Some(original)) => {
+                Some(LongRope { original, inv_freq: frequencies("rotary_frequencies_long", l)? })
+            }
+            _ => None,
+        };
+        Ok(Self {
+            inv_freq: frequencies("rotary_frequencies", list)?,
+            amplitude: 1.0,
+            layout: RopeLayout::Half,
+            theta: 10_000.0,
+            kind: "explicit".into(),
+            long,
+        })
+    }
+
+    /// Frequencies for a sequence of `length` tokens.
+    pub fn at_length(&self, length: usize) -> &[f64] {
+        match &self.long {
+            Some(long) if length > long.original => &long.inv_freq,
+            _ => &self.inv_freq,
+        }
     }
 
     /// The frequencies that a config (or any object with the RoPE keys) gives a rotated width of `dim`.
@@ -110,7 +171,7 @@ impl Rope {
     /// As for a model's own config: unknown schemes, missing or impossible parameters.
     pub fn from_json(config: &Value, dim: usize) -> Result<Self, ArchError> {
         let empty = serde_json::Map::new();
-        Self::read(&Config::new(config.as_object().unwrap_or(&empty), "any"), dim, 10_000.0)
+        Self::read(&Config::new(config.as_object().unwrap_or(&empty), "any"), dim)
     }
 
     /// Rotated width `d_R`.
@@ -206,9 +267,9 @@ impl Scaling<'_> {
         Ok((freqs.collect(), amplitude))
     }
 
-    /// LongRoPE (arXiv 2402.13753): one factor per pair. Only checkpoints whose short and long lists agree have a single
-    /// set of frequencies; others switch with the context length and are refused.
-    fn longrope(&self) -> Result<(Vec<f32>, f64), ArchError> {
+    /// LongRoPE (arXiv 2402.13753): one factor per pair, in one list for sequences up to the original context and another
+    /// beyond it. Both lists of frequencies, and the amplitude they share.
+    fn longrope(&self) -> Result<(Vec<f32>, Vec<f32>, f64), ArchError> {
         let list = |key: &str| -> Result<Vec<f64>, ArchError> {
             let values = self.scaling.and_then(|s| s.get(key)).and_then(Value::as_array);
             let values: Option<Vec<f64>> = values.map(|v| v.iter().filter_map(Value::as_f64).collect());
@@ -226,12 +287,6 @@ impl Scaling<'_> {
             }
         };
         let (short, long) = (list("short_factor")?, list("long_factor")?);
-        if short != long {
-            return Err(ArchError::Unsupported {
-                what: "longrope with different short and long factors".into(),
-                hint: Some("the frequencies change with the context length, which no MLA class expresses".into()),
-            });
-        }
         let original = self.original_max()?;
         let max = self.config.need_number("max_position_embeddings")?;
         let factor = self.get("factor").unwrap_or(max / original);
@@ -240,7 +295,10 @@ impl Scaling<'_> {
             None if factor <= 1.0 => 1.0,
             None => (1.0 + factor.ln() / original.ln()).sqrt(),
         };
-        let freqs = long.iter().enumerate().map(|(j, f)| 1.0 / (*f as f32 * base_power(self.theta, self.dim, j)));
-        Ok((freqs.collect(), amplitude))
+        let frequencies = |factors: &[f64]| -> Vec<f32> {
+            let one = |(j, f): (usize, &f64)| 1.0 / (*f as f32 * base_power(self.theta, self.dim, j));
+            factors.iter().enumerate().map(one).collect()
+        };
+        Ok((frequencies(&short), frequencies(&long), amplitude))
     }
 }

@@ -1,9 +1,11 @@
 //! Tensor names by role, and the check that a checkpoint holds exactly what its config implies.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-use super::{ArchError, Architecture, Attention, Family};
-use crate::source::TensorDirectory;
+use super::weights::{BLOCK, SCALE_SUFFIX};
+use super::{ArchError, Architecture, Attention, Family, MlaShape, QkNormScope};
+use crate::source::{Dtype, TensorDirectory};
 
 /// Tensor names of a model, resolved from its family.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +18,8 @@ pub struct TensorNames {
     pub head: String,
     layer: BTreeMap<String, String>,
     ignore: Vec<String>,
+    /// Of a multimodal model only the language model is read: what its names begin with, and its head.
+    only: Option<(String, String)>,
 }
 
 /// Names of one layer. Linear layers are stems: append `.weight` or `.bias`.
@@ -23,6 +27,22 @@ pub struct TensorNames {
 pub struct LayerNames<'a> {
     names: &'a TensorNames,
     layer: usize,
+}
+
+/// A weight as it is stored: a tensor, or some rows of one that holds several.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Name of the stored tensor.
+    pub name: String,
+    /// Rows of it, `None` for all.
+    pub rows: Option<Range<usize>>,
+}
+
+impl Part {
+    /// A whole tensor.
+    pub fn whole(name: impl Into<String>) -> Self {
+        Self { name: name.into(), rows: None }
+    }
 }
 
 impl TensorNames {
@@ -34,6 +54,7 @@ impl TensorNames {
             head: get("head"),
             layer: family.layer.clone(),
             ignore: family.ignore.suffixes.clone(),
+            only: None,
         }
     }
 
@@ -42,13 +63,36 @@ impl TensorNames {
         LayerNames { names: self, layer }
     }
 
-    /// Whether a tensor carries no information of its own (such as a stored `inv_freq`).
+    /// Whether a tensor carries no information of its own (such as a stored `inv_freq`), or belongs to what is not read.
     pub fn is_ignored(&self, name: &str) -> bool {
         self.ignore.iter().any(|s| name.ends_with(s.as_str()))
+            || self.only.as_ref().is_some_and(|(body, head)| !name.starts_with(body.as_str()) && name != head)
+    }
+
+    pub(super) fn remove(&mut self, role: &str) {
+        self.layer.remove(role);
+    }
+
+    /// Names of the language model inside a multimodal one: `from` at the start of a name becomes `to`.
+    pub(super) fn move_inside(&mut self, from: &str, to: &str, head: &str) {
+        let rename = |name: &mut String| {
+            if let Some(rest) = name.strip_prefix(from) {
+                *name = format!("{to}{rest}");
+            }
+        };
+        [&mut self.embed, &mut self.final_norm].into_iter().for_each(rename);
+        self.layer.values_mut().for_each(rename);
+        head.clone_into(&mut self.head);
+        self.only = Some((to.to_owned(), head.to_owned()));
     }
 }
 
 impl LayerNames<'_> {
+    /// Whether the family has such a tensor.
+    pub fn has(&self, role: &str) -> bool {
+        self.names.layer.contains_key(role)
+    }
+
     /// Full name of a norm, or stem of a linear layer, by role (`q`, `kv_a_norm`, `down`, ...).
     ///
     /// # Panics
@@ -58,14 +102,12 @@ impl LayerNames<'_> {
         template.replace("{layer}", &self.layer.to_string())
     }
 
-    /// `.weight` of a linear layer.
-    pub fn weight(&self, role: &str) -> String {
-        format!("{}.weight", self.role(role))
-    }
-
-    /// `.bias` of a linear layer.
-    pub fn bias(&self, role: &str) -> String {
-        format!("{}.bias", self.role(role))
+    /// Stem of a linear layer of expert `expert`.
+    ///
+    /// # Panics
+    /// As [`LayerNames::role`].
+    pub fn expert(&self, role: &str, expert: usize) -> String {
+        self.role(role).replace("{expert}", &expert.to_string())
     }
 }
 
@@ -81,6 +123,45 @@ pub struct ExpectedTensor {
 }
 
 impl Architecture {
+    /// Where the weight of a linear layer is stored, by role (`q`, `gate`, ...).
+    ///
+    /// # Panics
+    /// If the family has neither the role nor a fused tensor that holds it.
+    pub fn weight(&self, layer: usize, role: &str) -> Part {
+        self.part(layer, role, "weight")
+    }
+
+    /// Where its bias is stored.
+    ///
+    /// # Panics
+    /// As [`Architecture::weight`].
+    pub fn bias(&self, layer: usize, role: &str) -> Part {
+        self.part(layer, role, "bias")
+    }
+
+    fn part(&self, layer: usize, role: &str, what: &str) -> Part {
+        let names = self.names.layer(layer);
+        if let (Some((fused, rows)), false) = (self.fused(role), names.has(role)) {
+            return Part { name: format!("{}.{what}", names.role(fused)), rows: Some(rows) };
+        }
+        Part::whole(format!("{}.{what}", names.role(role)))
+    }
+
+    /// The tensor that holds a role where a family stores several in one, and the rows.
+    fn fused(&self, role: &str) -> Option<(&'static str, Range<usize>)> {
+        let i = self.intermediate;
+        let a = self.gqa()?;
+        let (q, kv) = (self.heads * a.head_dim, a.kv_heads * a.head_dim);
+        match role {
+            "q" => Some(("qkv", 0..q)),
+            "k" => Some(("qkv", q..q + kv)),
+            "v" => Some(("qkv", q + kv..q + 2 * kv)),
+            "gate" => Some(("gate_up", 0..i)),
+            "up" => Some(("gate_up", i..2 * i)),
+            _ => None,
+        }
+    }
+
     /// Every tensor that the config implies, in model order.
     pub fn expected_tensors(&self) -> Vec<ExpectedTensor> {
         let mut out =
@@ -106,52 +187,113 @@ impl Architecture {
         out.into_iter().map(|t| t.name).collect()
     }
 
+    /// Lengths of the gains of queries' and keys' norms in an MLA model that has them.
+    pub(crate) fn mla_norm_widths(&self, shape: &MlaShape) -> (usize, usize) {
+        match self.qk_norm {
+            Some(QkNormScope::All) => (self.heads * shape.qk_rope_head_dim, shape.qk_rope_head_dim),
+            _ => (shape.norm_width, shape.norm_width),
+        }
+    }
+
     fn expect_layer(&self, layer: usize, out: &mut Vec<ExpectedTensor>) {
         let names = self.names.layer(layer);
         let (hidden, heads) = (self.hidden, self.heads);
         let mut push = |name: String, shape: Vec<usize>| out.push(ExpectedTensor { name, shape, layer: Some(layer) });
-        push(names.role("input_norm"), vec![hidden]);
         let mut linears: Vec<(&str, usize, usize, bool)> = Vec::new();
+        for role in ["input_norm", "attention_out_norm", "post_norm", "mlp_out_norm"] {
+            if names.has(role) {
+                push(names.role(role), vec![hidden]);
+            }
+        }
         match &self.attention {
             Attention::Gqa(a) => {
                 let (q, kv) = (heads * a.head_dim, a.kv_heads * a.head_dim);
-                linears.push(("q", q, hidden, a.qkv_bias));
-                linears.push(("k", kv, hidden, a.qkv_bias));
-                linears.push(("v", kv, hidden, a.qkv_bias));
+                if names.has("q") {
+                    linears.push(("q", q, hidden, a.qkv_bias));
+                    linears.push(("k", kv, hidden, a.qkv_bias));
+                    linears.push(("v", kv, hidden, a.qkv_bias));
+                } else {
+                    linears.push(("qkv", q + 2 * kv, hidden, a.qkv_bias));
+                }
                 linears.push(("o", hidden, q, a.out_bias));
+                if let Some(scope) = self.qk_norm {
+                    let widths = match scope {
+                        QkNormScope::Head => (a.head_dim, a.head_dim),
+                        QkNormScope::All => (q, kv),
+                    };
+                    push(names.role("q_norm"), vec![widths.0]);
+                    push(names.role("k_norm"), vec![widths.1]);
+                }
             }
             Attention::Mla(a) => {
                 let q = heads * (a.qk_nope_head_dim + a.qk_rope_head_dim);
                 match a.q_lora_rank {
-                    None => linears.push(("q", q, hidden, false)),
+                    None => linears.push(("q", q, hidden, a.query_bias)),
                     Some(rank) => {
                         linears.push(("q_a", rank, hidden, a.bias));
-                        linears.push(("q_b", q, rank, false));
-                        push(names.role("q_a_norm"), vec![rank]);
+                        linears.push(("q_b", q, rank, a.query_bias));
+                        if a.latent_norm {
+                            push(names.role("q_a_norm"), vec![rank]);
+                        }
                     }
                 }
-                push(names.role("kv_a_norm"), vec![a.kv_lora_rank]);
+                if a.latent_norm {
+                    push(names.role("kv_a_norm"), vec![a.kv_lora_rank]);
+                }
+                if self.qk_norm.is_some() {
+                    let (wide, narrow) = self.mla_norm_widths(a);
+                    push(names.role("q_norm"), vec![wide]);
+                    push(names.role("k_norm"), vec![narrow]);
+                }
                 linears.push(("kv_a", a.kv_lora_rank + a.qk_rope_head_dim, hidden, a.bias));
                 linears.push(("kv_b", heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank, false));
                 linears.push(("o", hidden, heads * a.v_head_dim, a.bias));
             }
         }
-        linears.push(("gate", self.intermediate, hidden, self.mlp_bias));
-        linears.push(("up", self.intermediate, hidden, self.mlp_bias));
-        linears.push(("down", hidden, self.intermediate, self.mlp_bias));
-        for (role, rows, cols, bias) in linears {
-            push(names.weight(role), vec![rows, cols]);
-            if bias {
-                push(names.bias(role), vec![rows]);
+        match &self.moe {
+            Some(moe) if self.is_sparse(layer) => {
+                push(format!("{}.weight", names.role("router")), vec![moe.experts, hidden]);
+                if moe.choice_bias {
+                    push(names.role("router_bias"), vec![moe.experts]);
+                }
+                for expert in 0..moe.experts {
+                    push(format!("{}.weight", names.expert("expert_gate", expert)), vec![moe.width, hidden]);
+                    push(format!("{}.weight", names.expert("expert_up", expert)), vec![moe.width, hidden]);
+                    push(format!("{}.weight", names.expert("expert_down", expert)), vec![hidden, moe.width]);
+                }
+                if let Some(width) = moe.shared_width {
+                    linears.push(("shared_gate", width, hidden, false));
+                    linears.push(("shared_up", width, hidden, false));
+                    linears.push(("shared_down", hidden, width, false));
+                    if moe.shared_gated {
+                        linears.push(("shared_router", 1, hidden, false));
+                    }
+                }
+            }
+            _ => {
+                if names.has("gate") {
+                    linears.push(("gate", self.intermediate, hidden, self.mlp_bias));
+                    linears.push(("up", self.intermediate, hidden, self.mlp_bias));
+                } else {
+                    linears.push(("gate_up", 2 * self.intermediate, hidden, self.mlp_bias));
+                }
+                linears.push(("down", hidden, self.intermediate, self.mlp_bias));
             }
         }
-        push(names.role("post_norm"), vec![hidden]);
+        for (role, rows, cols, bias) in linears {
+            let stem = names.role(role);
+            push(format!("{stem}.weight"), vec![rows, cols]);
+            if bias {
+                push(format!("{stem}.bias"), vec![rows]);
+            }
+        }
     }
 }
 
 /// Check that the checkpoint holds exactly the tensors the config implies, with those shapes and a readable dtype.
 ///
-/// A stored `lm_head` beside a tied config is accepted when `tied_duplicate` says it equals the embedding.
+/// A stored `lm_head` beside a tied config is accepted when `tied_duplicate` says it equals the embedding. FP8 weights
+/// need their block scales, f32, beside them.
 ///
 /// # Errors
 /// [`ArchError::Mismatch`] listing up to 20 differences at once.
@@ -165,6 +307,16 @@ pub fn check_tensors(arch: &Architecture, tensors: &TensorDirectory) -> Result<(
             Some(t) if &t.shape != shape => {
                 lines.push(format!("tensor `{name}`: expected {shape:?}, found {:?}", t.shape));
             }
+            Some(t) if t.dtype == Dtype::F8E4M3 && shape.len() == 2 => {
+                let scales = format!("{name}{SCALE_SUFFIX}");
+                let blocks: Vec<usize> = shape.iter().map(|n| n.div_ceil(BLOCK)).collect();
+                match tensors.get(&scales) {
+                    None => lines.push(format!("tensor `{name}` is FP8, and its scales `{scales}` are missing")),
+                    Some(s) if s.shape != blocks || s.dtype != Dtype::F32 => lines
+                        .push(format!("tensor `{scales}`: expected {blocks:?} F32, found {:?} {}", s.shape, s.dtype)),
+                    Some(_) => {}
+                }
+            }
             Some(t) if !t.dtype.is_float() => {
                 lines.push(format!("tensor `{name}`: dtype {} cannot be read as weights", t.dtype));
             }
@@ -173,6 +325,10 @@ pub fn check_tensors(arch: &Architecture, tensors: &TensorDirectory) -> Result<(
     }
     for name in tensors.names() {
         if expected.contains_key(name) || arch.names.is_ignored(name) {
+            continue;
+        }
+        let scaled = name.strip_suffix(SCALE_SUFFIX).and_then(|of| tensors.get(of));
+        if scaled.is_some_and(|t| t.dtype == Dtype::F8E4M3) {
             continue;
         }
         if arch.tied_head && name == arch.names.head {

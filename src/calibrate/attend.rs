@@ -41,8 +41,17 @@ pub fn attend(qkv: &Qkv, windows: &[usize], profile: bool) -> (Array2<f32>, Opti
 }
 
 /// What one head pools: `sum_n p_mn values_n` for every token, `[T, width]`. `q` and `k` are that head's, after RoPE.
-pub fn pool(q: Array2<f32>, k: Array2<f32>, scale: f64, windows: &[usize], values: ArrayView2<'_, f32>) -> Array2<f32> {
+/// Scores are capped where there is a `cap`.
+pub fn pool(
+    q: Array2<f32>,
+    k: Array2<f32>,
+    scale: f64,
+    cap: Option<f64>,
+    windows: &[usize],
+    values: ArrayView2<'_, f32>,
+) -> Array2<f32> {
     let (qk_dim, v_dim) = (q.ncols(), values.ncols());
-    let qkv = Qkv { q, k, v: values.to_owned(), heads: 1, kv_heads: 1, qk_dim, v_dim, scale, sliding_window: None };
+    let v = values.to_owned();
+    let qkv = Qkv { q, k, v, heads: 1, kv_heads: 1, qk_dim, v_dim, scale, sliding_window: None, score_softcap: cap };
     attend(&qkv, windows, false).0
 }

@@ -18,6 +18,8 @@ pub struct LatentAttention<'a> {
     q_nope: Array2<f32>,
     /// `[T, H d_R]`, rotated.
     q_rope: Array2<f32>,
+    /// Cap of the scores.
+    cap: Option<f64>,
 }
 
 /// `x W^T + b` in f32.
@@ -42,7 +44,12 @@ impl<'a> LatentAttention<'a> {
         let mut k_rope = project(x, &mla.k_rope, mla.k_rope_bias.as_ref());
         rotation.turn_windows(&mut q_rope, windows, false);
         rotation.turn_windows(&mut k_rope, windows, false);
-        Self { mla, windows, latent: project(x, &mla.latent, None), k_rope, q_nope, q_rope }
+        Self { mla, windows, latent: project(x, &mla.latent, None), k_rope, q_nope, q_rope, cap: None }
+    }
+
+    /// With scores capped as the source's are.
+    pub fn capped(self, cap: Option<f64>) -> Self {
+        Self { cap, ..self }
     }
 
     /// What head `h` pools of the latents, `[T, r]`.
@@ -61,7 +68,7 @@ impl<'a> LatentAttention<'a> {
         let mut k = Array2::zeros((tokens, nope + rope));
         k.slice_mut(s![.., ..nope]).assign(&matmul_f32(&self.latent, &up.t()));
         k.slice_mut(s![.., nope..]).assign(&self.k_rope);
-        pool(q, k, self.mla.score_scale, self.windows, values)
+        pool(q, k, self.mla.score_scale, self.cap, self.windows, values)
     }
 
     /// Output of head `h`, `[T, d_V]`, from what it pooled.

@@ -1,6 +1,6 @@
 //! The command that makes a conversion again, in one form whatever was typed.
 
-use gqa2mla::convert::{Budget, ConvertSettings, FreqFold, OutputDtype, RopeGrid};
+use gqa2mla::convert::{Budget, ConvertSettings, FreqFold, Padding, Profile, RopeGrid};
 
 /// A `convert` command with the options of `settings` that are not defaults. Folders are left out but for their last
 /// part, and so is everything that does not change the output: model cards are published, and the same inputs and
@@ -45,11 +45,18 @@ pub fn command_line(model: &str, settings: &ConvertSettings) -> String {
         RopeGrid::Stock => "stock",
     });
     add("rope-grid", grid.map(str::to_owned));
-    let dtype = s.dtype.map(|t| match t {
-        OutputDtype::Bf16 => "bf16",
-        OutputDtype::F32 => "f32",
+    add("target", Some(s.target.name().to_owned()).filter(|_| s.target != d.target));
+    let profile = s.profile.map(|p| match p {
+        Profile::Portable => "portable",
+        Profile::Faithful => "faithful",
     });
-    add("dtype", dtype.map(str::to_owned));
+    add("profile", profile.map(str::to_owned));
+    let pad = s.pad.map(|p| match p {
+        Padding::Kernels => "kernels",
+        Padding::None => "none",
+    });
+    add("pad", pad.map(str::to_owned));
+    add("dtype", s.dtype.map(|t| t.name().to_owned()));
     let c = &s.calibration;
     for file in &c.files {
         add("calib", file.file_name().map(|n| n.to_string_lossy().into_owned()));
@@ -57,6 +64,7 @@ pub fn command_line(model: &str, settings: &ConvertSettings) -> String {
     add("calib-samples", Some(c.samples.to_string()).filter(|_| c.samples != d.calibration.samples));
     add("calib-seq-len", Some(c.seq_len.to_string()).filter(|_| c.seq_len != d.calibration.seq_len));
     add("seed", Some(c.seed.to_string()).filter(|_| c.seed != d.calibration.seed));
+    add("device", Some(s.device.to_string()).filter(|_| s.device != d.device));
     add("max-shard-size", Some(s.max_shard_bytes.to_string()).filter(|_| s.max_shard_bytes != d.max_shard_bytes));
     add("max-context", s.max_context.map(|n| n.to_string()));
     if s.force {

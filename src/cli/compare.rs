@@ -8,6 +8,7 @@ use clap::Args;
 use gqa2mla::convert::{Budget, ConvertSettings, Method, OutputDtype, Steps};
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::{MethodComparison, MethodFigures, MethodRow};
+use gqa2mla::runtime::{Cpu, Device};
 
 use super::exit::ExitStatus;
 use super::measure::{self, Windows};
@@ -54,13 +55,14 @@ impl CompareArgs {
     /// # Errors
     /// A model or text that cannot be used, files that cannot be written. A method that fails is no error.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
-        let source = model::open_convertible(&self.model, &context.progress)?;
+        let source = model::open_convertible(&self.model, context)?;
         let windows = Windows::new(&self.text, &[&source])?;
         if let Some(dir) = &self.output {
             fs_err::create_dir_all(dir)?;
         }
         let scratch = scratch(self.output.as_deref())?;
-        let base = measure::perplexity(&source, &windows, &context.progress)?;
+        let device = Device::Cpu(Cpu);
+        let base = measure::perplexity(&source, &windows, &device, &context.progress)?;
         let mut document =
             MethodComparison::new(&self.model, &windows.text, base.tokens, base.perplexity, source.arch.cache_values());
         for Run { method, budget, without } in self.runs() {
@@ -154,8 +156,8 @@ fn run(
     let started = Instant::now();
     let report = convert::publish(source, settings, output, context)?;
     let seconds = started.elapsed().as_secs_f64();
-    let converted = model::open(&output.to_string_lossy(), &context.progress)?;
-    let perplexity = measure::perplexity(&converted, windows, &context.progress)?.perplexity;
+    let converted = model::open(&output.to_string_lossy(), context)?;
+    let perplexity = measure::perplexity(&converted, windows, &Device::Cpu(Cpu), &context.progress)?.perplexity;
     let cache = report.cache_values_per_token_per_layer;
     Ok(MethodFigures {
         kv_lora_rank: report.geometry.kv_lora_rank,

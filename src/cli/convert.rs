@@ -6,13 +6,14 @@ use anyhow::bail;
 use clap::Args;
 use gqa2mla::convert::{self, ConversionReport, ConvertSettings};
 use gqa2mla::report::{Verification, card, text};
+use gqa2mla::runtime::Device;
 use serde::Serialize;
 
 use super::exit::ExitStatus;
 use super::options::{ConvertOptions, TextOptions};
 use super::output::width;
 use super::values::Count;
-use super::{Context, command_line, measure, model, plan};
+use super::{Context, command_line, devices, measure, model, plan};
 
 /// Convert a model and write the MLA checkpoint.
 ///
@@ -57,11 +58,11 @@ impl ConvertArgs {
         }
         let Some(output) = &self.output else { bail!("-o DIR is missing") };
         let settings = self.options.settings()?;
-        let source = model::open_convertible(&self.model, &context.progress)?;
+        let source = model::open_convertible(&self.model, context)?;
         let report = publish(&source, &settings, output, context)?;
         let verify = if self.verify {
-            let converted = model::open(&output.to_string_lossy(), &context.progress)?;
-            Some(verification(&source, &converted, context)?)
+            let converted = model::open(&output.to_string_lossy(), context)?;
+            Some(verification(&source, &converted, &devices::open(settings.device, context)?, context)?)
         } else {
             None
         };
@@ -100,11 +101,12 @@ pub fn publish(
 pub fn verification(
     source: &model::OpenModel,
     converted: &model::OpenModel,
+    device: &Device,
     context: &Context,
 ) -> anyhow::Result<Verification> {
     let options = TextOptions { text: None, seq_len: 512, windows: Count(8), every: 1 };
     let windows = measure::Windows::new(&options, &[source, converted])?;
-    let figures = measure::compare(source, converted, &windows, &context.progress)?;
+    let figures = measure::compare(source, converted, &windows, device, &context.progress)?;
     let (thresholds, from) = measure::default_thresholds(converted);
     let names = (source.source.spec.as_str(), converted.source.spec.as_str());
     Ok(Verification::new(names, (&windows.text, windows.seq_len), figures, thresholds, from))

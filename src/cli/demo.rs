@@ -7,6 +7,7 @@ use clap::Args;
 use gqa2mla::convert::{Budget, ConvertSettings, Method};
 use gqa2mla::report::table::Table;
 use gqa2mla::report::{SCHEMA_VERSION, Verification, units};
+use gqa2mla::runtime::{Cpu, Device};
 use serde::Serialize;
 
 use super::exit::ExitStatus;
@@ -65,7 +66,7 @@ impl DemoArgs {
         for (name, bytes) in FILES {
             fs_err::write(folder.join(name), bytes)?;
         }
-        let source = model::open(&folder.to_string_lossy(), &context.progress)?;
+        let source = model::open(&folder.to_string_lossy(), context)?;
         let mut runs = Vec::new();
         for method in [Method::Exact, Method::Transmla, Method::AttentionAware] {
             let kept = self.output.as_deref().filter(|_| method == Method::AttentionAware);
@@ -78,8 +79,8 @@ impl DemoArgs {
                 ..ConvertSettings::default()
             };
             let report = convert::publish(&source, &settings, &output, context)?;
-            let converted = model::open(&output.to_string_lossy(), &context.progress)?;
-            let verification = convert::verification(&source, &converted, context)?;
+            let converted = model::open(&output.to_string_lossy(), context)?;
+            let verification = convert::verification(&source, &converted, &Device::Cpu(Cpu), context)?;
             let cache = report.cache_values_per_token_per_layer;
             runs.push(Run { method: method.name(), cache_values_per_token_per_layer: cache, verification });
         }

@@ -3,6 +3,7 @@
 use clap::Args;
 use gqa2mla::report::{Evaluation, SCHEMA_VERSION, text};
 
+use super::devices::DeviceOption;
 use super::exit::ExitStatus;
 use super::options::TextOptions;
 use super::{Context, measure, model};
@@ -17,6 +18,8 @@ pub struct EvalArgs {
     model: String,
     #[command(flatten)]
     text: TextOptions,
+    #[command(flatten)]
+    device: DeviceOption,
 }
 
 impl EvalArgs {
@@ -25,9 +28,10 @@ impl EvalArgs {
     /// # Errors
     /// A model or text that cannot be used.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
-        let model = model::open(&self.model, &context.progress)?;
+        let device = self.device.open(context)?;
+        let model = model::open(&self.model, context)?;
         let windows = measure::Windows::new(&self.text, &[&model])?;
-        let figures = measure::perplexity(&model, &windows, &context.progress)?;
+        let figures = measure::perplexity(&model, &windows, &device, &context.progress)?;
         let document = Evaluation {
             schema_version: SCHEMA_VERSION,
             model: self.model,

@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use gqa2mla::arch::ArchError;
 use gqa2mla::convert::ConvertError;
+use gqa2mla::runtime::RuntimeError;
 use gqa2mla::source::SourceError;
+use gqa2mla::verify::VerifyError;
 use gqa2mla::write::WriteError;
 
 /// How the process ends. `docs/cli.md` promises these numbers.
@@ -56,6 +58,14 @@ fn judge(e: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
         Some(SourceError::Io(inner)) => return Some(of_io(inner)),
         Some(SourceError::Hub { .. }) => return Some(ExitStatus::Resource),
         _ => {}
+    }
+    match e.downcast_ref::<RuntimeError>() {
+        Some(RuntimeError::Source(inner)) => return judge(inner),
+        Some(RuntimeError::Device { .. } | RuntimeError::DeviceMemory { .. }) => return Some(ExitStatus::Resource),
+        _ => {}
+    }
+    if let Some(VerifyError::Run { error, .. }) = e.downcast_ref() {
+        return judge(error.as_ref());
     }
     if let Some(ArchError::Source(inner)) = e.downcast_ref() {
         return judge(inner);

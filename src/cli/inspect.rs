@@ -4,13 +4,13 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use clap::Args;
-use gqa2mla::arch::{Architecture, check_tensors};
+use gqa2mla::arch::{Architecture, language_config};
 use gqa2mla::report::{InspectedModel, SCHEMA_VERSION, text};
 use gqa2mla::source::{Dtype, ModelSource, OpenOptions, SourceError};
 
-use super::Context;
 use super::exit::ExitStatus;
 use super::output::{Format, width};
+use super::{Context, model};
 
 /// Show what models are, what their caches cost, and which engines would load them as MLA.
 ///
@@ -48,18 +48,19 @@ impl InspectArgs {
 fn inspect(spec: &str, context: &Context) -> anyhow::Result<InspectedModel> {
     let unusable = || format!("cannot inspect `{spec}`");
     if let Some(config) = config_alone(Path::new(spec)).with_context(unusable)? {
-        let arch = Architecture::from_config(&config).with_context(unusable)?;
+        let inner = if context.reading.text_only { language_config(&config) } else { None };
+        let arch = Architecture::from_config_with(&inner.unwrap_or(config), &context.reading.families);
+        let arch = arch.with_context(unusable)?;
         return Ok(InspectedModel::new(spec, &arch, None));
     }
-    let source = ModelSource::open(spec, &OpenOptions::default(), &context.progress).with_context(unusable)?;
-    let arch = Architecture::from_config(&source.config).with_context(unusable)?;
-    check_tensors(&arch, &source.tensors).with_context(unusable)?;
+    let mut source = ModelSource::open(spec, &OpenOptions::default(), &context.progress).with_context(unusable)?;
+    let arch = model::understand(&mut source, context).with_context(unusable)?;
     let dtype = source.tensors.get(&arch.names.embed).map_or(Dtype::Bf16, |t| t.dtype);
     Ok(InspectedModel::new(spec, &arch, Some((source.tensors.total_bytes(), dtype))))
 }
 
 /// The config of a folder that has one and no weight file, nor an index that promises some.
-fn config_alone(dir: &Path) -> anyhow::Result<Option<serde_json::Value>> {
+pub fn config_alone(dir: &Path) -> anyhow::Result<Option<serde_json::Value>> {
     const MAX_CONFIG_BYTES: u64 = 16 << 20;
     let path = dir.join("config.json");
     if !path.is_file() {

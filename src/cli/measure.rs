@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use gqa2mla::observe::Observer;
-use gqa2mla::runtime::{Cpu, Model};
+use gqa2mla::runtime::{Device, Model};
 use gqa2mla::verify::{self, Comparison, Evaluation, Thresholds, windows_from_text};
 
 use super::model::OpenModel;
@@ -64,8 +64,13 @@ fn read_text(path: &Path) -> anyhow::Result<String> {
 ///
 /// # Errors
 /// Tokens outside the vocabulary, numbers that are not finite.
-pub fn perplexity(model: &OpenModel, windows: &Windows, observer: &dyn Observer) -> anyhow::Result<Evaluation> {
-    let runnable = Model::new(&model.source, &model.arch, &Cpu);
+pub fn perplexity(
+    model: &OpenModel,
+    windows: &Windows,
+    device: &Device,
+    observer: &dyn Observer,
+) -> anyhow::Result<Evaluation> {
+    let runnable = Model::new(&model.source, &model.arch, device);
     verify::perplexity(&runnable, &windows.tokens, observer)
         .with_context(|| format!("cannot evaluate `{}`", model.source.spec))
 }
@@ -78,10 +83,11 @@ pub fn compare(
     source: &OpenModel,
     converted: &OpenModel,
     windows: &Windows,
+    device: &Device,
     observer: &dyn Observer,
 ) -> anyhow::Result<Comparison> {
-    let a = Model::new(&source.source, &source.arch, &Cpu);
-    let b = Model::new(&converted.source, &converted.arch, &Cpu);
+    let a = Model::new(&source.source, &source.arch, device);
+    let b = Model::new(&converted.source, &converted.arch, device);
     Ok(verify::compare(&a, &b, &windows.tokens, observer)?)
 }
 

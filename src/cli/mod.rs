@@ -4,12 +4,16 @@ pub mod exit;
 pub mod interrupt;
 pub mod output;
 
+mod bench;
+mod check;
 mod command_line;
 mod compare;
 mod completions;
 mod convert;
 mod demo;
+mod devices;
 mod eval;
+mod generate;
 mod inspect;
 mod measure;
 mod model;
@@ -20,8 +24,11 @@ mod reference;
 mod values;
 mod verify;
 
+use std::path::PathBuf;
+
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use gqa2mla::arch::Family;
 
 use exit::ExitStatus;
 use output::Format;
@@ -48,7 +55,7 @@ pub struct Cli {
 }
 
 /// Options of every command.
-#[derive(Debug, Clone, Copy, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Global options")]
 pub struct Global {
     /// Print one JSON document on stdout instead of text
@@ -60,17 +67,27 @@ pub struct Global {
     /// Threads to compute with [default: all cores]; results do not depend on it
     #[arg(long, value_name = "N", global = true, value_parser = values::threads)]
     threads: Option<usize>,
+    /// Description of a family of models that is not built in (docs/families.md); repeatable
+    #[arg(long, value_name = "FILE", global = true)]
+    family_file: Vec<PathBuf>,
+    /// Of a multimodal model, take the language model alone
+    #[arg(long, global = true)]
+    text_only: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     Inspect(inspect::InspectArgs),
+    Check(check::CheckArgs),
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
     Verify(verify::VerifyArgs),
     Eval(eval::EvalArgs),
+    Generate(generate::GenerateArgs),
+    Bench(bench::BenchArgs),
     Compare(compare::CompareArgs),
     Demo(demo::DemoArgs),
+    Devices(devices::DevicesArgs),
     Completions(completions::CompletionsArgs),
     /// Print this command line's reference as Markdown
     #[command(hide = true)]
@@ -83,6 +100,27 @@ pub struct Context {
     pub format: Format,
     /// Where the library reports to.
     pub progress: Progress,
+    /// How configs are read.
+    pub reading: Reading,
+}
+
+/// How a model's config is read.
+#[derive(Debug, Clone, Default)]
+pub struct Reading {
+    /// Families besides the embedded ones.
+    pub families: Vec<Family>,
+    /// Whether to take the language model out of a multimodal one.
+    pub text_only: bool,
+}
+
+impl Reading {
+    fn new(files: &[PathBuf], text_only: bool) -> anyhow::Result<Self> {
+        let family = |path: &PathBuf| -> anyhow::Result<Family> {
+            let name = path.file_stem().map_or_else(|| "family".into(), |s| s.to_string_lossy().into_owned());
+            Ok(Family::parse(&name, &fs_err::read_to_string(path)?)?)
+        };
+        Ok(Self { families: files.iter().map(family).collect::<anyhow::Result<_>>()?, text_only })
+    }
 }
 
 impl Context {
@@ -114,20 +152,27 @@ pub fn parse() -> Result<Cli, ExitStatus> {
 /// # Errors
 /// Whatever made it impossible; [`exit::classify`] knows the exit code.
 pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
-    let Global { json, quiet, threads } = cli.global;
+    let Global { json, quiet, threads, family_file, text_only } = cli.global;
+    devices::quieten();
     start_logging();
     if let Some(n) = threads {
         rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("cannot start the threads")?;
     }
-    let context = Context { format: if json { Format::Json } else { Format::Human }, progress: Progress::new(quiet) };
+    let reading = Reading::new(&family_file, text_only)?;
+    let format = if json { Format::Json } else { Format::Human };
+    let context = Context { format, progress: Progress::new(quiet), reading };
     match cli.command {
         Command::Inspect(args) => args.execute(&context),
+        Command::Check(args) => args.execute(&context),
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),
         Command::Eval(args) => args.execute(&context),
+        Command::Generate(args) => args.execute(&context),
+        Command::Bench(args) => args.execute(&context),
         Command::Compare(args) => args.execute(&context),
         Command::Demo(args) => args.execute(&context),
+        Command::Devices(args) => args.execute(&context),
         Command::Completions(args) => args.execute(),
         Command::Reference => reference::execute(),
     }

@@ -7,8 +7,10 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use gqa2mla::convert::{
-    Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, RopeGrid, Steps, TargetKind,
+    Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, Padding, Profile, RopeGrid, Steps,
+    TargetKind,
 };
+use gqa2mla::runtime::DeviceChoice;
 
 use super::values::{self, Count, Ratio};
 
@@ -19,8 +21,18 @@ pub fn method() -> impl TypedValueParser<Value = Method> {
 }
 
 fn target() -> impl TypedValueParser<Value = TargetKind> {
-    // `auto` has one answer as long as there is one target.
-    PossibleValuesParser::new(["auto", TargetKind::DeepseekV3.name()]).map(|_| TargetKind::DeepseekV3)
+    PossibleValuesParser::new(TargetKind::ALL.map(TargetKind::name))
+        .map(|s| TargetKind::ALL.into_iter().find(|t| t.name() == s).unwrap_or(TargetKind::Auto))
+}
+
+fn profile() -> impl TypedValueParser<Value = Profile> {
+    PossibleValuesParser::new(["portable", "faithful"])
+        .map(|s| if s == "portable" { Profile::Portable } else { Profile::Faithful })
+}
+
+fn padding() -> impl TypedValueParser<Value = Padding> {
+    PossibleValuesParser::new(["kernels", "none"])
+        .map(|s| if s == "kernels" { Padding::Kernels } else { Padding::None })
 }
 
 fn rope_grid() -> impl TypedValueParser<Value = Auto<RopeGrid>> {
@@ -34,13 +46,8 @@ fn rope_grid() -> impl TypedValueParser<Value = Auto<RopeGrid>> {
 }
 
 fn dtype() -> impl TypedValueParser<Value = Auto<OutputDtype>> {
-    PossibleValuesParser::new(["auto", "bf16", "f32"]).map(|s| {
-        Auto(match s.as_str() {
-            "bf16" => Some(OutputDtype::Bf16),
-            "f32" => Some(OutputDtype::F32),
-            _ => None,
-        })
-    })
+    PossibleValuesParser::new(std::iter::once("auto").chain(OutputDtype::ALL.map(OutputDtype::name)))
+        .map(|s| Auto(OutputDtype::ALL.into_iter().find(|d| d.name() == s)))
 }
 
 /// A choice or `auto`.
@@ -56,6 +63,10 @@ pub struct ConvertOptions {
     calibration: CalibrationOptions,
     #[command(flatten)]
     output: OutputOptions,
+    /// Where to run the model: cpu, auto (a GPU that is no software, else the CPU), gpu[:N], vulkan, metal or cuda[:N];
+    /// the last bits of the output depend on it
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", help_heading = "Device")]
+    device: DeviceChoice,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -128,10 +139,18 @@ impl CalibrationOptions {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Output")]
 struct OutputOptions {
-    /// Model class to write for; auto: deepseek_v3
+    /// Model class to write for; auto: deepseek_v3 if it holds the source, else the first that does, with the reason
     #[arg(long, value_name = "CLASS", default_value = "auto", value_parser = target())]
     target: TargetKind,
-    /// Dtype of the written weights; auto: the source's
+    /// portable: what every engine's own class runs, padded to its kernels; faithful: biases and any frequencies, for
+    /// transformers' code [default: faithful]
+    #[arg(long, value_name = "PROFILE", value_parser = profile())]
+    profile: Option<Profile>,
+    /// Pad widths with zeros to those of serving kernels, at no change of the function [default: kernels for the portable
+    /// profile, else none]
+    #[arg(long, value_name = "WIDTHS", value_parser = padding())]
+    pad: Option<Padding>,
+    /// Dtype of the written weights; auto: the source's; fp8: e4m3 in blocks of 128 x 128, as DeepSeek-V3
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtype())]
     dtype: Auto<OutputDtype>,
     /// Largest weight file; KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024
@@ -202,9 +221,12 @@ impl ConvertOptions {
             steps,
             refine: c.refine.unwrap_or(defaults.refine),
             target: self.output.target,
+            profile: self.output.profile,
+            pad: self.output.pad,
             rope_grid: c.rope_grid.0,
             dtype: self.output.dtype.0,
             calibration: self.calibration.settings(),
+            device: self.device,
             max_shard_bytes: self.output.max_shard_size,
             max_context: self.output.max_context,
             overwrite: self.output.overwrite,
@@ -266,7 +288,8 @@ mod tests {
         let s = settings(
             "--method transmla --kv-lora-rank 128 --qk-rope-head-dim 64 --q-lora-rank 96 --freqfold 4 \
              --balance-kv-ratio none --rope-grid stock --dtype f32 --calib a.txt --calib b.jsonl --calib-samples 3 \
-             --calib-seq-len 17 --seed 7 --target deepseek_v3 --max-shard-size 1MiB --max-context 99 --overwrite --force",
+             --calib-seq-len 17 --seed 7 --target deepseek_v3 --profile faithful --pad none --max-shard-size 1MiB --max-context 99 --overwrite --force \
+             --device gpu:1",
         )
         .expect("valid");
         let expected = ConvertSettings {
@@ -280,6 +303,8 @@ mod tests {
             steps: Steps::default(),
             refine: 0,
             target: TargetKind::DeepseekV3,
+            profile: Some(Profile::Faithful),
+            pad: Some(Padding::None),
             rope_grid: Some(RopeGrid::Stock),
             dtype: Some(OutputDtype::F32),
             calibration: CalibrationSettings {
@@ -288,6 +313,7 @@ mod tests {
                 seq_len: 17,
                 seed: 7,
             },
+            device: DeviceChoice::Gpu(Some(1)),
             max_shard_bytes: 1 << 20,
             max_context: Some(99),
             overwrite: true,

@@ -1,8 +1,8 @@
 //! `gqa2mla plan`
 
 use clap::Args;
-use gqa2mla::convert::{self, Method, Plan, RopeGrid};
-use gqa2mla::report::engines::{Candidate, judge};
+use gqa2mla::convert::{self, Method, Plan, Profile, RopeGrid};
+use gqa2mla::report::engines::{Facts, judge};
 use gqa2mla::report::text;
 
 use super::exit::ExitStatus;
@@ -41,7 +41,7 @@ impl PlanArgs {
 /// Whatever would stop the conversion.
 pub fn show_plan(spec: &str, options: &ConvertOptions, predict: bool, context: &Context) -> anyhow::Result<ExitStatus> {
     let settings = options.settings()?;
-    let model = model::open_convertible(spec, &context.progress)?;
+    let model = model::open_convertible(spec, context)?;
     let mut plan = convert::plan(&model.source, &model.arch, &settings, predict, &context.progress)?;
     if plan.engines.is_empty() {
         plan.engines = engines(&plan, &model);
@@ -52,7 +52,12 @@ pub fn show_plan(spec: &str, options: &ConvertOptions, predict: bool, context: &
 
 /// `(engine, verdict)` for the output that is planned.
 fn engines(plan: &Plan, model: &model::OpenModel) -> Vec<(String, String)> {
-    let mut candidate = Candidate::planned(plan.geometry, plan.settings.rope_grid.unwrap_or(RopeGrid::Free));
+    let grid = match (plan.settings.rope_grid, plan.settings.profile) {
+        (Some(grid), _) => grid,
+        (None, Some(Profile::Portable)) => RopeGrid::Stock,
+        (None, _) => RopeGrid::Free,
+    };
+    let mut candidate = Facts::planned(plan.geometry, grid, plan.target);
     if let (Method::Exact, Some(gqa)) = (plan.settings.method, model.arch.gqa()) {
         candidate.bias = gqa.qkv_bias || gqa.out_bias;
     }

@@ -4,6 +4,7 @@ use clap::Args;
 use gqa2mla::report::{Verification, text};
 use gqa2mla::verify::Thresholds;
 
+use super::devices::DeviceOption;
 use super::exit::ExitStatus;
 use super::options::TextOptions;
 use super::output::width;
@@ -26,6 +27,8 @@ pub struct VerifyArgs {
     text: TextOptions,
     #[command(flatten)]
     thresholds: ThresholdOptions,
+    #[command(flatten)]
+    device: DeviceOption,
 }
 
 #[derive(Debug, Clone, Copy, Args)]
@@ -51,10 +54,11 @@ impl VerifyArgs {
     /// # Errors
     /// Models or text that cannot be used.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
-        let source = model::open(&self.source, &context.progress)?;
-        let converted = model::open(&self.converted, &context.progress)?;
+        let device = self.device.open(context)?;
+        let source = model::open(&self.source, context)?;
+        let converted = model::open(&self.converted, context)?;
         let windows = measure::Windows::new(&self.text, &[&source, &converted])?;
-        let figures = measure::compare(&source, &converted, &windows, &context.progress)?;
+        let figures = measure::compare(&source, &converted, &windows, &device, &context.progress)?;
         let (defaults, why) = measure::default_thresholds(&converted);
         let t = self.thresholds;
         let given = Thresholds {

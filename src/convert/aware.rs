@@ -81,7 +81,9 @@ pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertErr
         let refined = refine(&layer, x, target, inputs.windows, inputs.bias, &inputs.refine);
         if refined.kept {
             layer = refined.layer;
-            let heads = LatentAttention::new(&layer, inputs.x.view(), inputs.windows).outputs();
+            let heads = LatentAttention::new(&layer, inputs.x.view(), inputs.windows)
+                .capped(inputs.source.score_softcap)
+                .outputs();
             output = output_projection(&layer, &heads);
             // On windows that no gradient step saw.
             predicted_error = refined.error_after;
@@ -114,7 +116,8 @@ fn refit_values(
     let mut ups = layer.v_up.clone();
     let mut constants = Array1::zeros(heads * value);
     {
-        let attention = LatentAttention::new(layer, inputs.x.view(), inputs.windows);
+        let attention =
+            LatentAttention::new(layer, inputs.x.view(), inputs.windows).capped(inputs.source.score_softcap);
         for h in 0..heads {
             let columns = h * value..(h + 1) * value;
             let pooled = attention.pooled(h);

@@ -2,6 +2,7 @@
 
 mod aware;
 mod error;
+mod head_norms;
 mod plan;
 mod prepare;
 mod run;
@@ -15,5 +16,6 @@ pub use plan::{ConversionReport, LayerReport, Plan, PlannedGeometry};
 pub use prepare::Job;
 pub use run::{Extras, SCHEMA_VERSION, convert, peak_rss_bytes, plan};
 pub use settings::{
-    Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, RopeGrid, Steps, TargetKind,
+    Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, Padding, Profile, RopeGrid, Steps,
+    TargetKind,
 };

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::streams::Stream;
-use super::{ConvertError, ConvertSettings, Job, Method, SCHEMA_VERSION};
+use super::{ConvertError, ConvertSettings, Job, Method, SCHEMA_VERSION, TargetKind};
 use crate::write::ShardPlan;
 
 /// Widths of the MLA layer that will be written.
@@ -33,6 +33,8 @@ pub struct Plan {
     pub settings: ConvertSettings,
     /// Decisions taken for the user, one sentence each.
     pub decisions: Vec<String>,
+    /// Class that is written for, never `auto`.
+    pub target: TargetKind,
     /// Widths.
     pub geometry: PlannedGeometry,
     /// Layers.
@@ -99,6 +101,8 @@ pub struct ConversionReport {
     pub settings: ConvertSettings,
     /// Decisions taken for the user.
     pub decisions: Vec<String>,
+    /// Class that was written for, never `auto`.
+    pub target: TargetKind,
     /// Widths.
     pub geometry: PlannedGeometry,
     /// `r + d_R`.
@@ -162,7 +166,8 @@ pub(super) fn describe(job: &Job<'_>, tokens: usize, predicted_error: Option<f64
         family: arch.family.clone(),
         settings: settings.clone(),
         decisions: job.decisions.clone(),
-        geometry: job.spec.geometry,
+        target: job.spec.kind,
+        geometry: job.spec.output(),
         layers: arch.layers,
         cache_values_per_token_per_layer: job.cache_values(),
         source_cache_values_per_token_per_layer: arch.cache_values(),

@@ -3,10 +3,13 @@
 use crate::arch::{ArchError, Architecture, GqaShape, check_tensors};
 use crate::methods::{exact, transmla};
 use crate::source::{Dtype, ModelSource, find_non_finite};
-use crate::target::TargetSpec;
+use crate::target::fp8::BLOCK;
+use crate::target::{self, Emission, TargetSpec};
 use crate::write::PlannedTensor;
 
-use super::{Budget, ConvertError, ConvertSettings, Method, OutputDtype, PlannedGeometry, RopeGrid};
+use super::{
+    Budget, ConvertError, ConvertSettings, Method, OutputDtype, Padding, PlannedGeometry, Profile, RopeGrid, TargetKind,
+};
 
 /// Up to this many bytes every weight is scanned for NaN before anything starts; above, each layer when it is read.
 const SCAN_FIRST: u64 = 8 << 30;
@@ -58,20 +61,16 @@ impl<'a> Job<'a> {
             .into());
         };
         check_tensors(arch, &source.tensors)?;
-        if arch.mlp_bias {
-            return Err(ConvertError::refused(
-                "`mlp_bias` is true, and the target `deepseek_v3` has no biases in its MLP",
-                "no stock class combines MLA with MLP biases of this kind",
-            ));
-        }
         let mut decisions = Vec::new();
-        let max_position = context(arch, &shape, settings, &mut decisions)?;
-        let (base, lossless) = dtypes(source, settings, &mut decisions);
-        let (grid, bias) = grid_and_bias(&shape, settings, &mut decisions);
+        let exact = settings.method == Method::Exact;
+        let kind = pick_target(arch, settings, &mut decisions)?;
+        let remote = kind == TargetKind::HfRemote;
+        let max_position = context(arch, &shape, settings, remote, &mut decisions)?;
+        let (base, lossless) = dtypes(source, settings, kind, &mut decisions)?;
+        let (grid, bias) = grid_and_bias(arch, &shape, settings, kind, &mut decisions)?;
         let splits = widths(arch, &shape, settings, grid, &mut decisions)?;
         let (rope, rank) = splits[0];
         let (d, hidden) = (shape.head_dim, arch.hidden);
-        let exact = settings.method == Method::Exact;
         if exact && settings.q_lora_rank.is_some() {
             return Err(ConvertError::refused(
                 "`--q-lora-rank` compresses queries, which `--method exact` does not",
@@ -84,7 +83,22 @@ impl<'a> Job<'a> {
                 "queries are not cached: leaving them whole costs no cache",
             ));
         }
+        if settings.refine > 0 && arch.score_softcap.is_some() {
+            return Err(ConvertError::refused(
+                "`--refine` follows gradients of plain attention, and this model caps its scores",
+                "leave the option out: the closed form and the refits know the cap",
+            ));
+        }
         if matches!(settings.method, Method::Transmla | Method::Care) {
+            if shape.rotary_dim != d {
+                return Err(ConvertError::refused(
+                    format!(
+                        "the model rotates {} of each head's {d} values, `--method {}` is defined for whole heads",
+                        shape.rotary_dim, settings.method
+                    ),
+                    "use `--method attention-aware` or `exact`",
+                ));
+            }
             let limits =
                 transmla::Limits { kv_heads: shape.kv_heads, head_dim: d, queries: (arch.heads * d).min(hidden) };
             let fold = match settings.freqfold {
@@ -95,31 +109,48 @@ impl<'a> Job<'a> {
                 .map_err(|e| ConvertError::Refused { message: e.message, hint: e.hint })?;
         }
         let query_bias = shape.qkv_bias;
-        let q_lora_rank = match (settings.q_lora_rank, query_bias) {
-            (None, false) => None,
+        // A constant row of the query latent carries what stock classes have no bias for.
+        let constant_row = query_bias && !remote;
+        let q_lora_rank = match (settings.q_lora_rank, constant_row) {
             (None, true) => Some((hidden + 1).next_multiple_of(QUERY_LATENT_MULTIPLE)),
+            (None, false) if kind == TargetKind::Minicpm3 => Some(hidden.next_multiple_of(QUERY_LATENT_MULTIPLE)),
             (Some(rank), true) => Some((rank + 1).next_multiple_of(QUERY_LATENT_MULTIPLE)),
-            (Some(rank), false) => Some(rank),
+            (rank, false) => rank,
         };
+        let still = d - shape.rotary_dim;
         let geometry = PlannedGeometry {
             kv_lora_rank: rank,
             q_lora_rank,
-            qk_nope_head_dim: if exact { exact::lossless_nope_dim(shape.kv_heads, d) } else { d },
+            qk_nope_head_dim: match exact {
+                true if remote => still,
+                true => exact::lossless_nope_dim(rope, still, d),
+                false => d,
+            },
             qk_rope_head_dim: rope,
             v_head_dim: d,
         };
         let width = (geometry.qk_nope_head_dim + geometry.qk_rope_head_dim) as f64;
-        let score_scale = (d as f64).powf(-0.5) * arch.rope.amplitude.powi(2) * width.sqrt();
-        let spec = TargetSpec {
+        let score_scale = shape.score_scale * arch.rope.amplitude.powi(2) * width.sqrt();
+        let mut spec = TargetSpec {
+            kind,
             geometry,
+            portable: settings.profile == Some(Profile::Portable),
+            pad: pads(settings),
+            stock_grid: grid == RopeGrid::Stock && !exact,
             plain_scale: score_scale.log2().fract().abs() < 1e-12,
             bias,
-            constant_row: query_bias,
+            query_bias: query_bias && remote,
+            qk_norm: arch.qk_norm.is_some() && exact,
+            fp8: settings.dtype == Some(OutputDtype::Fp8),
+            keep_dtypes: settings.dtype.is_none(),
+            constant_row,
             base,
             lossless,
-            plain_weights: exact,
-            stream_scale: TargetSpec::stream_scale(arch.norm_eps),
+            // An amplitude that only part of a head has is divided out of the rest.
+            plain_weights: exact && (still == 0 || arch.rope.amplitude == 1.0),
+            stream_scale: if remote { 1.0 } else { TargetSpec::stream_scale(arch.norm_eps) },
         };
+        let splits = fitting(splits, &mut spec, settings, &mut decisions)?;
         if spec.stream_scale != 1.0 {
             decisions.push(format!(
                 "rms_norm_eps {:e} becomes 1e-6, which stock classes fix for the latent norm: the residual stream is scaled by {:.5}",
@@ -139,7 +170,7 @@ impl<'a> Job<'a> {
 
     /// Cache values per token per layer of the output.
     pub fn cache_values(&self) -> usize {
-        self.spec.geometry.kv_lora_rank + self.spec.geometry.qk_rope_head_dim
+        self.spec.output().kv_lora_rank + self.spec.output().qk_rope_head_dim
     }
 
     /// Refuse a tensor that holds NaN or infinity, where the first scan did not look at it.
@@ -156,7 +187,10 @@ impl<'a> Job<'a> {
             format!(
                 "the output would cache {new} values per token and layer, the source caches {old}: nothing is saved"
             ),
-            "lower `--kv-budget`, `--kv-lora-rank` or `--qk-rope-head-dim`, or say `--force`",
+            match self.spec.output() == self.spec.geometry {
+                true => "lower `--kv-budget`, `--kv-lora-rank` or `--qk-rope-head-dim`, or say `--force`",
+                false => "padding to kernels costs more than this model saves: `--pad none`, or say `--force`",
+            },
         ))
     }
 
@@ -166,49 +200,14 @@ impl<'a> Job<'a> {
         self.spec.geometry.kv_lora_rank = rank;
     }
 
+    /// What is written, and where it comes from.
+    pub fn emission(&self) -> Emission {
+        Emission::new(self.arch, &self.spec, &|name| self.source.tensors.get(name).map_or(self.spec.base, |t| t.dtype))
+    }
+
     /// Every tensor of the output, in writing order.
     pub fn planned_tensors(&self) -> Vec<PlannedTensor> {
-        let (arch, spec) = (self.arch, &self.spec);
-        let names = &arch.names;
-        let (v, d, i) = (arch.vocab, arch.hidden, arch.intermediate);
-        let plain =
-            |name: String, from: &str, shape: Vec<usize>| PlannedTensor { name, dtype: self.copied_dtype(from), shape };
-        let mut out = vec![PlannedTensor {
-            name: "model.embed_tokens.weight".into(),
-            dtype: self.stream_dtype(&names.embed),
-            shape: vec![v, d],
-        }];
-        for layer in 0..arch.layers {
-            let from = names.layer(layer);
-            let to = format!("model.layers.{layer}.");
-            out.push(plain(format!("{to}input_layernorm.weight"), &from.role("input_norm"), vec![d]));
-            out.extend(spec.planned_attention(arch, layer));
-            out.push(plain(format!("{to}mlp.gate_proj.weight"), &from.weight("gate"), vec![i, d]));
-            out.push(plain(format!("{to}mlp.up_proj.weight"), &from.weight("up"), vec![i, d]));
-            out.push(PlannedTensor {
-                name: format!("{to}mlp.down_proj.weight"),
-                dtype: self.stream_dtype(&from.weight("down")),
-                shape: vec![d, i],
-            });
-            out.push(plain(format!("{to}post_attention_layernorm.weight"), &from.role("post_norm"), vec![d]));
-        }
-        out.push(plain("model.norm.weight".into(), &names.final_norm, vec![d]));
-        let head = if arch.tied_head { &names.embed } else { &names.head };
-        out.push(plain("lm_head.weight".into(), head, vec![v, d]));
-        out
-    }
-
-    /// Dtype of a tensor that is copied: its own, unless a dtype was asked for.
-    fn copied_dtype(&self, name: &str) -> Dtype {
-        match self.settings.dtype {
-            Some(_) => self.spec.base,
-            None => self.source.tensors.get(name).map_or(self.spec.base, |t| t.dtype),
-        }
-    }
-
-    /// Dtype of a tensor that is the source's times the stream scale.
-    fn stream_dtype(&self, name: &str) -> Dtype {
-        if self.spec.stream_scale == 1.0 { self.copied_dtype(name) } else { self.spec.scaled_dtype() }
+        self.emission().planned()
     }
 
     /// Bytes a layer needs while it is converted: its weights in f32, the attention in f64, moments.
@@ -233,10 +232,132 @@ fn check_finite(source: &ModelSource, name: &str) -> Result<(), ConvertError> {
     }
 }
 
+/// The class, and that it can hold the source.
+fn pick_target(
+    arch: &Architecture,
+    settings: &ConvertSettings,
+    decisions: &mut Vec<String>,
+) -> Result<TargetKind, ConvertError> {
+    let linear = settings.method != Method::Exact;
+    let asked = settings.target;
+    let (kind, why) = match asked {
+        TargetKind::Auto => target::choose(arch, linear),
+        kind => (kind, String::new()),
+    };
+    let against = target::obstacles(arch, kind, linear);
+    if !against.is_empty() {
+        let (other, _) = target::choose(arch, linear);
+        let hint = match target::obstacles(arch, other, linear).is_empty() {
+            true if linear || target::obstacles(arch, kind, true).len() == against.len() => {
+                format!("`--target {}` holds them", other.name())
+            }
+            true => format!(
+                "`--target {}` holds them; methods that compress replace norms of queries and keys by linear maps",
+                other.name()
+            ),
+            false => "no target holds them".to_owned(),
+        };
+        return Err(ConvertError::refused(
+            format!("the target `{}` has no place for {}", kind.name(), against.join(", ")),
+            hint,
+        ));
+    }
+    if asked == TargetKind::Auto && kind != TargetKind::DeepseekV3 {
+        decisions.push(format!("target {}: {why}", kind.name()));
+    }
+    if asked == TargetKind::DeepseekV2 && arch.moe.as_ref().is_some_and(|m| m.renormalise && m.per_token < m.experts) {
+        decisions.push(
+            "expert weights sum to one (`norm_topk_prob`): vLLM and SGLang honour that in deepseek_v2, transformers does not"
+                .into(),
+        );
+    }
+    Ok(kind)
+}
+
+/// Whether widths are padded to those of kernels.
+fn pads(settings: &ConvertSettings) -> bool {
+    match settings.pad {
+        Some(pad) => pad == Padding::Kernels,
+        None => settings.profile == Some(Profile::Portable),
+    }
+}
+
+/// The splits that padding and FP8 blocks allow. Padding that was asked for and that no kernel is wide enough for is
+/// refused; that of the portable profile is left out.
+fn fitting(
+    splits: Vec<(usize, usize)>,
+    spec: &mut TargetSpec,
+    settings: &ConvertSettings,
+    decisions: &mut Vec<String>,
+) -> Result<Vec<(usize, usize)>, ConvertError> {
+    let at = |spec: &TargetSpec, (rope, rank): (usize, usize)| {
+        let mut spec = spec.clone();
+        spec.geometry.qk_rope_head_dim = rope;
+        spec.geometry.kv_lora_rank = rank;
+        spec
+    };
+    let kernel = |s: &TargetSpec| target::pad::kernel_shape(&s.geometry, s.stock_grid);
+    let mut splits = splits;
+    if spec.pad {
+        let fit: Vec<_> = splits.iter().copied().filter(|split| kernel(&at(spec, *split)).is_some()).collect();
+        if fit.is_empty() {
+            let g = &spec.geometry;
+            let message = format!(
+                "no kernel holds heads of {} + {} and {} values with a latent of {}",
+                g.qk_nope_head_dim, g.qk_rope_head_dim, g.v_head_dim, g.kv_lora_rank
+            );
+            if settings.pad.is_some() {
+                return Err(ConvertError::refused(
+                    message,
+                    "kernels take heads up to 192 + 64 and 256 values, on a stock grid a rotated width that divides 64, and \
+                     latents up to 512: choose smaller widths, or `--pad none`",
+                ));
+            }
+            decisions.push(format!("{message}: nothing is padded"));
+            spec.pad = false;
+        } else {
+            splits = fit;
+        }
+    }
+    if spec.fp8 {
+        let whole = |split: &(usize, usize)| at(spec, *split).output().kv_lora_rank.is_multiple_of(BLOCK);
+        let rank = at(spec, splits[0]).output().kv_lora_rank;
+        splits.retain(whole);
+        if splits.is_empty() {
+            return Err(ConvertError::refused(
+                format!(
+                    "a latent of {rank} values shares an FP8 block of {BLOCK} rows with the rotated key, whose weights are \
+                     2^20 times as large: the latent would be rounded to zero"
+                ),
+                format!("choose a kv_lora_rank that is a multiple of {BLOCK}, or `--pad kernels`"),
+            ));
+        }
+    }
+    spec.geometry = at(spec, splits[0]).geometry;
+    let (g, to) = (spec.geometry, spec.output());
+    if to != g {
+        decisions.push(format!(
+            "padded with zeros to kernels: heads {} + {} / {} become {} + {} / {}, the cache grows from {} to {} values \
+             ({} more bytes per token and layer in bf16)",
+            g.qk_nope_head_dim,
+            g.qk_rope_head_dim,
+            g.v_head_dim,
+            to.qk_nope_head_dim,
+            to.qk_rope_head_dim,
+            to.v_head_dim,
+            g.kv_lora_rank + g.qk_rope_head_dim,
+            to.kv_lora_rank + to.qk_rope_head_dim,
+            2 * (to.kv_lora_rank + to.qk_rope_head_dim - g.kv_lora_rank - g.qk_rope_head_dim)
+        ));
+    }
+    Ok(splits)
+}
+
 fn context(
     arch: &Architecture,
     shape: &GqaShape,
     settings: &ConvertSettings,
+    windows: bool,
     decisions: &mut Vec<String>,
 ) -> Result<usize, ConvertError> {
     let asked = settings.max_context.unwrap_or(arch.max_position);
@@ -248,67 +369,150 @@ fn context(
     }
     if let Some(window) = shape.sliding_window
         && asked > window
+        && !windows
     {
         return Err(ConvertError::refused(
             format!(
                 "the model attends within a sliding window of {window} tokens, its context is {asked}; no MLA class has windows"
             ),
             format!(
-                "`--max-context {window}` converts it for contexts within the window, where the window changes nothing"
+                "`--max-context {window}` converts it for contexts within the window, where the window changes nothing; \
+                 `--target hf-remote` has windows"
             ),
         ));
     }
     if asked != arch.max_position {
         decisions.push(format!("max_position_embeddings becomes {asked} instead of {}", arch.max_position));
     }
+    if let Some(long) = arch.rope.long.as_ref().filter(|l| asked > l.original) {
+        decisions.push(format!(
+            "the frequencies change past {} tokens, as LongRoPE has it: transformers switches so, engines that pick one \
+             list for good take the long one; `--max-context {}` writes the short list alone",
+            long.original, long.original
+        ));
+    }
     Ok(asked)
 }
 
-fn dtypes(source: &ModelSource, settings: &ConvertSettings, decisions: &mut Vec<String>) -> (Dtype, bool) {
+fn dtypes(
+    source: &ModelSource,
+    settings: &ConvertSettings,
+    kind: TargetKind,
+    decisions: &mut Vec<String>,
+) -> Result<(Dtype, bool), ConvertError> {
     let exact = settings.method == Method::Exact;
+    let remote = kind == TargetKind::HfRemote;
     match settings.dtype {
-        Some(OutputDtype::Bf16) => (Dtype::Bf16, false),
-        Some(OutputDtype::F32) => (Dtype::F32, false),
-        None => {
-            // The dtype most weight bytes have.
-            let mut bytes = std::collections::BTreeMap::new();
-            for (_, t) in source.tensors.iter() {
-                *bytes.entry(t.dtype).or_insert(0_u64) += t.bytes();
-            }
-            let own = bytes.into_iter().max_by_key(|(_, n)| *n).map_or(Dtype::F32, |(d, _)| d);
-            match own {
-                Dtype::Bf16 if exact => {
-                    decisions.push(
-                        "tensors that a fold would round in bf16 are written in f32, the others as they are (`--dtype bf16` rounds them)".into(),
-                    );
-                    (Dtype::Bf16, true)
-                }
-                Dtype::F16 => {
-                    decisions.push(
-                        "the source is f16, in which the neutralised latent norm underflows: converted tensors are written in f32".into(),
-                    );
-                    (Dtype::F32, false)
-                }
-                Dtype::Bf16 => (Dtype::Bf16, false),
-                _ => (Dtype::F32, false),
-            }
+        Some(OutputDtype::Bf16) => return Ok((Dtype::Bf16, false)),
+        Some(OutputDtype::F32) => return Ok((Dtype::F32, false)),
+        Some(OutputDtype::F16) if remote => return Ok((Dtype::F16, false)),
+        Some(OutputDtype::F16) => {
+            return Err(ConvertError::refused(
+                format!(
+                    "`--dtype f16` with the target `{}`: its latent norm is neutralised by weights scaled to 2^-20, which \
+                     f16 rounds to zero",
+                    kind.name()
+                ),
+                "use `--dtype bf16`, or `--target hf-remote`, which norms no latent",
+            ));
         }
+        Some(OutputDtype::Fp8) if remote => {
+            return Err(ConvertError::refused(
+                "`--dtype fp8` with the target `hf-remote`: no engine reads block scales in a class of ours",
+                "use `--dtype bf16`, or a stock target",
+            ));
+        }
+        Some(OutputDtype::Fp8) => return Ok((Dtype::Bf16, false)),
+        None => {}
     }
+    // The dtype most weight bytes have.
+    let mut bytes = std::collections::BTreeMap::new();
+    for (_, t) in source.tensors.iter() {
+        *bytes.entry(t.dtype).or_insert(0_u64) += t.bytes();
+    }
+    let own = bytes.into_iter().max_by_key(|(_, n)| *n).map_or(Dtype::F32, |(d, _)| d);
+    Ok(match own {
+        Dtype::Bf16 if exact => {
+            decisions.push(
+                "tensors that a fold would round in bf16 are written in f32, the others as they are (`--dtype bf16` rounds them)".into(),
+            );
+            (Dtype::Bf16, true)
+        }
+        Dtype::F16 if remote => (Dtype::F16, exact),
+        Dtype::F16 => {
+            decisions.push(
+                "the source is f16, in which the neutralised latent norm underflows: converted tensors are written in f32".into(),
+            );
+            (Dtype::F32, false)
+        }
+        Dtype::F8E4M3 => {
+            decisions
+                .push("the source is FP8: weights are written in bf16 (`--dtype fp8` quantises them again)".into());
+            (Dtype::Bf16, false)
+        }
+        Dtype::Bf16 => (Dtype::Bf16, false),
+        _ => (Dtype::F32, false),
+    })
 }
 
-fn grid_and_bias(shape: &GqaShape, settings: &ConvertSettings, decisions: &mut Vec<String>) -> (RopeGrid, bool) {
+/// Frequencies the slots may take, and whether the output has biases.
+fn grid_and_bias(
+    arch: &Architecture,
+    shape: &GqaShape,
+    settings: &ConvertSettings,
+    kind: TargetKind,
+    decisions: &mut Vec<String>,
+) -> Result<(RopeGrid, bool), ConvertError> {
     let own = shape.qkv_bias || shape.out_bias;
+    let portable = settings.profile == Some(Profile::Portable);
+    if portable {
+        check_portable(arch, shape, settings, kind)?;
+    }
     match settings.method {
         Method::AttentionAware => {
-            let grid = settings.rope_grid.unwrap_or(RopeGrid::Free);
-            if settings.rope_grid.is_none() {
+            let stock = if portable { Some(RopeGrid::Stock) } else { None };
+            let grid = settings.rope_grid.or(stock).unwrap_or(RopeGrid::Free);
+            if settings.rope_grid.is_none() && settings.profile.is_none() && kind != TargetKind::HfRemote {
                 decisions.push(
                     "rotated slots take free frequencies (LongRoPE factors) and o_proj a bias: transformers and vLLM's transformers backend run that; `--rope-grid stock` writes what every engine's own class runs, at some loss".into(),
                 );
             }
-            (grid, own || grid == RopeGrid::Free)
+            Ok((grid, own || grid == RopeGrid::Free))
         }
-        Method::Exact | Method::Transmla | Method::Care => (settings.rope_grid.unwrap_or(RopeGrid::Stock), own),
+        Method::Exact | Method::Transmla | Method::Care => Ok((settings.rope_grid.unwrap_or(RopeGrid::Stock), own)),
+    }
+}
+
+/// Refuse what no engine's own class runs, before it is written for them.
+fn check_portable(
+    arch: &Architecture,
+    shape: &GqaShape,
+    settings: &ConvertSettings,
+    kind: TargetKind,
+) -> Result<(), ConvertError> {
+    let why = if !matches!(kind, TargetKind::DeepseekV3 | TargetKind::DeepseekV2) {
+        Some(format!("the target `{}` is not a class that engines have of their own", kind.name()))
+    } else if shape.qkv_bias || shape.out_bias {
+        Some("the source has biases in its attention, which engines' own classes skip without a word".to_owned())
+    } else if !["default", "llama3", "yarn"].contains(&arch.rope.kind.as_str()) {
+        Some(format!("the source's RoPE is scaled by `{}`, which engines' own classes replace by YaRN", arch.rope.kind))
+    } else if shape.rotary_dim != shape.head_dim {
+        Some("the source rotates only part of a head, whose frequencies are on no stock grid".to_owned())
+    } else if settings.method == Method::Exact && shape.kv_heads > 1 {
+        Some(format!("`--method exact` keeps every frequency {} times, which no stock grid does", shape.kv_heads))
+    } else if settings.rope_grid == Some(RopeGrid::Free) {
+        Some("`--rope-grid free` needs LongRoPE factors".to_owned())
+    } else if arch.activation != crate::arch::Activation::Silu {
+        Some(format!("the activation `{}` is not SiLU", arch.activation.name()))
+    } else {
+        None
+    };
+    match why {
+        None => Ok(()),
+        Some(why) => Err(ConvertError::refused(
+            format!("the portable profile cannot hold this model: {why}"),
+            "`--profile faithful` keeps it, for transformers and vLLM's transformers backend",
+        )),
     }
 }
 
@@ -329,7 +533,8 @@ fn widths(
                 "use `--method attention-aware` to compress",
             ));
         }
-        return Ok(vec![(g * d, g * d)]);
+        // Keys that do not turn go to the latent.
+        return Ok(vec![(g * shape.rotary_dim, g * (2 * d - shape.rotary_dim))]);
     }
     let budget = match settings.kv_budget {
         Some(Budget::Values(n)) => Some(n),
@@ -355,14 +560,16 @@ fn widths(
         (None, None, Some(rank)) => rank + d.min(64),
         (None, None, None) => default_budget(source, decisions),
     };
-    let most_rope = if grid == RopeGrid::Stock || settings.method != Method::AttentionAware { d } else { g * d };
+    let turned = shape.rotary_dim;
+    let most_rope =
+        if grid == RopeGrid::Stock || settings.method != Method::AttentionAware { turned } else { g * turned };
     let valid = |rope: usize| -> bool {
         rope >= 2
             && rope.is_multiple_of(2)
             && rope < budget
             && rope <= most_rope
             && budget - rope <= 2 * g * d - rope
-            && (most_rope == g * d && grid == RopeGrid::Free || d % rope == 0)
+            && (most_rope == g * turned && grid == RopeGrid::Free || turned.is_multiple_of(rope))
     };
     let fixed = match (rope, rank) {
         (Some(rope), _) => Some(rope),
@@ -381,10 +588,10 @@ fn widths(
             ),
             format!(
                 "qk_rope_head_dim has to be even, at most {most_rope}{}, and kv_lora_rank at most {} - qk_rope_head_dim",
-                if most_rope == g * d && grid == RopeGrid::Free {
+                if most_rope == g * turned && grid == RopeGrid::Free {
                     String::new()
                 } else {
-                    format!(" and a divisor of {d}")
+                    format!(" and a divisor of {turned}")
                 },
                 2 * g * d
             ),

@@ -7,15 +7,15 @@ use std::time::Instant;
 use super::aware::{Inputs, convert_layer};
 use super::streams::{SourceLayer, Stream, first_windows};
 use super::survey::{Survey, output_error, published_layer, survey};
-use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, Plan};
-use crate::arch::Architecture;
+use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, Plan, TargetKind};
+use crate::arch::{Architecture, StoredPart};
 use crate::calibrate::{Moments, calibration_windows, read_texts};
 use crate::methods::{MlaLayer, exact};
 use crate::observe::{Event, Observer};
 use crate::refine::RefineSettings;
-use crate::runtime::Cpu;
+use crate::runtime::Device;
 use crate::source::{Dtype, ModelSource};
-use crate::target::encode;
+use crate::target::{Emit, Origin, OutTensor, REMOTE_FILE, encode, fp8};
 use crate::write::{ShardPlan, StagedWriter, Staging, StagingOptions};
 
 /// Version of `conversion.json` and of the plan.
@@ -76,7 +76,11 @@ pub fn plan(
     let mut job = Job::prepare(source, arch, settings)?;
     let windows = windows(&job, observer)?;
     let open = job.splits.len() > 1 || settings.method != Method::Exact && predict;
-    let found = if open { survey(&mut job, &Cpu, &windows, predict, observer)? } else { Survey::default() };
+    let found = if open {
+        survey(&mut job, &Device::open(settings.device)?, &windows, predict, observer)?
+    } else {
+        Survey::default()
+    };
     let tokens: usize = windows.iter().map(Vec::len).sum();
     super::plan::describe(&job, tokens, found.predicted_error)
 }
@@ -109,7 +113,7 @@ pub fn convert(
     };
     let staging = Staging::create(output, &options)?;
     clock.lap("prepare");
-    let backend = Cpu;
+    let backend = Device::open(settings.device)?;
     let found = survey(&mut job, &backend, &windows, false, observer)?;
     if !source.files.iter().any(|f| f.name == "tokenizer.json") {
         observer.event(Event::Warning("the source has no tokenizer.json, so the output has none".into()));
@@ -120,14 +124,15 @@ pub fn convert(
     clock.lap("survey");
 
     let shards = ShardPlan::new(&job.planned_tensors(), settings.max_shard_bytes)?;
-    let mut sink = Sink { job: &job, writer: StagedWriter::new(staging, shards) };
+    let mut sink = Sink { job: &job, writer: StagedWriter::new(staging, shards), scales: Vec::new() };
     // Tensors of layers are scanned when their layer is read, these here.
     job.check_finite(&arch.names.embed)?;
-    sink.stream_scaled(&arch.names.embed)?;
+    let emission = job.emission();
+    sink.emit(&emission.first, Vec::new())?;
     let mut layers = Vec::new();
     let mut frequencies = Vec::new();
     convert_layers(&job, &backend, &windows, &found, observer, |index, mla, gain, report| {
-        sink.layer(index, &mla, gain)?;
+        sink.emit(&emission.layers[index], job.spec.attention_tensors(arch, index, &mla, gain))?;
         frequencies = mla.rope_freq;
         layers.push(report);
         Ok(())
@@ -137,14 +142,17 @@ pub fn convert(
     let head = if arch.tied_head { &arch.names.embed } else { &arch.names.head };
     for name in [&arch.names.final_norm, head] {
         job.check_finite(name)?;
-        sink.copy(name)?;
     }
+    sink.emit(&emission.last, Vec::new())?;
     source.check_unchanged()?;
     let rope = job.spec.rope(&frequencies, arch, &source.config, job.max_position);
     let config = job.spec.config(arch, &source.config, &rope, job.max_position);
     // What is published has to be readable: by the rules this tool reads models with.
     Architecture::from_config(&config)?;
     sink.writer.write_file("config.json", &pretty(&config))?;
+    if job.spec.kind == TargetKind::HfRemote {
+        sink.writer.write_file(REMOTE_FILE.0, REMOTE_FILE.1.as_bytes())?;
+    }
     for file in &source.files {
         sink.writer.copy_file(&file.name, &file.path)?;
     }
@@ -158,11 +166,12 @@ pub fn convert(
         source_fingerprint: source.fingerprint().into_iter().map(|f| (f.file, f.header_sha256)).collect(),
         method: settings.method.name().to_owned(),
         settings: settings.clone(),
-        decisions: job.decisions.clone(),
-        geometry: job.spec.geometry,
+        decisions: job.decisions.iter().cloned().chain(rope.note.clone()).collect(),
+        target: job.spec.kind,
+        geometry: job.spec.output(),
         cache_values_per_token_per_layer: job.cache_values(),
         source_cache_values_per_token_per_layer: arch.cache_values(),
-        rope_frequencies: frequencies,
+        rope_frequencies: rope.frequencies.clone(),
         predicted_error: layers.iter().map(|l| l.predicted_error).sum::<f64>() / count,
         layers,
         calibration_tokens: windows.iter().map(Vec::len).sum(),
@@ -193,7 +202,7 @@ fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
 /// Run the calibration tokens through the layers and convert each on the way.
 fn convert_layers(
     job: &Job<'_>,
-    backend: &Cpu,
+    backend: &Device,
     windows: &[Vec<u32>],
     found: &Survey,
     observer: &dyn Observer,
@@ -215,7 +224,7 @@ fn convert_layers(
             job.check_finite(&expected)?;
         }
         let last = index + 1 == layers;
-        let source = SourceLayer::load(job, backend, index)?;
+        let mut source = SourceLayer::load(job, backend, index)?;
         let (layer, report) = match &mut stream {
             None => (
                 exact::convert(&source.attention, job.spec.geometry.qk_nope_head_dim),
@@ -223,6 +232,7 @@ fn convert_layers(
             ),
             Some(stream) if aware => {
                 let pass = source.attend(stream, true)?;
+                let explained = source.linearise(index, pass.x.view())?;
                 let seen = match &converted {
                     Some(c) => Some(source.layer.attention_input(c.hidden.view())?),
                     None => None,
@@ -243,7 +253,8 @@ fn convert_layers(
                         ..RefineSettings::default()
                     },
                 };
-                let out = convert_layer(&inputs)?;
+                let mut out = convert_layer(&inputs)?;
+                out.report.notes.extend(explained.map(|e| e.note()));
                 if !last {
                     source.advance(stream, &pass.output)?;
                     if let Some(c) = &mut converted {
@@ -256,13 +267,20 @@ fn convert_layers(
                 // As published, keys and values are compressed on what reaches the layer behind layers that lost rotations
                 // but are not compressed yet. One stream serves both steps.
                 let x = source.layer.attention_input(stream.hidden.view())?;
+                let explained = source.linearise(index, x.view())?;
                 let mut moments = Moments::new(job.arch.hidden);
                 moments.add(x.view());
                 let out = published_layer(job, found.fold, &source.attention, &moments)
                     .map_err(ConvertError::layer(index))?;
                 let error = {
                     let (x, lengths) = first_windows(&x, &stream.windows, MEASURED_WINDOWS);
-                    output_error(&out.layer, x, lengths, &source.layer.attention_output(x, lengths)?)
+                    output_error(
+                        &out.layer,
+                        source.attention.score_softcap,
+                        x,
+                        lengths,
+                        &source.layer.attention_output(x, lengths)?,
+                    )
                 };
                 if !last {
                     let output = source.behind_rotation(&out.rotated, &x, &stream.windows)?;
@@ -274,7 +292,7 @@ fn convert_layers(
                     measured_error: None,
                     rope_loss: out.rope_loss,
                     rank_loss: out.rank_loss,
-                    notes: Vec::new(),
+                    notes: explained.map(|e| e.note()).into_iter().collect(),
                 };
                 (out.layer, report)
             }
@@ -290,6 +308,8 @@ fn convert_layers(
 struct Sink<'a> {
     job: &'a Job<'a>,
     writer: StagedWriter,
+    /// Block scales of the FP8 tensor that was written last, as stored.
+    scales: Vec<u8>,
 }
 
 impl Sink<'_> {
@@ -298,50 +318,57 @@ impl Sink<'_> {
         self.writer.next_tensor().map(|t| (t.name.clone(), t.dtype))
     }
 
-    fn put(&mut self, values: &[f64]) -> Result<(), ConvertError> {
+    fn put(&mut self, values: &[f64], columns: usize) -> Result<(), ConvertError> {
         let Some((name, dtype)) = self.next() else { return Ok(()) };
         if values.iter().any(|v| !v.is_finite()) {
             return Err(ConvertError::Produced { name });
         }
-        Ok(self.writer.write_tensor(&name, &encode(values, dtype))?)
-    }
-
-    /// Copy a source tensor to the next place: bit for bit where the dtype is the same.
-    fn copy(&mut self, from: &str) -> Result<(), ConvertError> {
-        let view = self.job.source.tensors.view(from)?;
-        match self.next() {
-            Some((name, dtype)) if dtype == view.dtype => self.writer.write_tensor(&name, view.bytes)?,
-            _ => self.put(&view.to_f64())?,
+        if dtype != Dtype::F8E4M3 {
+            return Ok(self.writer.write_tensor(&name, &encode(values, dtype))?);
         }
-        self.job.source.tensors.advise_dontneed(from);
+        let (bytes, scales) = fp8::quantise(values, columns);
+        self.writer.write_tensor(&name, &bytes)?;
+        self.scales = scales.iter().flat_map(|s| s.to_le_bytes()).collect();
         Ok(())
     }
 
-    /// A source tensor times the stream scale.
-    fn stream_scaled(&mut self, from: &str) -> Result<(), ConvertError> {
-        let scale = self.job.spec.stream_scale;
-        if scale == 1.0 {
-            return self.copy(from);
+    /// Write a run of tensors. `attention` holds what [`Origin::Attention`] counts.
+    fn emit(&mut self, list: &[Emit], attention: Vec<OutTensor>) -> Result<(), ConvertError> {
+        let tensors = &self.job.source.tensors;
+        for emit in list {
+            let shape = &emit.planned.shape;
+            let columns = shape.last().copied().unwrap_or(1);
+            match &emit.from {
+                Origin::Source { part, scale, offset } => {
+                    let stored = StoredPart::find(tensors, part)?;
+                    let same = *scale == 1.0 && *offset == 0.0 && stored.dtype() == emit.planned.dtype;
+                    if same && stored.dtype() != Dtype::F8E4M3 {
+                        self.writer.write_tensor(&emit.planned.name, stored.bytes())?;
+                    } else {
+                        let mut values = stored.to_f64();
+                        values.iter_mut().for_each(|v| *v = *v * scale + offset);
+                        self.put(&values, columns)?;
+                    }
+                    tensors.advise_dontneed(&part.name);
+                }
+                Origin::Attention(i) => {
+                    if let Some(tensor) = attention.get(*i) {
+                        self.put(&tensor.values, columns)?;
+                    }
+                }
+                Origin::Spread { part, places, offset } => {
+                    let stored = StoredPart::find(tensors, part)?.to_f64();
+                    let value = |place: &Option<usize>| place.map_or(1.0, |i| stored[i] + offset);
+                    self.put(&places.iter().map(value).collect::<Vec<f64>>(), columns)?;
+                }
+                Origin::Zero => self.put(&vec![0.0; shape.iter().product()], columns)?,
+                Origin::Scales => {
+                    let scales = std::mem::take(&mut self.scales);
+                    self.writer.write_tensor(&emit.planned.name, &scales)?;
+                }
+            }
         }
-        let mut values = self.job.source.tensors.view(from)?.to_f64();
-        for v in &mut values {
-            *v *= scale;
-        }
-        self.job.source.tensors.advise_dontneed(from);
-        self.put(&values)
-    }
-
-    /// All tensors of one layer, in the order of [`Job::planned_tensors`].
-    fn layer(&mut self, index: usize, mla: &MlaLayer, gain: &[f64]) -> Result<(), ConvertError> {
-        let names = self.job.arch.names.layer(index);
-        self.copy(&names.role("input_norm"))?;
-        for tensor in self.job.spec.attention_tensors(self.job.arch, index, mla, gain) {
-            self.put(&tensor.values)?;
-        }
-        self.copy(&names.weight("gate"))?;
-        self.copy(&names.weight("up"))?;
-        self.stream_scaled(&names.weight("down"))?;
-        self.copy(&names.role("post_norm"))
+        Ok(())
     }
 }
 

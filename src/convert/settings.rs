@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
+use crate::runtime::DeviceChoice;
+
 /// How attention is factorised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -94,21 +96,66 @@ impl FromStr for FreqFold {
     }
 }
 
-/// The stock class the output is written for.
+/// The class the output is written for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TargetKind {
+    /// The first of the others that holds the source.
+    Auto,
     /// `DeepseekV3ForCausalLM`, dense.
     DeepseekV3,
+    /// `DeepseekV2ForCausalLM`: experts chosen by softmax.
+    DeepseekV2,
+    /// `YoutuForCausalLM`: dense, served by vLLM through transformers' code without being asked.
+    Youtu,
+    /// `MiniCPM3ForCausalLM`: dense, any frequencies in SGLang.
+    Minicpm3,
+    /// The generic class of this tool, as code beside the weights.
+    HfRemote,
 }
 
 impl TargetKind {
-    /// `model_type` of the class.
+    /// Every choice, in the order the documentation lists them.
+    pub const ALL: [TargetKind; 6] = [
+        TargetKind::Auto,
+        TargetKind::DeepseekV3,
+        TargetKind::DeepseekV2,
+        TargetKind::Youtu,
+        TargetKind::Minicpm3,
+        TargetKind::HfRemote,
+    ];
+
+    /// Name on the command line: the `model_type` of a stock class.
     pub fn name(self) -> &'static str {
         match self {
+            TargetKind::Auto => "auto",
             TargetKind::DeepseekV3 => "deepseek_v3",
+            TargetKind::DeepseekV2 => "deepseek_v2",
+            TargetKind::Youtu => "youtu",
+            TargetKind::Minicpm3 => "minicpm3",
+            TargetKind::HfRemote => "hf-remote",
         }
     }
+}
+
+/// Which engines a stock class is written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Profile {
+    /// Every engine's own class: stock frequencies, no biases, widths padded to kernels.
+    Portable,
+    /// The source as it is: biases, any frequencies; transformers' code runs that.
+    Faithful,
+}
+
+/// Zero-padding of widths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Padding {
+    /// To the widths that serving kernels are compiled for.
+    Kernels,
+    /// None.
+    None,
 }
 
 /// Which RoPE frequencies the rotated slots may have.
@@ -127,8 +174,27 @@ pub enum RopeGrid {
 pub enum OutputDtype {
     /// bfloat16.
     Bf16,
+    /// float16.
+    F16,
     /// float32.
     F32,
+    /// e4m3 in blocks of 128 x 128 with a scale each, the rest bfloat16.
+    Fp8,
+}
+
+impl OutputDtype {
+    /// Every dtype.
+    pub const ALL: [OutputDtype; 4] = [OutputDtype::Bf16, OutputDtype::F16, OutputDtype::F32, OutputDtype::Fp8];
+
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            OutputDtype::Bf16 => "bf16",
+            OutputDtype::F16 => "f16",
+            OutputDtype::F32 => "f32",
+            OutputDtype::Fp8 => "fp8",
+        }
+    }
 }
 
 /// Calibration text and how much of it.
@@ -244,12 +310,18 @@ pub struct ConvertSettings {
     pub refine: usize,
     /// Target class.
     pub target: TargetKind,
+    /// Which engines the class is written for; `None`: as the other settings have it.
+    pub profile: Option<Profile>,
+    /// Zero-padding of widths; `None`: to kernels for the portable profile.
+    pub pad: Option<Padding>,
     /// RoPE frequencies of the rotated slots; `None`: the target's best.
     pub rope_grid: Option<RopeGrid>,
     /// Output dtype; `None`: the source's.
     pub dtype: Option<OutputDtype>,
     /// Calibration.
     pub calibration: CalibrationSettings,
+    /// Where calibration runs the model. The last bits of a sum differ between devices, so the output's bytes do.
+    pub device: DeviceChoice,
     /// Longest shard in bytes.
     pub max_shard_bytes: u64,
     /// Longest context the output claims; lets a sliding-window source be converted within its window.
@@ -272,10 +344,13 @@ impl Default for ConvertSettings {
             balance_kv_ratio: Some(1.0),
             steps: Steps::default(),
             refine: 0,
-            target: TargetKind::DeepseekV3,
+            target: TargetKind::Auto,
+            profile: None,
+            pad: None,
             rope_grid: None,
             dtype: None,
             calibration: CalibrationSettings::default(),
+            device: DeviceChoice::Cpu,
             max_shard_bytes: 5_000_000_000,
             max_context: None,
             overwrite: false,

@@ -4,12 +4,13 @@
 use faer::c64;
 use ndarray::{Array2, ArrayView2, s};
 
+use super::head_norms::{Explained, HeadNorms};
 use super::{ConvertError, Job};
 use crate::arch::{AttentionSource, load_attention_source};
 use crate::calibrate::{LatentAttention, attend};
 use crate::factor::linalg::matmul_f32;
 use crate::methods::MlaLayer;
-use crate::runtime::{Cpu, Layer, LayerTensors, Model, Qkv};
+use crate::runtime::{Device, Layer, LayerTensors, Model, Qkv};
 
 /// Hidden states of one model at the input of a layer, for all windows end to end.
 pub(super) struct Stream {
@@ -40,15 +41,37 @@ pub(super) struct SourceLayer<'b> {
     /// Gain of the input norm.
     pub gain: Vec<f64>,
     /// f32, for the forward pass.
-    pub layer: Layer<'b, Cpu>,
+    pub layer: Layer<'b, Device>,
+    /// Norms of queries and keys that the target has no place for.
+    norms: Option<HeadNorms>,
 }
 
 impl<'b> SourceLayer<'b> {
-    pub fn load(job: &Job<'_>, backend: &'b Cpu, index: usize) -> Result<Self, ConvertError> {
+    pub fn load(job: &Job<'_>, backend: &'b Device, index: usize) -> Result<Self, ConvertError> {
         let attention = load_attention_source(job.source, job.arch, index)?;
         let tensors = LayerTensors::load(job.source, job.arch, index)?;
-        let gain = tensors.input_norm.iter().map(|v| f64::from(*v)).collect();
-        Ok(Self { attention, gain, layer: Layer::new(backend, job.arch, tensors)? })
+        // Where there is no norm the gain bounds nothing; only classes that do not need the bound take such a source.
+        let gain = match tensors.input_norm.is_empty() {
+            true => vec![1.0; job.arch.hidden],
+            false => tensors.input_norm.iter().map(|v| f64::from(*v)).collect(),
+        };
+        let extras = &tensors.extras;
+        let norms = match (job.arch.qk_norm, &extras.q_norm, &extras.k_norm) {
+            (Some(scope), Some(q), Some(k)) if !job.spec.qk_norm => {
+                Some(HeadNorms { scope, q: q.clone(), k: k.clone(), eps: job.arch.norm_eps })
+            }
+            _ => None,
+        };
+        Ok(Self { attention, gain, layer: Layer::new(backend, job.arch, tensors)?, norms })
+    }
+
+    /// Replace norms of queries and keys, where the target has no place for them, by linear maps fitted on normed inputs
+    /// `x` `[T, D]`. The forward pass keeps the norms.
+    pub fn linearise(&mut self, index: usize, x: ArrayView2<'_, f32>) -> Result<Option<Explained>, ConvertError> {
+        match self.norms.take() {
+            None => Ok(None),
+            Some(norms) => norms.linearise(&mut self.attention, x).map(Some).map_err(ConvertError::layer(index)),
+        }
     }
 
     /// The source's attention on a stream.
@@ -74,7 +97,7 @@ impl<'b> SourceLayer<'b> {
         if let Some(b) = &self.attention.bv {
             values += &b.mapv(|v| v as f32);
         }
-        let attention = LatentAttention::new(rotated, x.view(), windows);
+        let attention = LatentAttention::new(rotated, x.view(), windows).capped(self.attention.score_softcap);
         let mut heads = Array2::zeros((x.nrows(), rotated.heads * d));
         for h in 0..rotated.heads {
             let own = values.slice(s![.., (h / n) * d..(h / n + 1) * d]);
@@ -85,7 +108,7 @@ impl<'b> SourceLayer<'b> {
 
     /// Add the attention output and the MLP's to a stream.
     pub fn advance(&self, stream: &mut Stream, attention: &Array2<f32>) -> Result<(), ConvertError> {
-        stream.hidden += attention;
+        self.layer.add_attention(&mut stream.hidden, attention.view())?;
         let mlp = self.layer.mlp_output(stream.hidden.view())?;
         stream.hidden += &mlp;
         Ok(())
@@ -94,7 +117,7 @@ impl<'b> SourceLayer<'b> {
 
 impl Stream {
     /// Embed windows of tokens.
-    pub fn start(job: &Job<'_>, backend: &Cpu, windows: &[Vec<u32>]) -> Result<Self, ConvertError> {
+    pub fn start(job: &Job<'_>, backend: &Device, windows: &[Vec<u32>]) -> Result<Self, ConvertError> {
         let model = Model::new(job.source, job.arch, backend);
         let tokens: Vec<u32> = windows.iter().flatten().copied().collect();
         Ok(Self { hidden: model.embed(&tokens)?, windows: windows.iter().map(Vec::len).collect() })

@@ -4,6 +4,7 @@
 use ndarray::{Array2, ArrayView2};
 
 use super::aware::{Inputs, convert_layer};
+use super::head_norms::survey_norms;
 use super::prepare::folds;
 use super::streams::{SourceLayer, Stream};
 use super::{ConvertError, Job, Method, RopeGrid};
@@ -14,7 +15,7 @@ use crate::methods::attention_aware::analyse_slots;
 use crate::methods::{MethodError, MlaLayer, care, transmla};
 use crate::observe::{Event, Observer};
 use crate::refine::RefineSettings;
-use crate::runtime::Cpu;
+use crate::runtime::Device;
 
 /// Windows that the survey looks at.
 const WINDOWS: usize = 8;
@@ -35,13 +36,16 @@ pub(super) struct Survey {
 /// Look at the model, settle what the settings leave open, and say why.
 pub(super) fn survey(
     job: &mut Job<'_>,
-    backend: &Cpu,
+    backend: &Device,
     windows: &[Vec<u32>],
     measure: bool,
     observer: &dyn Observer,
 ) -> Result<Survey, ConvertError> {
     let step = windows.len().div_ceil(WINDOWS).max(1);
     let few: Vec<Vec<u32>> = windows.iter().step_by(step).cloned().collect();
+    if job.arch.qk_norm.is_some() && job.settings.method != Method::Exact {
+        survey_norms(job, backend, &few, observer)?;
+    }
     match job.settings.method {
         Method::Exact => Ok(Survey::default()),
         Method::Transmla | Method::Care => survey_fold(job, backend, &few, measure, observer),
@@ -57,7 +61,7 @@ fn trial_layers(layers: usize) -> Vec<usize> {
 /// Run the source over the survey's windows, handing each layer to `look`.
 fn walk(
     job: &Job<'_>,
-    backend: &Cpu,
+    backend: &Device,
     windows: &[Vec<u32>],
     observer: &dyn Observer,
     profile: bool,
@@ -66,8 +70,9 @@ fn walk(
     let mut stream = Stream::start(job, backend, windows)?;
     observer.event(Event::Phase { name: "survey", steps: Some(job.arch.layers as u64) });
     for index in 0..job.arch.layers {
-        let layer = SourceLayer::load(job, backend, index)?;
+        let mut layer = SourceLayer::load(job, backend, index)?;
         let pass = layer.attend(&stream, profile)?;
+        layer.linearise(index, pass.x.view())?;
         look(index, &layer, &pass, &stream.windows)?;
         if index + 1 < job.arch.layers {
             layer.advance(&mut stream, &pass.output)?;
@@ -80,7 +85,7 @@ fn walk(
 
 fn survey_fold(
     job: &mut Job<'_>,
-    backend: &Cpu,
+    backend: &Device,
     windows: &[Vec<u32>],
     measure: bool,
     observer: &dyn Observer,
@@ -109,7 +114,9 @@ fn survey_fold(
         for (error, &fold) in errors.iter_mut().zip(&candidates) {
             let converted =
                 published_layer(job, fold, &layer.attention, &moments).map_err(ConvertError::layer(index))?;
-            *error += output_error(&converted.layer, pass.x.view(), lengths, &pass.output) / trial.len() as f64;
+            *error +=
+                output_error(&converted.layer, layer.attention.score_softcap, pass.x.view(), lengths, &pass.output)
+                    / trial.len() as f64;
         }
         Ok(())
     })?;
@@ -152,19 +159,25 @@ pub(super) fn published_layer(
 }
 
 /// Relative error of a converted layer's attention output on normed inputs `x`, against the source's `want`.
-pub(super) fn output_error(layer: &MlaLayer, x: ArrayView2<'_, f32>, windows: &[usize], want: &Array2<f32>) -> f64 {
-    let heads = LatentAttention::new(layer, x, windows).outputs();
+pub(super) fn output_error(
+    layer: &MlaLayer,
+    cap: Option<f64>,
+    x: ArrayView2<'_, f32>,
+    windows: &[usize],
+    want: &Array2<f32>,
+) -> f64 {
+    let heads = LatentAttention::new(layer, x, windows).capped(cap).outputs();
     relative_error(&output_projection(layer, &heads), want)
 }
 
 fn survey_slots(
     job: &mut Job<'_>,
-    backend: &Cpu,
+    backend: &Device,
     windows: &[Vec<u32>],
     measure: bool,
     observer: &dyn Observer,
 ) -> Result<Survey, ConvertError> {
-    let (head_dim, steps) = (job.shape.head_dim, job.settings.steps);
+    let (head_dim, rotary_dim, steps) = (job.shape.head_dim, job.shape.rotary_dim, job.settings.steps);
     let mut values: Vec<Array2<f64>> = Vec::new();
     if job.grid == RopeGrid::Free {
         walk(job, backend, windows, observer, true, |index, layer, pass, _| {
@@ -180,7 +193,11 @@ fn survey_slots(
     }
     let slots_for = |rope: usize| match job.grid {
         RopeGrid::Free => Some(share_slots(&values, rope / 2)),
-        RopeGrid::Stock => stock_grid(head_dim, rope),
+        RopeGrid::Stock => stock_grid(rotary_dim, rope).map(|mut slots| {
+            // Pairs that do not turn.
+            slots.resize(head_dim / 2, 0);
+            slots
+        }),
     };
     let candidates: Vec<(usize, usize, Vec<usize>)> =
         job.splits.iter().filter_map(|&(rope, rank)| slots_for(rope).map(|s| (rope, rank, s))).collect();

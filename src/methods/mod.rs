@@ -100,6 +100,7 @@ impl MlaLayer {
             layout: RopeLayout::Interleaved,
             theta: 0.0,
             kind: String::new(),
+            long: None,
         };
         Rotation::new(&rope, 0..positions)
     }

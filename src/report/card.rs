@@ -137,6 +137,7 @@ mod tests {
             source_fingerprint: BTreeMap::new(),
             method: method.name().into(),
             settings: ConvertSettings::default(),
+            target: crate::convert::TargetKind::DeepseekV3,
             decisions: vec!["split 128 + 64 `searched`".into()],
             geometry: PlannedGeometry {
                 kv_lora_rank: 128,

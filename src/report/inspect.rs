@@ -3,10 +3,11 @@
 use serde::Serialize;
 
 use super::SCHEMA_VERSION;
-use super::engines::{Candidate, EngineVerdict, judge};
+use super::engines::{EngineVerdict, Facts, judge};
 use crate::arch::{Architecture, Attention, GqaShape};
 use crate::convert::{PlannedGeometry, RopeGrid};
 use crate::source::Dtype;
+use crate::target::choose;
 
 /// Bytes of one cached value: engines hold the cache in bf16 unless told otherwise.
 const CACHE_VALUE_BYTES: u64 = 2;
@@ -116,7 +117,7 @@ impl InspectedModel {
             kv_heads: gqa.map(|a| a.kv_heads),
             head_dim: gqa.map(|a| a.head_dim),
             mla: arch.mla().and_then(|m| {
-                let geometry = Candidate::of_model(arch)?.geometry;
+                let geometry = Facts::of_model(arch)?.geometry;
                 Some(InspectedMla { geometry, latent_eps: m.latent_eps })
             }),
             intermediate: arch.intermediate,
@@ -143,7 +144,7 @@ impl InspectedModel {
 
 fn targets(arch: &Architecture) -> Vec<TargetOption> {
     let source = arch.cache_values();
-    let option = |budget: String, grid: &'static str, candidate: Candidate| TargetOption {
+    let option = |budget: String, grid: &'static str, candidate: Facts| TargetOption {
         budget,
         rope_grid: grid,
         geometry: candidate.geometry,
@@ -155,10 +156,11 @@ fn targets(arch: &Architecture) -> Vec<TargetOption> {
     let gqa = match &arch.attention {
         Attention::Gqa(gqa) => gqa,
         Attention::Mla(_) => {
-            return Candidate::of_model(arch).map(|c| option("as it is".to_owned(), "source", c)).into_iter().collect();
+            return Facts::of_model(arch).map(|c| option("as it is".to_owned(), "source", c)).into_iter().collect();
         }
     };
     let mut out = Vec::new();
+    let (target, exact_target) = (choose(arch, true).0, choose(arch, false).0);
     for (budget, rank, rope) in budgets(gqa) {
         let geometry = PlannedGeometry {
             kv_lora_rank: rank,
@@ -168,22 +170,22 @@ fn targets(arch: &Architecture) -> Vec<TargetOption> {
             v_head_dim: gqa.head_dim,
         };
         if stock_grid_possible(arch, gqa) {
-            out.push(option(budget.clone(), "stock", Candidate::planned(geometry, RopeGrid::Stock)));
+            out.push(option(budget.clone(), "stock", Facts::planned(geometry, RopeGrid::Stock, target)));
         }
-        out.push(option(budget, "free", Candidate::planned(geometry, RopeGrid::Free)));
+        out.push(option(budget, "free", Facts::planned(geometry, RopeGrid::Free, target)));
     }
-    let all = gqa.kv_heads * gqa.head_dim;
+    let turned = gqa.kv_heads * gqa.rotary_dim;
     let exact = PlannedGeometry {
-        kv_lora_rank: all,
+        kv_lora_rank: 2 * gqa.kv_heads * gqa.head_dim - turned,
         // Biases on q need the query latent with its constant row.
         q_lora_rank: gqa.qkv_bias.then_some(arch.hidden + 1),
-        qk_nope_head_dim: 0,
-        qk_rope_head_dim: all,
+        qk_nope_head_dim: gqa.head_dim - gqa.rotary_dim,
+        qk_rope_head_dim: turned,
         v_head_dim: gqa.head_dim,
     };
     // With one KV head every frequency occurs once, in the stock order.
     let grid = if gqa.kv_heads == 1 && stock_grid_possible(arch, gqa) { RopeGrid::Stock } else { RopeGrid::Free };
-    let mut candidate = Candidate::planned(exact, grid);
+    let mut candidate = Facts::planned(exact, grid, exact_target);
     candidate.bias = gqa.qkv_bias || gqa.out_bias;
     out.push(option("exact".to_owned(), if grid == RopeGrid::Free { "free" } else { "stock" }, candidate));
     out
@@ -191,7 +193,7 @@ fn targets(arch: &Architecture) -> Vec<TargetOption> {
 
 /// Engines outside transformers' code take neither biases nor scaled frequencies, and no trick hides them.
 fn stock_grid_possible(arch: &Architecture, gqa: &GqaShape) -> bool {
-    arch.rope.kind == "default" && !gqa.qkv_bias && !gqa.out_bias
+    arch.rope.kind == "default" && !gqa.qkv_bias && !gqa.out_bias && gqa.rotary_dim == gqa.head_dim
 }
 
 /// `(name, latent width, rotated width)` of budgets worth showing: those of the stock kernels and round shares, smaller

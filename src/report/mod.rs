@@ -9,13 +9,19 @@ pub mod text;
 pub mod units;
 
 mod card;
+mod check;
+mod devices;
 mod inspect;
 mod methods;
+mod speed;
 mod verification;
 
 pub use card::card;
+pub use check::Check;
+pub use devices::DeviceList;
 pub use inspect::{InspectedMla, InspectedModel, TargetOption};
 pub use methods::{MethodComparison, MethodFigures, MethodRow};
+pub use speed::{BenchReport, BenchRow, GenerationReport, Rate};
 pub use verification::{Evaluation, Verification};
 
 /// Version of every JSON document this tool writes. It grows when a key changes meaning or goes away; new keys do not

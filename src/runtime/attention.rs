@@ -2,9 +2,9 @@
 
 use ndarray::Array2;
 
-use super::tensors::{AttentionTensors, GqaTensors, Linear, MlaTensors, QueryTensors};
+use super::tensors::{AttentionTensors, GqaTensors, LayerExtras, Linear, MlaTensors, QueryTensors};
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
-use crate::arch::{Architecture, Attention, GqaShape, MlaShape};
+use crate::arch::{Architecture, Attention, GqaShape, MlaShape, QkNormScope};
 
 /// A linear layer on a backend.
 pub(super) struct Projection<T> {
@@ -26,7 +26,7 @@ impl<T> Projection<T> {
             Some(bias) => Some(vector(backend, role, bias, out)?),
             None => None,
         };
-        Ok(Self { weight: backend.upload(linear.weight), bias })
+        Ok(Self { weight: backend.upload_weight(linear.weight), bias })
     }
 
     pub(super) fn apply<B: Backend<Tensor = T>>(&self, backend: &B, x: &T) -> T {
@@ -39,6 +39,12 @@ fn check(role: &'static str, expected: &[usize], found: &[usize]) -> Result<(), 
         return Ok(());
     }
     Err(RuntimeError::Shape { role, expected: expected.to_vec(), found: found.to_vec() })
+}
+
+/// A vector of a known length.
+pub(super) fn vector_of(role: &'static str, values: Vec<f32>, len: usize) -> Result<Vec<f32>, RuntimeError> {
+    check(role, &[len], &[values.len()])?;
+    Ok(values)
 }
 
 /// A vector on a backend, `[1, len]`.
@@ -102,24 +108,109 @@ pub(super) enum LatentPath {
 
 /// New rows of a session: where they go, and how they are turned.
 pub(super) struct Step<'a> {
-    /// Rows already in the cache.
-    pub start: usize,
     /// Table over at least the new positions.
     pub rotation: &'a Rotation,
-    /// `start..start + new rows`.
+    /// Position of each new row in its sequence.
     pub positions: &'a [usize],
+    /// Cache row of each new row.
+    pub slots: &'a [usize],
+    /// New rows of each sequence, and all its cache rows, the new ones included.
+    pub spans: &'a [Span],
     pub path: LatentPath,
 }
 
 impl Step<'_> {
-    fn span(&self) -> [Span; 1] {
-        let new = self.positions.len();
-        [Span { queries: 0..new, keys: 0..self.start + new }]
+    /// Cache rows of all spans under each other, and the spans over them.
+    fn gather<B: Backend>(&self, backend: &B, cache: &B::Tensor) -> (B::Tensor, Vec<Span>) {
+        let mut spans = Vec::with_capacity(self.spans.len());
+        let mut total = 0;
+        for span in self.spans {
+            spans.push(Span { queries: span.queries.clone(), keys: total..total + span.keys.len() });
+            total += span.keys.len();
+        }
+        if let [only] = self.spans {
+            return (backend.rows(cache, only.keys.clone()), spans);
+        }
+        let mut rows = backend.zeros(total, backend.shape(cache).1);
+        for (to, from) in spans.iter().zip(self.spans) {
+            let to: Vec<usize> = to.keys.clone().collect();
+            backend.write_rows(&mut rows, &to, &backend.rows(cache, from.keys.clone()));
+        }
+        (rows, spans)
+    }
+}
+
+/// Norms of queries and keys before RoPE.
+struct QkNorm<T> {
+    scope: QkNormScope,
+    q: T,
+    k: T,
+    q_eps: f64,
+    k_eps: f64,
+}
+
+impl<T> QkNorm<T> {
+    fn new<B: Backend<Tensor = T>>(
+        backend: &B,
+        arch: &Architecture,
+        extras: &LayerExtras,
+        widths: (usize, usize),
+    ) -> Result<Option<Self>, RuntimeError> {
+        let (Some(scope), Some(q), Some(k)) = (arch.qk_norm, &extras.q_norm, &extras.k_norm) else { return Ok(None) };
+        let mut q = q.clone();
+        let (mut q_eps, k_eps) = (arch.norm_eps, arch.norm_eps);
+        if let (Some(shape), QkNormScope::All) = (arch.mla(), scope) {
+            // The mean is over the source's values; the others in the rotated width of each head are zero.
+            let share = shape.norm_width as f64 / shape.qk_rope_head_dim as f64;
+            q_eps *= share;
+            q.iter_mut().for_each(|g| *g = (f64::from(*g) * share.sqrt()) as f32);
+        }
+        let q = vector(backend, "q_norm", q, widths.0)?;
+        Ok(Some(Self { scope, q, k: vector(backend, "k_norm", k.clone(), widths.1)?, q_eps, k_eps }))
+    }
+
+    /// Norm queries, of `heads` blocks of `width`.
+    fn queries<B: Backend<Tensor = T>>(
+        &self,
+        b: &B,
+        q: &mut T,
+        width: usize,
+        heads: usize,
+    ) -> Result<(), RuntimeError> {
+        match self.scope {
+            QkNormScope::Head => b.rms_norm_heads(q, &self.q, self.q_eps, HeadColumns::dense(width), heads),
+            QkNormScope::All => {
+                *q = b.rms_norm(q, &self.q, self.q_eps);
+                Ok(())
+            }
+        }
+    }
+
+    /// Norm keys, `heads` blocks of `width` from column `start`.
+    fn keys<B: Backend<Tensor = T>>(
+        &self,
+        b: &B,
+        k: &mut T,
+        start: usize,
+        width: usize,
+        heads: usize,
+    ) -> Result<(), RuntimeError> {
+        let (width, heads) = match self.scope {
+            QkNormScope::Head => (width, heads),
+            QkNormScope::All => (width * heads, 1),
+        };
+        b.rms_norm_heads(k, &self.k, self.k_eps, HeadColumns { start, stride: width, width }, heads)
     }
 }
 
 /// Attention of one layer.
-pub(super) enum AttentionBlock<T> {
+pub(super) struct AttentionBlock<T> {
+    kind: Kind<T>,
+    /// Cap of the scores.
+    cap: Option<f64>,
+}
+
+enum Kind<T> {
     Gqa(Gqa<T>),
     Mla(Mla<T>),
 }
@@ -129,13 +220,20 @@ impl<T: Send + Sync> AttentionBlock<T> {
         backend: &B,
         arch: &Architecture,
         tensors: AttentionTensors,
+        extras: &LayerExtras,
     ) -> Result<Self, RuntimeError> {
-        match (&arch.attention, tensors) {
-            (Attention::Gqa(shape), AttentionTensors::Gqa(t)) => Ok(Self::Gqa(Gqa::new(backend, arch, *shape, t)?)),
-            (Attention::Mla(shape), AttentionTensors::Mla(t)) => Ok(Self::Mla(Mla::new(backend, arch, *shape, t)?)),
-            (Attention::Gqa(_), _) => Err(RuntimeError::Variant { expected: "gqa", found: "mla" }),
-            (Attention::Mla(_), _) => Err(RuntimeError::Variant { expected: "mla", found: "gqa" }),
-        }
+        let kind = match (&arch.attention, tensors) {
+            (Attention::Gqa(shape), AttentionTensors::Gqa(t)) => Kind::Gqa(Gqa::new(backend, arch, *shape, t, extras)?),
+            (Attention::Mla(shape), AttentionTensors::Mla(t)) => Kind::Mla(Mla::new(backend, arch, *shape, t, extras)?),
+            (Attention::Gqa(_), _) => return Err(RuntimeError::Variant { expected: "gqa", found: "mla" }),
+            (Attention::Mla(_), _) => return Err(RuntimeError::Variant { expected: "mla", found: "gqa" }),
+        };
+        Ok(Self { kind, cap: arch.score_softcap })
+    }
+
+    /// Cap of the scores.
+    pub(super) fn cap(&self) -> Option<f64> {
+        self.cap
     }
 
     /// Project and rotate: `x [T, D]`, one position per row.
@@ -145,39 +243,49 @@ impl<T: Send + Sync> AttentionBlock<T> {
         x: &T,
         rotation: &Rotation,
         positions: &[usize],
-    ) -> Expanded<T> {
-        match self {
-            Self::Gqa(a) => a.expand(backend, x, rotation, positions),
-            Self::Mla(a) => {
-                let latent = a.latent(backend, x, rotation, positions);
-                let q = a.queries(backend, x, rotation, positions);
-                a.expand(backend, q, &latent)
+    ) -> Result<Expanded<T>, RuntimeError> {
+        match &self.kind {
+            Kind::Gqa(a) => a.expand(backend, x, rotation, positions),
+            Kind::Mla(a) => {
+                let latent = a.latent(backend, x, rotation, positions)?;
+                let q = a.queries(backend, x, rotation, positions)?;
+                Ok(a.expand(backend, q, &latent))
             }
         }
     }
 
+    /// Attention over expanded keys and values: head outputs.
+    pub(super) fn attend<B: Backend<Tensor = T>>(
+        &self,
+        backend: &B,
+        all: &Expanded<T>,
+        spans: &[Span],
+    ) -> Result<T, RuntimeError> {
+        core(backend, self.cap, (&all.q, &all.k, &all.v), &all.shape, spans)
+    }
+
     pub(super) fn output<B: Backend<Tensor = T>>(&self, backend: &B, heads: &T) -> T {
-        match self {
-            Self::Gqa(a) => a.o.apply(backend, heads),
-            Self::Mla(a) => a.o.apply(backend, heads),
+        match &self.kind {
+            Kind::Gqa(a) => a.o.apply(backend, heads),
+            Kind::Mla(a) => a.o.apply(backend, heads),
         }
     }
 
     /// Width of the head outputs, `H d_V`.
     pub(super) fn heads_width(&self) -> usize {
-        match self {
-            Self::Gqa(a) => a.heads * a.shape.head_dim,
-            Self::Mla(a) => a.heads * a.shape.v_head_dim,
+        match &self.kind {
+            Kind::Gqa(a) => a.heads * a.shape.head_dim,
+            Kind::Mla(a) => a.heads * a.shape.v_head_dim,
         }
     }
 
     pub(super) fn cache<B: Backend<Tensor = T>>(&self, backend: &B, capacity: usize) -> Cache<T> {
-        match self {
-            Self::Gqa(a) => {
+        match &self.kind {
+            Kind::Gqa(a) => {
                 let width = a.shape.kv_heads * a.shape.head_dim;
                 Cache::Gqa { k: backend.zeros(capacity, width), v: backend.zeros(capacity, width) }
             }
-            Self::Mla(a) => Cache::Mla(backend.zeros(capacity, a.shape.kv_lora_rank + a.shape.qk_rope_head_dim)),
+            Kind::Mla(a) => Cache::Mla(backend.zeros(capacity, a.shape.kv_lora_rank + a.shape.qk_rope_head_dim)),
         }
     }
 
@@ -189,29 +297,43 @@ impl<T: Send + Sync> AttentionBlock<T> {
         cache: &mut Cache<T>,
         step: &Step<'_>,
     ) -> Result<T, RuntimeError> {
-        match (self, cache) {
-            (Self::Gqa(a), Cache::Gqa { k, v }) => {
-                let new = a.expand(backend, x, step.rotation, step.positions);
-                backend.write_rows(k, step.start, &new.k);
-                backend.write_rows(v, step.start, &new.v);
-                Ok(backend.attention(&new.q, k, v, &new.shape, &step.span()))
+        match (&self.kind, cache) {
+            (Kind::Gqa(a), Cache::Gqa { k, v }) => {
+                let new = a.expand(backend, x, step.rotation, step.positions)?;
+                backend.write_rows(k, step.slots, &new.k);
+                backend.write_rows(v, step.slots, &new.v);
+                core(backend, self.cap, (&new.q, k, v), &new.shape, step.spans)
             }
-            (Self::Mla(a), Cache::Mla(rows)) => {
-                let latent = a.latent(backend, x, step.rotation, step.positions);
-                backend.write_rows(rows, step.start, &latent);
-                let q = a.queries(backend, x, step.rotation, step.positions);
-                Ok(match step.path {
-                    LatentPath::Absorbed => a.attend_latent(backend, &q, rows, &step.span()),
+            (Kind::Mla(a), Cache::Mla(rows)) => {
+                let latent = a.latent(backend, x, step.rotation, step.positions)?;
+                backend.write_rows(rows, step.slots, &latent);
+                let q = a.queries(backend, x, step.rotation, step.positions)?;
+                match step.path {
+                    LatentPath::Absorbed => a.attend_latent(backend, self.cap, &q, rows, step.spans),
                     LatentPath::Expanded => {
-                        let end = step.start + step.positions.len();
-                        let all = a.expand(backend, q, &backend.rows(rows, 0..end));
-                        backend.attention(&all.q, &all.k, &all.v, &all.shape, &step.span())
+                        let (cached, spans) = step.gather(backend, rows);
+                        let all = a.expand(backend, q, &cached);
+                        self.attend(backend, &all, &spans)
                     }
-                })
+                }
             }
-            (Self::Gqa(_), _) => Err(RuntimeError::Variant { expected: "gqa", found: "mla" }),
-            (Self::Mla(_), _) => Err(RuntimeError::Variant { expected: "mla", found: "gqa" }),
+            (Kind::Gqa(_), _) => Err(RuntimeError::Variant { expected: "gqa", found: "mla" }),
+            (Kind::Mla(_), _) => Err(RuntimeError::Variant { expected: "mla", found: "gqa" }),
         }
+    }
+}
+
+/// Softmax attention, with capped scores where there is a cap.
+fn core<B: Backend>(
+    backend: &B,
+    cap: Option<f64>,
+    (q, k, v): (&B::Tensor, &B::Tensor, &B::Tensor),
+    shape: &AttentionShape,
+    spans: &[Span],
+) -> Result<B::Tensor, RuntimeError> {
+    match cap {
+        None => Ok(backend.attention(q, k, v, shape, spans)),
+        Some(cap) => backend.capped_attention(q, k, v, shape, cap, spans),
     }
 }
 
@@ -223,6 +345,8 @@ pub(super) struct Gqa<T> {
     k: Projection<T>,
     v: Projection<T>,
     o: Projection<T>,
+    norm: Option<QkNorm<T>>,
+    window: Option<usize>,
 }
 
 impl<T: Send + Sync> Gqa<T> {
@@ -231,12 +355,19 @@ impl<T: Send + Sync> Gqa<T> {
         arch: &Architecture,
         shape: GqaShape,
         t: GqaTensors,
+        extras: &LayerExtras,
     ) -> Result<Self, RuntimeError> {
         let (heads, hidden) = (arch.heads, arch.hidden);
         let (q, kv) = (heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let widths = match arch.qk_norm {
+            Some(QkNormScope::All) => (q, kv),
+            _ => (shape.head_dim, shape.head_dim),
+        };
         Ok(Self {
             heads,
             shape,
+            norm: QkNorm::new(backend, arch, extras, widths)?,
+            window: extras.window,
             q: Projection::new(backend, "q", t.q, q, hidden)?,
             k: Projection::new(backend, "k", t.k, kv, hidden)?,
             v: Projection::new(backend, "v", t.v, kv, hidden)?,
@@ -250,29 +381,35 @@ impl<T: Send + Sync> Gqa<T> {
         x: &T,
         rotation: &Rotation,
         positions: &[usize],
-    ) -> Expanded<T> {
-        let columns = HeadColumns::dense(self.shape.head_dim);
+    ) -> Result<Expanded<T>, RuntimeError> {
+        let (d, kv_heads) = (self.shape.head_dim, self.shape.kv_heads);
+        let columns = HeadColumns::dense(d);
+        let turned = HeadColumns { width: self.shape.rotary_dim, ..columns };
         let mut q = self.q.apply(backend, x);
         let mut k = self.k.apply(backend, x);
         let v = self.v.apply(backend, x);
-        backend.rope(&mut q, rotation, positions, columns, self.heads);
-        backend.rope(&mut k, rotation, positions, columns, self.shape.kv_heads);
+        if let Some(norm) = &self.norm {
+            norm.queries(backend, &mut q, d, self.heads)?;
+            norm.keys(backend, &mut k, 0, d, kv_heads)?;
+        }
+        backend.rope(&mut q, rotation, positions, turned, self.heads);
+        backend.rope(&mut k, rotation, positions, turned, kv_heads);
         let shape = AttentionShape {
             heads: self.heads,
             kv_heads: self.shape.kv_heads,
             keys: columns,
             values: columns,
-            scale: (self.shape.head_dim as f64).powf(-0.5),
-            sliding_window: self.shape.sliding_window,
+            scale: self.shape.score_scale,
+            sliding_window: self.window,
         };
-        Expanded { q, k, v, shape }
+        Ok(Expanded { q, k, v, shape })
     }
 }
 
 /// The query path of MLA.
 enum Query<T> {
     Direct(Projection<T>),
-    LowRank { a: Projection<T>, norm: T, b: Projection<T> },
+    LowRank { a: Projection<T>, norm: Option<T>, b: Projection<T> },
 }
 
 /// Multi-head latent attention.
@@ -281,9 +418,11 @@ pub(super) struct Mla<T> {
     shape: MlaShape,
     query: Query<T>,
     kv_a: Projection<T>,
-    kv_a_norm: T,
+    kv_a_norm: Option<T>,
     kv_b: Projection<T>,
     o: Projection<T>,
+    norm: Option<QkNorm<T>>,
+    window: Option<usize>,
 }
 
 impl<T: Send + Sync> Mla<T> {
@@ -292,7 +431,12 @@ impl<T: Send + Sync> Mla<T> {
         arch: &Architecture,
         shape: MlaShape,
         t: MlaTensors,
+        extras: &LayerExtras,
     ) -> Result<Self, RuntimeError> {
+        let gain = |role: &'static str, values: Vec<f32>, len: usize| match shape.latent_norm {
+            true => vector(backend, role, values, len).map(Some),
+            false => Ok(None),
+        };
         let (heads, hidden, rank) = (arch.heads, arch.hidden, shape.kv_lora_rank);
         let q = heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim);
         let query = match t.query {
@@ -301,7 +445,7 @@ impl<T: Send + Sync> Mla<T> {
                 let rank = a.weight.nrows();
                 Query::LowRank {
                     a: Projection::new(backend, "q_a", a, rank, hidden)?,
-                    norm: vector(backend, "q_a_norm", norm, rank)?,
+                    norm: gain("q_a_norm", norm, rank)?,
                     b: Projection::new(backend, "q_b", b, q, rank)?,
                 }
             }
@@ -316,7 +460,9 @@ impl<T: Send + Sync> Mla<T> {
             shape,
             query,
             kv_a: Projection::new(backend, "kv_a", t.kv_a, rank + shape.qk_rope_head_dim, hidden)?,
-            kv_a_norm: vector(backend, "kv_a_norm", t.kv_a_norm, rank)?,
+            kv_a_norm: gain("kv_a_norm", t.kv_a_norm, rank)?,
+            norm: QkNorm::new(backend, arch, extras, arch.mla_norm_widths(&shape))?,
+            window: extras.window,
             kv_b: Projection::new(backend, "kv_b", t.kv_b, kv, rank)?,
             o: Projection::new(backend, "o", t.o, hidden, heads * shape.v_head_dim)?,
         })
@@ -328,16 +474,29 @@ impl<T: Send + Sync> Mla<T> {
     }
 
     /// Queries `[T, H (d_N + d_R)]`, the last `d_R` of each head rotated.
-    fn queries<B: Backend<Tensor = T>>(&self, backend: &B, x: &T, rotation: &Rotation, positions: &[usize]) -> T {
+    fn queries<B: Backend<Tensor = T>>(
+        &self,
+        backend: &B,
+        x: &T,
+        rotation: &Rotation,
+        positions: &[usize],
+    ) -> Result<T, RuntimeError> {
         let mut q = match &self.query {
             Query::Direct(q) => q.apply(backend, x),
             Query::LowRank { a, norm, b } => {
-                let latent = backend.rms_norm(&a.apply(backend, x), norm, self.shape.latent_eps);
+                let mut latent = a.apply(backend, x);
+                if let Some(norm) = norm {
+                    latent = backend.rms_norm(&latent, norm, self.shape.latent_eps);
+                }
                 b.apply(backend, &latent)
             }
         };
+        if let Some(norm) = &self.norm {
+            let width = self.shape.norm_width;
+            norm.queries(backend, &mut q, width, self.heads * self.shape.qk_rope_head_dim / width)?;
+        }
         backend.rope(&mut q, rotation, positions, self.rotated_query(), self.heads);
-        q
+        Ok(q)
     }
 
     fn rotated_query(&self) -> HeadColumns {
@@ -345,16 +504,26 @@ impl<T: Send + Sync> Mla<T> {
     }
 
     /// What is cached per token: `[T, r + d_R]`, normed latent and rotated key.
-    fn latent<B: Backend<Tensor = T>>(&self, backend: &B, x: &T, rotation: &Rotation, positions: &[usize]) -> T {
+    fn latent<B: Backend<Tensor = T>>(
+        &self,
+        backend: &B,
+        x: &T,
+        rotation: &Rotation,
+        positions: &[usize],
+    ) -> Result<T, RuntimeError> {
         let (rank, rope) = (self.shape.kv_lora_rank, self.shape.qk_rope_head_dim);
         let mut both = self.kv_a.apply(backend, x);
         let rotated = HeadColumns { start: rank, stride: 0, width: rope };
+        if let Some(norm) = &self.norm {
+            norm.keys(backend, &mut both, rank, self.shape.norm_width, rope / self.shape.norm_width)?;
+        }
         backend.rope(&mut both, rotation, positions, rotated, 1);
+        let Some(gain) = &self.kv_a_norm else { return Ok(both) };
         let latent = backend.gather_heads(&[HeadPart { from: &both, columns: HeadColumns::dense(rank) }], 1);
-        let normed = backend.rms_norm(&latent, &self.kv_a_norm, self.shape.latent_eps);
+        let normed = backend.rms_norm(&latent, gain, self.shape.latent_eps);
         let parts =
             [HeadPart { from: &normed, columns: HeadColumns::dense(rank) }, HeadPart { from: &both, columns: rotated }];
-        backend.gather_heads(&parts, 1)
+        Ok(backend.gather_heads(&parts, 1))
     }
 
     /// Keys and values of every head from cached rows.
@@ -374,13 +543,20 @@ impl<T: Send + Sync> Mla<T> {
             keys: HeadColumns::dense(self.qk()),
             values: HeadColumns { start: nope, stride: nope + value, width: value },
             scale: s.score_scale,
-            sliding_window: None,
+            sliding_window: self.window,
         };
         Expanded { q, k, v, shape }
     }
 
     /// Absorbed attention: `q [T, H (d_N + d_R)]` over `cached [S, r + d_R]` to `[T, H d_V]`.
-    fn attend_latent<B: Backend<Tensor = T>>(&self, backend: &B, q: &T, cached: &T, spans: &[Span]) -> T {
+    fn attend_latent<B: Backend<Tensor = T>>(
+        &self,
+        backend: &B,
+        cap: Option<f64>,
+        q: &T,
+        cached: &T,
+        spans: &[Span],
+    ) -> Result<T, RuntimeError> {
         let s = &self.shape;
         let (rank, nope, rope, value) = (s.kv_lora_rank, s.qk_nope_head_dim, s.qk_rope_head_dim, s.v_head_dim);
         let plain = HeadColumns { start: 0, stride: self.qk(), width: nope };
@@ -398,10 +574,10 @@ impl<T: Send + Sync> Mla<T> {
             keys: HeadColumns { start: 0, stride: 0, width: rank + rope },
             values: HeadColumns { start: 0, stride: 0, width: rank },
             scale: s.score_scale,
-            sliding_window: None,
+            sliding_window: self.window,
         };
-        let mixed = backend.attention(&q, cached, cached, &shape, spans);
+        let mixed = core(backend, cap, (&q, cached, cached), &shape, spans)?;
         let value_rows = HeadColumns { start: nope, stride: nope + value, width: value };
-        backend.head_linear(&mixed, &self.kv_b.weight, value_rows, self.heads, false)
+        Ok(backend.head_linear(&mixed, &self.kv_b.weight, value_rows, self.heads, false))
     }
 }

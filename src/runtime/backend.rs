@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2};
 
-use super::{Rotation, RuntimeError};
+use super::{Cpu, Rotation, RuntimeError};
+use crate::arch::Activation;
 
 /// Columns of a matrix that belong to heads: head `h` owns columns `start + h stride .. start + h stride + width`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +100,12 @@ pub trait Backend: Sync {
         self.upload(host.to_owned())
     }
 
+    /// Move the weight of a linear layer to the device, which may keep it in a narrower dtype that holds every value.
+    /// Only [`Backend::linear`] and [`Backend::head_linear`] read it.
+    fn upload_weight(&self, host: Array2<f32>) -> Self::Tensor {
+        self.upload(host)
+    }
+
     /// Move a matrix back to the host.
     ///
     /// # Errors
@@ -111,8 +118,8 @@ pub trait Backend: Sync {
     /// A matrix of zeros.
     fn zeros(&self, rows: usize, columns: usize) -> Self::Tensor;
 
-    /// Overwrite rows `first..` of `into` by `rows`.
-    fn write_rows(&self, into: &mut Self::Tensor, first: usize, rows: &Self::Tensor);
+    /// Overwrite row `to[i]` of `into` by row `i` of `rows`.
+    fn write_rows(&self, into: &mut Self::Tensor, to: &[usize], rows: &Self::Tensor);
 
     /// Rows of a matrix.
     fn rows(&self, x: &Self::Tensor, rows: Range<usize>) -> Self::Tensor;
@@ -158,4 +165,98 @@ pub trait Backend: Sync {
 
     /// `x += y`.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor);
+
+    // What only some families need. A device that does not offer these computes them on the host.
+
+    /// A copy of a matrix on the host.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
+    fn copy_to_host(&self, x: &Self::Tensor) -> Result<Array2<f32>, RuntimeError> {
+        self.download(self.rows(x, 0..self.shape(x).0))
+    }
+
+    /// `act(gate) * up`, element by element.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
+    fn gated(
+        &self,
+        gate: Self::Tensor,
+        up: &Self::Tensor,
+        activation: Activation,
+    ) -> Result<Self::Tensor, RuntimeError> {
+        if activation == Activation::Silu {
+            return Ok(self.silu_mul(gate, up));
+        }
+        Ok(self.upload(Cpu.gated(self.download(gate)?, &self.copy_to_host(up)?, activation)?))
+    }
+
+    /// RMSNorm of the given columns of each head by itself, in place; `gain [1, width]` serves all heads.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
+    fn rms_norm_heads(
+        &self,
+        x: &mut Self::Tensor,
+        gain: &Self::Tensor,
+        eps: f64,
+        columns: HeadColumns,
+        heads: usize,
+    ) -> Result<(), RuntimeError> {
+        let mut host = self.copy_to_host(x)?;
+        Cpu.rms_norm_heads(&mut host, &self.copy_to_host(gain)?, eps, columns, heads)?;
+        *x = self.upload(host);
+        Ok(())
+    }
+
+    /// [`Backend::attention`] with capped scores, `cap tanh(scale <q, k> / cap)`.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
+    fn capped_attention(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        shape: &AttentionShape,
+        cap: f64,
+        spans: &[Span],
+    ) -> Result<Self::Tensor, RuntimeError> {
+        let (q, k, v) = (self.copy_to_host(q)?, self.copy_to_host(k)?, self.copy_to_host(v)?);
+        Ok(self.upload(Cpu.capped_attention(&q, &k, &v, shape, cap, spans)?))
+    }
+
+    /// `cap tanh(x / cap)`, element by element.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
+    fn softcap(&self, x: Self::Tensor, cap: f64) -> Result<Self::Tensor, RuntimeError> {
+        Ok(self.upload(Cpu.softcap(self.download(x)?, cap)?))
+    }
+
+    /// The given rows of `x`, in that order.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
+    fn gather_rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor, RuntimeError> {
+        Ok(self.upload(self.copy_to_host(x)?.select(ndarray::Axis(0), rows)))
+    }
+
+    /// `into[rows[i]] += weights[i] * y[i]`; a row may occur once.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
+    fn scatter_add_rows(
+        &self,
+        into: &mut Self::Tensor,
+        rows: &[usize],
+        weights: &[f32],
+        y: &Self::Tensor,
+    ) -> Result<(), RuntimeError> {
+        let mut host = self.copy_to_host(into)?;
+        Cpu.scatter_add_rows(&mut host, rows, weights, &self.copy_to_host(y)?)?;
+        *into = self.upload(host);
+        Ok(())
+    }
 }

@@ -17,8 +17,8 @@ pub enum RuntimeError {
         /// Shape given.
         found: Vec<usize>,
     },
-    /// Weights of one attention variant were given for an architecture of the other.
-    #[error("layer weights are {found} attention, the architecture is {expected}")]
+    /// Weights of one variant of a layer were given for an architecture of the other.
+    #[error("layer weights are `{found}`, the architecture is `{expected}`")]
     Variant {
         /// Variant of the architecture.
         expected: &'static str,
@@ -59,6 +59,14 @@ pub enum RuntimeError {
         /// `max_position_embeddings`, or the session's capacity.
         max: usize,
     },
+    /// Tokens for another number of sequences than the session has.
+    #[error("tokens for {found} sequences, the session has {expected}")]
+    Sequences {
+        /// Sequences of the session.
+        expected: usize,
+        /// Sequences given.
+        found: usize,
+    },
     /// No token to work on.
     #[error("there is no token to run the model on")]
     NoTokens,
@@ -68,8 +76,29 @@ pub enum RuntimeError {
         /// Where it appeared first: `layer 3`, `the embedding`, `the output head`.
         place: String,
     },
+    /// There is no such device.
+    #[error(
+        "there is no device `{wanted}`; this machine has:\n  {}\n\nhint: `--device gpu` takes any GPU, NVIDIA's included, `--device cpu` works everywhere",
+        found.join("\n  ")
+    )]
+    NoDevice {
+        /// What was asked for.
+        wanted: String,
+        /// What there is, and why the rest cannot be used.
+        found: Vec<String>,
+    },
+    /// A device has too little memory.
+    #[error(
+        "device `{device}` is out of memory: {message}\n\nhint: use `--device cpu`, or shorter and fewer windows, contexts and batches; `eval`, `verify` and `convert` hold one layer at a time, `generate` and `bench` the whole model"
+    )]
+    DeviceMemory {
+        /// Device name.
+        device: String,
+        /// What the driver said.
+        message: String,
+    },
     /// A device failed.
-    #[error("device `{device}`: {message}")]
+    #[error("device `{device}` failed: {message}\n\nhint: `--device cpu` works everywhere")]
     Device {
         /// Device name.
         device: String,

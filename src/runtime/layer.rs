@@ -2,7 +2,8 @@
 
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
-use super::attention::{AttentionBlock, Cache, LatentPath, Projection, Step, vector};
+use super::attention::{AttentionBlock, Cache, LatentPath, Step, vector};
+use super::feed_forward::FeedForward;
 use super::tensors::LayerTensors;
 use super::{Backend, HeadColumns, HeadPart, Qkv, Rotation, RuntimeError, Span};
 use crate::arch::{Architecture, Rope};
@@ -15,7 +16,7 @@ const CHUNK: usize = 4096;
 pub struct MlpTrace {
     /// Normed input, `[T, D]`.
     pub input: Array2<f32>,
-    /// `silu(gate) * up`, `[T, I]`: the input of `down`.
+    /// `act(gate) * up`, `[T, I]`: the input of `down`. `[T, 0]` in a layer of experts.
     pub activated: Array2<f32>,
     /// Output, `[T, D]`, to be added to the hidden state.
     pub output: Array2<f32>,
@@ -29,12 +30,12 @@ pub struct Layer<'b, B: Backend> {
     hidden: usize,
     norm_eps: f64,
     rope: Rope,
-    input_norm: B::Tensor,
+    input_norm: Option<B::Tensor>,
     attention: AttentionBlock<B::Tensor>,
-    post_norm: B::Tensor,
-    gate: Projection<B::Tensor>,
-    up: Projection<B::Tensor>,
-    down: Projection<B::Tensor>,
+    attention_out_norm: Option<B::Tensor>,
+    post_norm: Option<B::Tensor>,
+    mlp: FeedForward<B::Tensor>,
+    mlp_out_norm: Option<B::Tensor>,
 }
 
 impl<B: Backend> std::fmt::Debug for Layer<'_, B> {
@@ -49,38 +50,60 @@ impl<'b, B: Backend> Layer<'b, B> {
     /// # Errors
     /// [`RuntimeError::Shape`] or [`RuntimeError::Variant`] when weights and architecture disagree.
     pub fn new(backend: &'b B, arch: &Architecture, tensors: LayerTensors) -> Result<Self, RuntimeError> {
-        let (d, i) = (arch.hidden, arch.intermediate);
+        let d = arch.hidden;
+        let norm = |role: &'static str, gain: Option<Vec<f32>>| match gain {
+            None => Ok(None),
+            Some(gain) => vector(backend, role, gain, d).map(Some),
+        };
+        let some = |gain: Vec<f32>| (!gain.is_empty()).then_some(gain);
+        let attention = AttentionBlock::new(backend, arch, tensors.attention, &tensors.extras)?;
         Ok(Self {
             backend,
             hidden: d,
             norm_eps: arch.norm_eps,
             rope: arch.rope.clone(),
-            input_norm: vector(backend, "input_norm", tensors.input_norm, d)?,
-            attention: AttentionBlock::new(backend, arch, tensors.attention)?,
-            post_norm: vector(backend, "post_norm", tensors.post_norm, d)?,
-            gate: Projection::new(backend, "gate", tensors.mlp.gate, i, d)?,
-            up: Projection::new(backend, "up", tensors.mlp.up, i, d)?,
-            down: Projection::new(backend, "down", tensors.mlp.down, d, i)?,
+            input_norm: norm("input_norm", some(tensors.input_norm))?,
+            attention,
+            attention_out_norm: norm("attention_out_norm", tensors.extras.attention_out_norm)?,
+            post_norm: norm("post_norm", some(tensors.post_norm))?,
+            mlp: FeedForward::new(backend, arch, tensors.mlp)?,
+            mlp_out_norm: norm("mlp_out_norm", tensors.extras.mlp_out_norm)?,
         })
     }
 
-    /// The attention's input: RMSNorm of `hidden [T, D]`.
+    /// The attention's input: RMSNorm of `hidden [T, D]`, or itself where the family norms only what comes out.
     ///
     /// # Errors
     /// [`RuntimeError::Width`]; [`RuntimeError::Device`] as in every method here.
     pub fn attention_input(&self, hidden: ArrayView2<'_, f32>) -> Result<Array2<f32>, RuntimeError> {
         self.check(hidden, self.hidden, None)?;
-        self.by_rows(hidden, |x| self.backend.rms_norm(&x, &self.input_norm, self.norm_eps))
+        if self.input_norm.is_none() {
+            return Ok(hidden.to_owned());
+        }
+        self.by_rows(hidden, |x| Ok(self.normed(&x, &self.input_norm)))
     }
 
     /// Attention of `x [T, D]` ([`Layer::attention_input`]) with the output projection: `[T, D]`, to be added to the
-    /// hidden state.
+    /// hidden state by [`Layer::add_attention`].
     ///
     /// # Errors
     /// [`RuntimeError::Width`], [`RuntimeError::Windows`].
     pub fn attention_output(&self, x: ArrayView2<'_, f32>, windows: &[usize]) -> Result<Array2<f32>, RuntimeError> {
         self.check(x, self.hidden, Some(windows))?;
-        self.by_windows(x, windows, |x, windows| self.attention.output(self.backend, &self.heads(&x, windows)))
+        self.by_windows(x, windows, |x, windows| Ok(self.attention.output(self.backend, &self.heads(&x, windows)?)))
+    }
+
+    /// Add an attention output to the hidden state, through the norm that some families put between.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`].
+    pub fn add_attention(&self, hidden: &mut Array2<f32>, output: ArrayView2<'_, f32>) -> Result<(), RuntimeError> {
+        self.check(output, self.hidden, None)?;
+        match &self.attention_out_norm {
+            None => *hidden += &output,
+            Some(_) => *hidden += &self.by_rows(output, |x| Ok(self.normed(&x, &self.attention_out_norm)))?,
+        }
+        Ok(())
     }
 
     /// Head outputs before the output projection, `[T, H d_V]`.
@@ -98,7 +121,7 @@ impl<'b, B: Backend> Layer<'b, B> {
     /// [`RuntimeError::Width`].
     pub fn output_projection(&self, heads: ArrayView2<'_, f32>) -> Result<Array2<f32>, RuntimeError> {
         self.check(heads, self.attention.heads_width(), None)?;
-        self.by_rows(heads, |x| self.attention.output(self.backend, &x))
+        self.by_rows(heads, |x| Ok(self.attention.output(self.backend, &x)))
     }
 
     /// Queries, keys and values after RoPE, for statistics. Not chunked: holds all `T` rows.
@@ -109,7 +132,7 @@ impl<'b, B: Backend> Layer<'b, B> {
         self.check(x, self.hidden, Some(windows))?;
         let b = self.backend;
         let (rotation, positions) = self.rotation(windows);
-        let all = self.attention.expand(b, &b.upload_view(x), &rotation, &positions);
+        let all = self.attention.expand(b, &b.upload_view(x), &rotation, &positions)?;
         let shape = all.shape;
         let dense = shape.values == HeadColumns::dense(shape.values.width);
         let v = match dense {
@@ -126,6 +149,7 @@ impl<'b, B: Backend> Layer<'b, B> {
             v_dim: shape.values.width,
             scale: shape.scale,
             sliding_window: shape.sliding_window,
+            score_softcap: self.attention.cap(),
         })
     }
 
@@ -145,10 +169,17 @@ impl<'b, B: Backend> Layer<'b, B> {
     pub fn mlp_trace(&self, hidden: ArrayView2<'_, f32>) -> Result<MlpTrace, RuntimeError> {
         self.check(hidden, self.hidden, None)?;
         let b = self.backend;
-        let input = b.rms_norm(&b.upload_view(hidden), &self.post_norm, self.norm_eps);
-        let activated = self.activated(&input);
-        let output = b.download(self.down.apply(b, &activated))?;
-        Ok(MlpTrace { input: b.download(input)?, activated: b.download(activated)?, output })
+        let input = self.normed(&b.upload_view(hidden), &self.post_norm);
+        let (activated, output) = match &self.mlp {
+            FeedForward::Dense(mlp) => {
+                let activated = mlp.activated(b, &input)?;
+                let output = mlp.down.apply(b, &activated);
+                (b.download(activated)?, output)
+            }
+            FeedForward::Experts(_) => (Array2::zeros((hidden.nrows(), 0)), self.mlp.apply(b, &input)?),
+        };
+        let output = b.download(self.normed(&output, &self.mlp_out_norm))?;
+        Ok(MlpTrace { input: b.download(input)?, activated, output })
     }
 
     /// The whole layer in place: `hidden [T, D]`.
@@ -159,16 +190,18 @@ impl<'b, B: Backend> Layer<'b, B> {
         self.check(hidden.view(), self.hidden, Some(windows))?;
         let b = self.backend;
         let mut first = 0;
-        for windows in groups(windows) {
+        for windows in groups(windows, &self.rope) {
             let rows = windows.iter().sum::<usize>();
             let mut part = hidden.slice_mut(s![first..first + rows, ..]);
             let mut x = b.upload_view(part.view());
-            let normed = b.rms_norm(&x, &self.input_norm, self.norm_eps);
-            let heads = self.heads(&normed, windows);
-            b.add(&mut x, &self.attention.output(b, &heads));
+            let heads = match &self.input_norm {
+                Some(_) => self.heads(&self.normed(&x, &self.input_norm), windows)?,
+                None => self.heads(&x, windows)?,
+            };
+            self.add_output(&mut x, self.attention.output(b, &heads));
             // Groups of windows may exceed CHUNK when a single window does.
             if rows <= CHUNK {
-                let out = self.mlp(&x);
+                let out = self.mlp(&x)?;
                 b.add(&mut x, &out);
                 part.assign(&b.download(x)?);
             } else {
@@ -189,8 +222,10 @@ impl<'b, B: Backend> Layer<'b, B> {
         self.check(hidden.view(), self.hidden, None)?;
         let mut cache = self.cache(hidden.nrows());
         for t in 0..hidden.nrows() {
-            let rotation = Rotation::new(&self.rope, t..t + 1);
-            let step = Step { start: t, rotation: &rotation, positions: &[t], path: LatentPath::Absorbed };
+            let rotation = Rotation::for_length(&self.rope, t..t + 1, hidden.nrows());
+            let spans = [Span { queries: 0..1, keys: 0..t + 1 }];
+            let step =
+                Step { rotation: &rotation, positions: &[t], slots: &[t], spans: &spans, path: LatentPath::Absorbed };
             let mut x = self.backend.upload_view(hidden.slice(s![t..t + 1, ..]));
             self.decode(&mut x, &mut cache, &step)?;
             hidden.slice_mut(s![t..t + 1, ..]).assign(&self.backend.download(x)?);
@@ -216,29 +251,46 @@ impl<'b, B: Backend> Layer<'b, B> {
         step: &Step<'_>,
     ) -> Result<(), RuntimeError> {
         let b = self.backend;
-        let normed = b.rms_norm(x, &self.input_norm, self.norm_eps);
-        let heads = self.attention.decode(b, &normed, cache, step)?;
-        b.add(x, &self.attention.output(b, &heads));
-        let out = self.mlp(x);
+        let heads = match &self.input_norm {
+            Some(_) => self.attention.decode(b, &self.normed(x, &self.input_norm), cache, step)?,
+            None => self.attention.decode(b, x, cache, step)?,
+        };
+        self.add_output(x, self.attention.output(b, &heads));
+        let out = self.mlp(x)?;
         b.add(x, &out);
         Ok(())
     }
 
-    fn heads(&self, x: &B::Tensor, windows: &[usize]) -> B::Tensor {
+    fn heads(&self, x: &B::Tensor, windows: &[usize]) -> Result<B::Tensor, RuntimeError> {
         let (rotation, positions) = self.rotation(windows);
-        let all = self.attention.expand(self.backend, x, &rotation, &positions);
-        self.backend.attention(&all.q, &all.k, &all.v, &all.shape, &Span::of_windows(windows))
+        let all = self.attention.expand(self.backend, x, &rotation, &positions)?;
+        self.attention.attend(self.backend, &all, &Span::of_windows(windows))
     }
 
-    fn activated(&self, normed: &B::Tensor) -> B::Tensor {
-        let b = self.backend;
-        b.silu_mul(self.gate.apply(b, normed), &self.up.apply(b, normed))
+    fn add_output(&self, x: &mut B::Tensor, output: B::Tensor) {
+        match &self.attention_out_norm {
+            None => self.backend.add(x, &output),
+            Some(_) => self.backend.add(x, &self.normed(&output, &self.attention_out_norm)),
+        }
     }
 
-    fn mlp(&self, x: &B::Tensor) -> B::Tensor {
-        let b = self.backend;
-        let normed = b.rms_norm(x, &self.post_norm, self.norm_eps);
-        self.down.apply(b, &self.activated(&normed))
+    /// RMSNorm where there is a gain; a copy where there is none.
+    fn normed(&self, x: &B::Tensor, gain: &Option<B::Tensor>) -> B::Tensor {
+        match gain {
+            Some(gain) => self.backend.rms_norm(x, gain, self.norm_eps),
+            None => self.backend.rows(x, 0..self.backend.shape(x).0),
+        }
+    }
+
+    fn mlp(&self, x: &B::Tensor) -> Result<B::Tensor, RuntimeError> {
+        let out = match &self.post_norm {
+            Some(_) => self.mlp.apply(self.backend, &self.normed(x, &self.post_norm))?,
+            None => self.mlp.apply(self.backend, x)?,
+        };
+        Ok(match &self.mlp_out_norm {
+            Some(_) => self.normed(&out, &self.mlp_out_norm),
+            None => out,
+        })
     }
 
     fn rotation(&self, windows: &[usize]) -> (Rotation, Vec<usize>) {
@@ -258,8 +310,12 @@ impl<'b, B: Backend> Layer<'b, B> {
         Ok(())
     }
 
-    fn by_rows(&self, x: ArrayView2<'_, f32>, f: impl Fn(B::Tensor) -> B::Tensor) -> Result<Array2<f32>, RuntimeError> {
-        let chunk = |x| self.backend.download(f(self.backend.upload_view(x)));
+    fn by_rows(
+        &self,
+        x: ArrayView2<'_, f32>,
+        f: impl Fn(B::Tensor) -> Result<B::Tensor, RuntimeError>,
+    ) -> Result<Array2<f32>, RuntimeError> {
+        let chunk = |x| self.backend.download(f(self.backend.upload_view(x))?);
         join(x.axis_chunks_iter(Axis(0), CHUNK).map(chunk).collect::<Result<_, _>>()?)
     }
 
@@ -267,26 +323,27 @@ impl<'b, B: Backend> Layer<'b, B> {
         &self,
         x: ArrayView2<'_, f32>,
         windows: &[usize],
-        f: impl Fn(B::Tensor, &[usize]) -> B::Tensor,
+        f: impl Fn(B::Tensor, &[usize]) -> Result<B::Tensor, RuntimeError>,
     ) -> Result<Array2<f32>, RuntimeError> {
         let mut parts = Vec::new();
         let mut first = 0;
-        for group in groups(windows) {
+        for group in groups(windows, &self.rope) {
             let rows = group.iter().sum::<usize>();
             let x = self.backend.upload_view(x.slice(s![first..first + rows, ..]));
-            parts.push(self.backend.download(f(x, group))?);
+            parts.push(self.backend.download(f(x, group)?)?);
             first += rows;
         }
         join(parts)
     }
 }
 
-/// Runs of windows of at most [`CHUNK`] tokens together, one window at least.
-fn groups(windows: &[usize]) -> Vec<&[usize]> {
+/// Runs of windows of at most [`CHUNK`] tokens together, one window at least, that share their frequencies.
+fn groups<'w>(windows: &'w [usize], rope: &Rope) -> Vec<&'w [usize]> {
     let mut out = Vec::new();
     let (mut first, mut tokens) = (0, 0);
+    let long = |length: usize| rope.long.as_ref().is_some_and(|l| length > l.original);
     for (i, &length) in windows.iter().enumerate() {
-        if i > first && tokens + length > CHUNK {
+        if i > first && (tokens + length > CHUNK || long(length) != long(windows[first])) {
             out.push(&windows[first..i]);
             (first, tokens) = (i, 0);
         }

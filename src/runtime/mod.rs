@@ -10,21 +10,35 @@
 
 mod attention;
 mod backend;
+mod bench;
 mod cpu;
+mod device;
 mod error;
+mod feed_forward;
+mod generate;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 mod layer;
 mod model;
 mod rotation;
+mod sampling;
 mod session;
 mod statistics;
 mod tensors;
 
 pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, Span};
+pub use bench::{Case, Trial, median};
 pub use cpu::Cpu;
+pub use device::{Device, DeviceChoice, DeviceDescription, DeviceTensor, devices};
 pub use error::RuntimeError;
+pub use generate::{Generation, Stop, generate};
 pub use layer::{Layer, MlpTrace};
 pub use model::{Head, Model};
 pub use rotation::Rotation;
-pub use session::{Resident, Session};
+pub use sampling::Sampler;
+pub use session::{Resident, Session, SessionSize};
 pub use statistics::{ProbabilityTile, Qkv};
-pub use tensors::{AttentionTensors, GqaTensors, LayerTensors, Linear, MlaTensors, MlpTensors, QueryTensors};
+pub use tensors::{
+    AttentionTensors, ExpertTensors, FeedForwardTensors, GqaTensors, LayerExtras, LayerTensors, Linear, MlaTensors,
+    MlpTensors, QueryTensors,
+};

@@ -3,9 +3,9 @@
 use ndarray::{Array2, ArrayView2};
 
 use super::attention::{Projection, vector};
-use super::tensors::{LayerTensors, load_matrix};
+use super::tensors::{LayerTensors, add_offset, load_matrix};
 use super::{Backend, Layer, RuntimeError};
-use crate::arch::Architecture;
+use crate::arch::{Architecture, Part};
 use crate::observe::{Event, Observer};
 use crate::source::{ModelSource, TensorView};
 
@@ -62,6 +62,10 @@ impl<'a, B: Backend> Model<'a, B> {
             let stored = TensorView { shape: &view.shape[1..], bytes: &view.bytes[index * bytes..][..bytes], ..view };
             row.iter_mut().zip(stored.to_f32()).for_each(|(x, y)| *x = y);
         }
+        let factor = self.arch.multipliers.embedding as f32;
+        if factor != 1.0 {
+            out *= factor;
+        }
         Ok(out)
     }
 
@@ -80,14 +84,18 @@ impl<'a, B: Backend> Model<'a, B> {
     pub fn head(&self) -> Result<Head<'a, B>, RuntimeError> {
         let names = &self.arch.names;
         let name = if self.arch.tied_head { &names.embed } else { &names.head };
-        let weight = load_matrix(self.source, "head", name, self.arch.vocab, self.arch.hidden)?;
-        let norm = self.source.tensors.view(&names.final_norm)?.to_f32();
+        let weight = load_matrix(self.source, "head", &Part::whole(name.as_str()), self.arch.vocab, self.arch.hidden)?;
+        let mut norm = self.source.tensors.view(&names.final_norm)?.to_f32();
+        add_offset(self.arch, &mut norm);
+        // The head is linear in the normed state, so a factor on logits may as well be in the gain.
+        norm.iter_mut().for_each(|g| *g = (f64::from(*g) * self.arch.multipliers.logits) as f32);
         Ok(Head {
             backend: self.backend,
             hidden: self.arch.hidden,
             norm_eps: self.arch.norm_eps,
             norm: vector(self.backend, "final_norm", norm, self.arch.hidden)?,
             weight: Projection::new(self.backend, "head", weight.into(), self.arch.vocab, self.arch.hidden)?,
+            softcap: self.arch.logit_softcap,
         })
     }
 
@@ -142,6 +150,7 @@ pub struct Head<'b, B: Backend> {
     norm_eps: f64,
     norm: B::Tensor,
     weight: Projection<B::Tensor>,
+    softcap: Option<f64>,
 }
 
 impl<B: Backend> std::fmt::Debug for Head<'_, B> {
@@ -159,14 +168,18 @@ impl<B: Backend> Head<'_, B> {
         if rows.ncols() != self.hidden {
             return Err(RuntimeError::Width { expected: self.hidden, found: rows.ncols() });
         }
-        let logits = self.backend.download(self.on_device(&self.backend.upload_view(rows)))?;
+        let logits = self.backend.download(self.on_device(&self.backend.upload_view(rows))?)?;
         check_finite(logits.view(), || "the output head".into())?;
         Ok(logits)
     }
 
-    pub(super) fn on_device(&self, rows: &B::Tensor) -> B::Tensor {
+    pub(super) fn on_device(&self, rows: &B::Tensor) -> Result<B::Tensor, RuntimeError> {
         let normed = self.backend.rms_norm(rows, &self.norm, self.norm_eps);
-        self.weight.apply(self.backend, &normed)
+        let logits = self.weight.apply(self.backend, &normed);
+        match self.softcap {
+            None => Ok(logits),
+            Some(cap) => self.backend.softcap(logits, cap),
+        }
     }
 }
 

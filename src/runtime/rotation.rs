@@ -1,15 +1,20 @@
 //! Cosines and sines of a range of positions.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
 use crate::arch::{Rope, RopeLayout};
 
+/// Number of the next table; 0 is the empty one.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
 /// Rotary embedding tabulated for a range of positions.
 #[derive(Debug, Clone)]
 pub struct Rotation {
+    id: u64,
     first: usize,
     pairs: usize,
     layout: RopeLayout,
@@ -18,22 +23,39 @@ pub struct Rotation {
 }
 
 impl Rotation {
-    /// Tabulate `rope` at `positions`.
+    /// Tabulate `rope` at `positions`, with the frequencies of a sequence that ends there.
     ///
     /// The angle is the f32 product of position and frequency, as every stock runtime computes it: at position 8000 its
     /// rounding turns the fastest pair by up to 2^-12 radians, so a more accurate angle would be a different model.
     pub fn new(rope: &Rope, positions: Range<usize>) -> Self {
+        let length = positions.end;
+        Self::for_length(rope, positions, length)
+    }
+
+    /// As [`Rotation::new`], with the frequencies of a sequence of `length` tokens.
+    pub fn for_length(rope: &Rope, positions: Range<usize>, length: usize) -> Self {
         let amplitude = rope.amplitude as f32;
         let (first, pairs) = (positions.start, rope.inv_freq.len());
         let mut table = Vec::with_capacity(positions.len() * pairs);
+        let frequencies = rope.at_length(length);
         for position in positions {
-            for &frequency in &rope.inv_freq {
+            for &frequency in frequencies {
                 let angle = position as f32 * frequency as f32;
                 let (sin, cos) = f64::from(angle).sin_cos();
                 table.push((cos as f32 * amplitude, sin as f32 * amplitude));
             }
         }
-        Self { first, pairs, layout: rope.layout, table }
+        Self { id: NEXT.fetch_add(1, Ordering::Relaxed), first, pairs, layout: rope.layout, table }
+    }
+
+    /// A table without positions.
+    pub(super) fn empty() -> Self {
+        Self { id: 0, first: 0, pairs: 0, layout: RopeLayout::Half, table: Vec::new() }
+    }
+
+    /// Tables of one process with equal numbers are equal: devices know by it what they have already.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// Which coordinates form a pair.

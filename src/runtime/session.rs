@@ -4,10 +4,12 @@ use ndarray::{Array2, s};
 
 use super::attention::{Cache, LatentPath, Step};
 use super::model::check_finite;
-use super::{Backend, Head, Layer, Model, Rotation, RuntimeError};
+use super::{Backend, Head, Layer, Model, Rotation, RuntimeError, Span};
 
-/// Up to this many new rows, MLA attends to the latent itself; above, expanding keys and values is cheaper.
+/// Up to this many new rows of a sequence, MLA attends to the latent itself; above, expanding keys and values is cheaper.
 const ABSORB_ROWS: usize = 8;
+/// New rows of all sequences that go through the layers at once: bounds the MLP's intermediate and what is expanded.
+const PIECE: usize = 2048;
 
 /// All layers of a model on a backend.
 #[derive(Debug)]
@@ -46,115 +48,239 @@ impl<'a, B: Backend> Resident<'a, B> {
     }
 }
 
-/// One sequence being decoded. The cache of an MLA layer holds `r + d_R` values per token, that of a GQA layer `2 g d`.
+/// What a [`Session`] has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionSize {
+    /// Sequences decoded side by side.
+    pub sequences: usize,
+    /// Tokens of each sequence.
+    pub capacity: usize,
+    /// Allow more positions than the model was made for.
+    pub beyond_context: bool,
+}
+
+/// Sequences being decoded side by side. The cache of an MLA layer holds `r + d_R` values per token, that of a GQA layer
+/// `2 g d`.
 pub struct Session<'r, 'a, B: Backend> {
     resident: &'r Resident<'a, B>,
+    /// Sequence `s` owns rows `s capacity ..`.
     caches: Vec<Cache<B::Tensor>>,
     capacity: usize,
-    length: usize,
+    /// Tokens of each sequence in the cache.
+    lengths: Vec<usize>,
 }
 
 impl<B: Backend> std::fmt::Debug for Session<'_, '_, B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Session").field("length", &self.length).field("capacity", &self.capacity).finish()
+        f.debug_struct("Session").field("lengths", &self.lengths).field("capacity", &self.capacity).finish()
+    }
+}
+
+/// New rows of a session on their way through the layers.
+struct Piece {
+    tokens: Vec<u32>,
+    positions: Vec<usize>,
+    slots: Vec<usize>,
+    spans: Vec<Span>,
+    rotation: Rotation,
+    path: LatentPath,
+    /// Sequences whose last token is among these, and its row.
+    ends: Vec<(usize, usize)>,
+}
+
+impl Piece {
+    fn step(&self) -> Step<'_> {
+        Step {
+            rotation: &self.rotation,
+            positions: &self.positions,
+            slots: &self.slots,
+            spans: &self.spans,
+            path: self.path,
+        }
     }
 }
 
 impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
-    /// Allocate caches for `capacity` tokens.
+    /// One sequence of up to `capacity` tokens. A model whose frequencies change with the length of a sequence takes those of
+    /// the capacity, since cached keys are rotated already.
     ///
     /// # Errors
     /// [`RuntimeError::ContextTooLong`] when the model has fewer positions.
     pub fn new(resident: &'r Resident<'a, B>, capacity: usize) -> Result<Self, RuntimeError> {
-        let max = resident.model.architecture().max_position;
-        if capacity > max {
-            return Err(RuntimeError::ContextTooLong { length: capacity, max });
-        }
-        let caches = resident.layers.iter().map(|layer| layer.cache(capacity)).collect();
-        Ok(Self { resident, caches, capacity, length: 0 })
+        Self::with(resident, SessionSize { sequences: 1, capacity, beyond_context: false })
     }
 
-    /// Tokens in the cache.
+    /// Allocate caches.
+    ///
+    /// # Errors
+    /// [`RuntimeError::ContextTooLong`] when the model has fewer positions, unless that is allowed;
+    /// [`RuntimeError::NoTokens`] for no sequence.
+    pub fn with(resident: &'r Resident<'a, B>, size: SessionSize) -> Result<Self, RuntimeError> {
+        let max = resident.model.architecture().max_position;
+        if size.capacity > max && !size.beyond_context {
+            return Err(RuntimeError::ContextTooLong { length: size.capacity, max });
+        }
+        if size.sequences == 0 {
+            return Err(RuntimeError::NoTokens);
+        }
+        let rows = size.sequences.checked_mul(size.capacity).ok_or(RuntimeError::NoTokens)?;
+        let caches = resident.layers.iter().map(|layer| layer.cache(rows)).collect();
+        Ok(Self { resident, caches, capacity: size.capacity, lengths: vec![0; size.sequences] })
+    }
+
+    /// Tokens in the cache, of the longest sequence.
     pub fn len(&self) -> usize {
-        self.length
+        self.lengths.iter().copied().max().unwrap_or(0)
     }
 
     /// Whether nothing was fed yet.
     pub fn is_empty(&self) -> bool {
-        self.length == 0
+        self.len() == 0
     }
 
-    /// Bytes of the allocated caches of all layers.
+    /// Bytes of the allocated caches of all layers and sequences.
     pub fn cache_bytes(&self) -> usize {
         self.caches.iter().map(|cache| cache.bytes(self.resident.model.backend())).sum()
     }
 
     /// Forget everything from position `length` on.
     pub fn truncate(&mut self, length: usize) {
-        self.length = self.length.min(length);
+        for own in &mut self.lengths {
+            *own = length.min(*own);
+        }
     }
 
-    /// Feed tokens; the logits `[V]` that follow the last of them.
+    /// Feed tokens to the only sequence; the logits `[V]` that follow the last of them.
     ///
     /// # Errors
-    /// [`RuntimeError::NoTokens`], [`RuntimeError::ContextTooLong`] when the capacity is used up,
-    /// [`RuntimeError::Token`], [`RuntimeError::NotFinite`].
+    /// As [`Session::feed`].
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<Vec<f32>, RuntimeError> {
-        let path = if tokens.len() <= ABSORB_ROWS { LatentPath::Absorbed } else { LatentPath::Expanded };
-        self.advance(tokens, path)
+        Ok(self.feed(&[tokens])?.into_raw_vec_and_offset().0)
     }
 
-    /// Feed one token; the logits `[V]` that follow it.
+    /// Feed one token to the only sequence; the logits `[V]` that follow it.
     ///
     /// # Errors
-    /// As [`Session::prefill`].
+    /// As [`Session::feed`].
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>, RuntimeError> {
-        self.advance(&[token], LatentPath::Absorbed)
+        self.prefill(&[token])
     }
 
-    pub(super) fn advance(&mut self, tokens: &[u32], path: LatentPath) -> Result<Vec<f32>, RuntimeError> {
-        let Resident { model, layers, head } = self.resident;
-        let (start, end) = (self.length, self.length + tokens.len());
-        if tokens.is_empty() {
-            return Err(RuntimeError::NoTokens);
+    /// Feed tokens to every sequence, some hundreds or one; the logits `[sequences, V]` that follow the last of each.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Sequences`] for another number of sequences, [`RuntimeError::NoTokens`] for an empty one,
+    /// [`RuntimeError::ContextTooLong`] when the capacity is used up, [`RuntimeError::Token`],
+    /// [`RuntimeError::NotFinite`].
+    pub fn feed(&mut self, tokens: &[&[u32]]) -> Result<Array2<f32>, RuntimeError> {
+        if tokens.len() != self.lengths.len() {
+            return Err(RuntimeError::Sequences { expected: self.lengths.len(), found: tokens.len() });
         }
-        if end > self.capacity {
-            return Err(RuntimeError::ContextTooLong { length: end, max: self.capacity });
-        }
-        let b = model.backend();
-        let positions: Vec<usize> = (start..end).collect();
-        let rotation = layers.first().map(|layer| Rotation::new(layer.rope(), start..end));
-        let mut hidden = b.upload(model.embed(tokens)?);
-        if let Some(rotation) = &rotation {
-            let step = Step { start, rotation, positions: &positions, path };
-            for (layer, cache) in layers.iter().zip(&mut self.caches) {
-                layer.decode(&mut hidden, cache, &step)?;
+        for (own, new) in self.lengths.iter().zip(tokens) {
+            if new.is_empty() {
+                return Err(RuntimeError::NoTokens);
+            }
+            if own + new.len() > self.capacity {
+                return Err(RuntimeError::ContextTooLong { length: own + new.len(), max: self.capacity });
             }
         }
-        let last = b.rows(&hidden, tokens.len() - 1..tokens.len());
-        let logits = b.download(head.on_device(&last))?;
-        if check_finite(logits.view(), String::new).is_err() {
-            return Err(self.first_bad_layer(tokens, path)?);
+        let mut logits = Array2::zeros((tokens.len(), self.resident.model.architecture().vocab));
+        let longest = tokens.iter().map(|new| new.len()).max().unwrap_or(0);
+        let rows = (PIECE / tokens.len()).max(1);
+        for first in (0..longest).step_by(rows) {
+            let piece = self.piece(tokens, first, rows);
+            let found = self.advance(&piece)?;
+            for (row, (sequence, _)) in found.rows().into_iter().zip(&piece.ends) {
+                logits.row_mut(*sequence).assign(&row);
+            }
         }
-        self.length = end;
-        Ok(logits.slice(s![0, ..]).to_vec())
+        Ok(logits)
+    }
+
+    /// Tokens `first..first + rows` of what is fed to each sequence, as far as there are.
+    fn piece(&self, tokens: &[&[u32]], first: usize, rows: usize) -> Piece {
+        let mut piece = Piece {
+            tokens: Vec::new(),
+            positions: Vec::new(),
+            slots: Vec::new(),
+            spans: Vec::new(),
+            rotation: Rotation::empty(),
+            path: LatentPath::Absorbed,
+            ends: Vec::new(),
+        };
+        for (sequence, (new, &length)) in tokens.iter().zip(&self.lengths).enumerate() {
+            let part = new.get(first..new.len().min(first + rows)).unwrap_or_default();
+            if part.is_empty() {
+                continue;
+            }
+            let (row, slot) = (piece.tokens.len(), sequence * self.capacity);
+            piece.tokens.extend_from_slice(part);
+            piece.positions.extend(length..length + part.len());
+            piece.slots.extend(slot + length..slot + length + part.len());
+            piece.spans.push(Span { queries: row..row + part.len(), keys: slot..slot + length + part.len() });
+            if part.len() > ABSORB_ROWS {
+                piece.path = LatentPath::Expanded;
+            }
+            if first + part.len() == new.len() {
+                piece.ends.push((sequence, row + part.len() - 1));
+            }
+        }
+        let start = piece.positions.iter().copied().min().unwrap_or(0);
+        let end = piece.positions.iter().copied().max().map_or(0, |last| last + 1);
+        if let Some(layer) = self.resident.layers.first() {
+            piece.rotation = Rotation::for_length(layer.rope(), start..end, self.capacity);
+        }
+        piece
+    }
+
+    /// Run one piece; the logits behind its ends, `[ends, V]`.
+    fn advance(&mut self, piece: &Piece) -> Result<Array2<f32>, RuntimeError> {
+        let Resident { model, layers, head } = self.resident;
+        let b = model.backend();
+        let mut hidden = b.upload(model.embed(&piece.tokens)?);
+        for (layer, cache) in layers.iter().zip(&mut self.caches) {
+            layer.decode(&mut hidden, cache, &piece.step())?;
+        }
+        let last: Vec<usize> = piece.ends.iter().map(|end| end.1).collect();
+        let logits = match last.is_empty() {
+            // Nothing is read, but a device may only fail when it is asked.
+            true => b.download(b.rows(&hidden, 0..1)).map(|row| row.slice(s![..0, ..]).to_owned()),
+            false => b.download(head.on_device(&pick(b, hidden, &last))?),
+        }?;
+        if check_finite(logits.view(), String::new).is_err() {
+            return Err(self.first_bad_layer(piece)?);
+        }
+        for span in &piece.spans {
+            self.lengths[span.keys.start / self.capacity] = span.keys.len();
+        }
+        Ok(logits)
     }
 
     /// Run the same tokens again, looking at every layer. The rows they write are those they wrote before.
-    fn first_bad_layer(&mut self, tokens: &[u32], path: LatentPath) -> Result<RuntimeError, RuntimeError> {
+    fn first_bad_layer(&mut self, piece: &Piece) -> Result<RuntimeError, RuntimeError> {
         let Resident { model, layers, .. } = self.resident;
         let b = model.backend();
-        let positions: Vec<usize> = (self.length..self.length + tokens.len()).collect();
-        let mut hidden = model.embed(tokens)?;
+        let mut hidden = model.embed(&piece.tokens)?;
         check_finite(hidden.view(), || "the embedding".into())?;
         for (index, (layer, cache)) in layers.iter().zip(&mut self.caches).enumerate() {
-            let rotation = Rotation::new(layer.rope(), self.length..self.length + tokens.len());
-            let step = Step { start: self.length, rotation: &rotation, positions: &positions, path };
             let mut x = b.upload(hidden);
-            layer.decode(&mut x, cache, &step)?;
+            layer.decode(&mut x, cache, &piece.step())?;
             hidden = b.download(x)?;
             check_finite(hidden.view(), || format!("layer {index}"))?;
         }
         Ok(RuntimeError::NotFinite { place: "the output head".into() })
     }
+}
+
+/// Some rows of a matrix under each other.
+fn pick<B: Backend>(backend: &B, x: B::Tensor, rows: &[usize]) -> B::Tensor {
+    let (all, columns) = backend.shape(&x);
+    if rows.len() == all {
+        return x;
+    }
+    let mut out = backend.zeros(rows.len(), columns);
+    for (to, &from) in rows.iter().enumerate() {
+        backend.write_rows(&mut out, &[to], &backend.rows(&x, from..from + 1));
+    }
+    out
 }

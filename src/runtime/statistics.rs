@@ -29,6 +29,8 @@ pub struct Qkv {
     pub scale: f64,
     /// Sliding window in tokens, where one limits attention.
     pub sliding_window: Option<usize>,
+    /// Cap of the scores, where there is one.
+    pub score_softcap: Option<f64>,
 }
 
 /// Attention probabilities of some query rows of one head in one window.
@@ -75,7 +77,7 @@ impl Qkv {
                 let q = self.q.slice(s![first + row0..first + keys, columns.of(head)]);
                 let k = self.k.slice(s![first..first + keys, columns.of(kv_head)]);
                 let mut tile = Array2::zeros((rows, keys));
-                probability_tile(&mut tile.view_mut(), q, k, self.scale, row0, self.sliding_window);
+                probability_tile(&mut tile.view_mut(), q, k, self.scale, row0, self.sliding_window, self.score_softcap);
                 let probabilities = tile.view();
                 fold(&mut state, ProbabilityTile { window, head, row0, window_start: first, probabilities });
                 row0 = keys;

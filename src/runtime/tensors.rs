@@ -3,7 +3,7 @@
 use ndarray::Array2;
 
 use super::RuntimeError;
-use crate::arch::{Architecture, Attention, LayerNames};
+use crate::arch::{Architecture, Attention, Part, QkNormScope, StoredPart};
 use crate::source::ModelSource;
 
 /// A linear layer `y = W x + b`.
@@ -54,7 +54,7 @@ pub struct MlaTensors {
     pub query: QueryTensors,
     /// `kv_a_proj_with_mqa [r + d_R, D]`, rows `[latent | rope key]`.
     pub kv_a: Linear,
-    /// Gain of `kv_a_layernorm`, `[r]`.
+    /// Gain of `kv_a_layernorm`, `[r]`; empty in a class that does not norm it.
     pub kv_a_norm: Vec<f32>,
     /// `kv_b_proj [H (d_N + d_V), r]`, per head `[key | value]`.
     pub kv_b: Linear,
@@ -70,7 +70,7 @@ pub enum AttentionTensors {
     Mla(MlaTensors),
 }
 
-/// Gated MLP `down(silu(gate x) * up x)`: `gate` and `up [I, D]`, `down [D, I]`.
+/// Gated MLP `down(act(gate x) * up x)`: `gate` and `up [I, D]`, `down [D, I]`.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub struct MlpTensors {
@@ -79,92 +79,243 @@ pub struct MlpTensors {
     pub down: Linear,
 }
 
+/// A mixture of experts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpertTensors {
+    /// `[E, D]`.
+    pub router: Linear,
+    /// Added to the scores for the choice, `[E]`.
+    pub choice_bias: Option<Vec<f32>>,
+    /// `[E]`.
+    pub experts: Vec<MlpTensors>,
+    /// The expert that sees every token.
+    pub shared: Option<MlpTensors>,
+    /// Sigmoid gate on its output, `[1, D]`.
+    pub shared_router: Option<Linear>,
+}
+
+/// What follows attention in a layer.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs)]
+pub enum FeedForwardTensors {
+    Dense(Box<MlpTensors>),
+    Experts(Box<ExpertTensors>),
+}
+
+impl From<MlpTensors> for FeedForwardTensors {
+    fn from(mlp: MlpTensors) -> Self {
+        Self::Dense(Box::new(mlp))
+    }
+}
+
+/// What only some families have in a layer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LayerExtras {
+    /// Sliding window of this layer in tokens.
+    pub window: Option<usize>,
+    /// Gain of the norm of queries, per head or over all ([`Architecture::qk_norm`]).
+    pub q_norm: Option<Vec<f32>>,
+    /// Gain of the norm of keys.
+    pub k_norm: Option<Vec<f32>>,
+    /// Gain of a norm of the attention's output, `[D]`.
+    pub attention_out_norm: Option<Vec<f32>>,
+    /// Gain of a norm of the MLP's output, `[D]`.
+    pub mlp_out_norm: Option<Vec<f32>>,
+}
+
 /// All weights of one decoder layer, f32. Rounding to a narrower dtype is the caller's business.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerTensors {
-    /// Gain of the norm before attention, `[D]`.
+    /// Gain of the norm before attention, `[D]`; empty where a family has none.
     pub input_norm: Vec<f32>,
     /// Attention.
     pub attention: AttentionTensors,
-    /// Gain of the norm before the MLP, `[D]`.
+    /// Gain of the norm before the MLP, `[D]`; empty where a family has none.
     pub post_norm: Vec<f32>,
-    /// MLP.
-    pub mlp: MlpTensors,
+    /// MLP or experts.
+    pub mlp: FeedForwardTensors,
+    /// What only some families have.
+    pub extras: LayerExtras,
 }
 
 impl LayerTensors {
-    /// Read layer `layer` of a checkpoint.
+    /// Read layer `layer` of a checkpoint. Factors on the residual stream are folded into what is added to it.
     ///
     /// # Errors
     /// [`RuntimeError::Source`] for a tensor that cannot be read, [`RuntimeError::Shape`] for one of another shape than
     /// the architecture implies.
     pub fn load(source: &ModelSource, arch: &Architecture, layer: usize) -> Result<Self, RuntimeError> {
-        let load = Loader { source, names: arch.names.layer(layer) };
-        let (d, i) = (arch.hidden, arch.intermediate);
+        let load = Loader { source, arch, layer };
+        let d = arch.hidden;
+        let mut extras = LayerExtras {
+            window: arch.windows.get(layer).copied().flatten(),
+            attention_out_norm: load.out_norm("attention_out_norm")?,
+            mlp_out_norm: load.out_norm("mlp_out_norm")?,
+            ..LayerExtras::default()
+        };
         let attention = match &arch.attention {
             Attention::Gqa(a) => {
                 let (q, kv) = (arch.heads * a.head_dim, a.kv_heads * a.head_dim);
+                if let Some(scope) = arch.qk_norm {
+                    let (wide, narrow) = match scope {
+                        QkNormScope::Head => (a.head_dim, a.head_dim),
+                        QkNormScope::All => (q, kv),
+                    };
+                    extras.q_norm = Some(load.norm("q_norm", wide)?);
+                    extras.k_norm = Some(load.norm("k_norm", narrow)?);
+                }
                 AttentionTensors::Gqa(GqaTensors {
                     q: load.linear("q", q, d, a.qkv_bias)?,
                     k: load.linear("k", kv, d, a.qkv_bias)?,
                     v: load.linear("v", kv, d, a.qkv_bias)?,
-                    o: load.linear("o", d, q, a.out_bias)?,
+                    o: load.added("o", q, a.out_bias)?,
                 })
             }
             Attention::Mla(a) => {
                 let q = arch.heads * (a.qk_nope_head_dim + a.qk_rope_head_dim);
                 let query = match a.q_lora_rank {
-                    None => QueryTensors::Direct(load.linear("q", q, d, false)?),
+                    None => QueryTensors::Direct(load.linear("q", q, d, a.query_bias)?),
                     Some(rank) => QueryTensors::LowRank {
                         a: load.linear("q_a", rank, d, a.bias)?,
-                        norm: load.vector("q_a_norm", &load.names.role("q_a_norm"), rank)?,
-                        b: load.linear("q_b", q, rank, false)?,
+                        norm: if a.latent_norm { load.norm("q_a_norm", rank)? } else { Vec::new() },
+                        b: load.linear("q_b", q, rank, a.query_bias)?,
                     },
                 };
+                if arch.qk_norm.is_some() {
+                    let (wide, narrow) = arch.mla_norm_widths(a);
+                    extras.q_norm = Some(load.norm("q_norm", wide)?);
+                    extras.k_norm = Some(load.norm("k_norm", narrow)?);
+                }
                 let r = a.kv_lora_rank;
                 AttentionTensors::Mla(MlaTensors {
                     query,
                     kv_a: load.linear("kv_a", r + a.qk_rope_head_dim, d, a.bias)?,
-                    kv_a_norm: load.vector("kv_a_norm", &load.names.role("kv_a_norm"), r)?,
+                    kv_a_norm: if a.latent_norm { load.norm("kv_a_norm", r)? } else { Vec::new() },
                     kv_b: load.linear("kv_b", arch.heads * (a.qk_nope_head_dim + a.v_head_dim), r, false)?,
-                    o: load.linear("o", d, arch.heads * a.v_head_dim, a.bias)?,
+                    o: load.added("o", arch.heads * a.v_head_dim, a.bias)?,
                 })
             }
         };
         Ok(Self {
-            input_norm: load.vector("input_norm", &load.names.role("input_norm"), d)?,
+            input_norm: load.optional_norm("input_norm")?,
             attention,
-            post_norm: load.vector("post_norm", &load.names.role("post_norm"), d)?,
-            mlp: MlpTensors {
-                gate: load.linear("gate", i, d, arch.mlp_bias)?,
-                up: load.linear("up", i, d, arch.mlp_bias)?,
-                down: load.linear("down", d, i, arch.mlp_bias)?,
-            },
+            post_norm: load.optional_norm("post_norm")?,
+            mlp: if arch.is_sparse(layer) { load.experts()? } else { load.dense()?.into() },
+            extras,
         })
     }
 }
 
 struct Loader<'a> {
     source: &'a ModelSource,
-    names: LayerNames<'a>,
+    arch: &'a Architecture,
+    layer: usize,
 }
 
 impl Loader<'_> {
     fn linear(&self, role: &'static str, out: usize, inner: usize, bias: bool) -> Result<Linear, RuntimeError> {
-        let weight = load_matrix(self.source, role, &self.names.weight(role), out, inner)?;
+        let weight = load_matrix(self.source, role, &self.arch.weight(self.layer, role), out, inner)?;
         let bias = match bias {
-            true => Some(self.vector(role, &self.names.bias(role), out)?),
+            true => Some(self.vector(role, &self.arch.bias(self.layer, role), out)?),
             false => None,
         };
         Ok(Linear { weight, bias })
     }
 
-    fn vector(&self, role: &'static str, name: &str, len: usize) -> Result<Vec<f32>, RuntimeError> {
-        let view = self.source.tensors.view(name)?;
-        if view.shape != [len] {
-            return Err(RuntimeError::Shape { role, expected: vec![len], found: view.shape.to_vec() });
+    /// A linear layer whose output is added to the residual stream.
+    fn added(&self, role: &'static str, inner: usize, bias: bool) -> Result<Linear, RuntimeError> {
+        let mut linear = self.linear(role, self.arch.hidden, inner, bias)?;
+        self.fold(&mut linear);
+        Ok(linear)
+    }
+
+    fn fold(&self, linear: &mut Linear) {
+        let factor = self.arch.multipliers.residual as f32;
+        if factor != 1.0 {
+            linear.weight *= factor;
+            linear.bias.iter_mut().flatten().for_each(|b| *b *= factor);
         }
-        Ok(view.to_f32())
+    }
+
+    fn dense(&self) -> Result<MlpTensors, RuntimeError> {
+        let (d, i, bias) = (self.arch.hidden, self.arch.intermediate, self.arch.mlp_bias);
+        Ok(MlpTensors {
+            gate: self.linear("gate", i, d, bias)?,
+            up: self.linear("up", i, d, bias)?,
+            down: self.added("down", i, bias)?,
+        })
+    }
+
+    fn experts(&self) -> Result<FeedForwardTensors, RuntimeError> {
+        let Some(moe) = &self.arch.moe else {
+            return Err(RuntimeError::Variant { expected: "dense", found: "experts" });
+        };
+        let (d, i) = (self.arch.hidden, moe.width);
+        let names = self.arch.names.layer(self.layer);
+        let one = |role: &'static str, expert: usize, out: usize, inner: usize| -> Result<Linear, RuntimeError> {
+            let part = Part::whole(format!("{}.weight", names.expert(role, expert)));
+            Ok(load_matrix(self.source, role, &part, out, inner)?.into())
+        };
+        let expert = |e: usize| -> Result<MlpTensors, RuntimeError> {
+            let mut down = one("expert_down", e, d, i)?;
+            self.fold(&mut down);
+            Ok(MlpTensors { gate: one("expert_gate", e, i, d)?, up: one("expert_up", e, i, d)?, down })
+        };
+        let shared = match moe.shared_width {
+            None => None,
+            Some(width) => Some(MlpTensors {
+                gate: self.linear("shared_gate", width, d, false)?,
+                up: self.linear("shared_up", width, d, false)?,
+                down: self.added("shared_down", width, false)?,
+            }),
+        };
+        Ok(FeedForwardTensors::Experts(Box::new(ExpertTensors {
+            router: self.linear("router", moe.experts, d, false)?,
+            choice_bias: match moe.choice_bias {
+                true => Some(self.vector("router_bias", &Part::whole(names.role("router_bias")), moe.experts)?),
+                false => None,
+            },
+            experts: (0..moe.experts).map(expert).collect::<Result<_, _>>()?,
+            shared_router: match (&shared, moe.shared_gated) {
+                (Some(_), true) => Some(self.linear("shared_router", 1, d, false)?),
+                _ => None,
+            },
+            shared,
+        })))
+    }
+
+    fn norm(&self, role: &'static str, len: usize) -> Result<Vec<f32>, RuntimeError> {
+        let name = self.arch.names.layer(self.layer).role(role);
+        let mut gain = self.vector(role, &Part::whole(name), len)?;
+        add_offset(self.arch, &mut gain);
+        Ok(gain)
+    }
+
+    /// Empty where the family has no such norm.
+    fn optional_norm(&self, role: &'static str) -> Result<Vec<f32>, RuntimeError> {
+        match self.arch.names.layer(self.layer).has(role) {
+            true => self.norm(role, self.arch.hidden),
+            false => Ok(Vec::new()),
+        }
+    }
+
+    fn out_norm(&self, role: &'static str) -> Result<Option<Vec<f32>>, RuntimeError> {
+        self.optional_norm(role).map(|gain| (!gain.is_empty()).then_some(gain))
+    }
+
+    fn vector(&self, role: &'static str, part: &Part, len: usize) -> Result<Vec<f32>, RuntimeError> {
+        let stored = StoredPart::find(&self.source.tensors, part)?;
+        if stored.shape() != [len] {
+            return Err(RuntimeError::Shape { role, expected: vec![len], found: stored.shape() });
+        }
+        Ok(stored.to_f32())
+    }
+}
+
+/// What a family adds to stored norm weights.
+pub(super) fn add_offset(arch: &Architecture, gain: &mut [f32]) {
+    if arch.norm_offset != 0.0 {
+        gain.iter_mut().for_each(|g| *g = (f64::from(*g) + arch.norm_offset) as f32);
     }
 }
 
@@ -172,14 +323,14 @@ impl Loader<'_> {
 pub(super) fn load_matrix(
     source: &ModelSource,
     role: &'static str,
-    name: &str,
+    part: &Part,
     out: usize,
     inner: usize,
 ) -> Result<Array2<f32>, RuntimeError> {
-    let view = source.tensors.view(name)?;
-    let shape = || RuntimeError::Shape { role, expected: vec![out, inner], found: view.shape.to_vec() };
-    if view.shape != [out, inner] {
+    let stored = StoredPart::find(&source.tensors, part)?;
+    let shape = || RuntimeError::Shape { role, expected: vec![out, inner], found: stored.shape() };
+    if stored.shape() != [out, inner] {
         return Err(shape());
     }
-    Array2::from_shape_vec((out, inner), view.to_f32()).map_err(|_| shape())
+    Array2::from_shape_vec((out, inner), stored.to_f32()).map_err(|_| shape())
 }

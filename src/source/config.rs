@@ -27,15 +27,27 @@ pub(super) fn read_config(dir: &Path) -> Result<Value, SourceError> {
     }
 }
 
-/// Refuses quantised weights, told by the config or, where the config is silent, by the names of the tensors.
+/// Whether the config declares FP8 in blocks of 128 x 128, as DeepSeek-V3 stores it, which is read like any other dtype.
+fn is_block_fp8(config: &Value) -> bool {
+    let Some(q) = config.get("quantization_config") else { return false };
+    let block = q.get("weight_block_size").and_then(Value::as_array);
+    let square = block.is_some_and(|b| b.len() == 2 && b.iter().all(|n| n.as_u64() == Some(128)));
+    q.get("quant_method").and_then(Value::as_str) == Some("fp8") && square
+}
+
+/// Refuses quantised weights, told by the config or, where the config is silent, by the names of the tensors. Block-scaled
+/// FP8 is read.
 pub(super) fn refuse_quantised(config: &Value, tensors: &TensorDirectory) -> Result<(), SourceError> {
     let text = config.get("text_config");
+    if is_block_fp8(config) || text.is_some_and(is_block_fp8) {
+        return Ok(());
+    }
     let found = [Some(config), text].into_iter().flatten().find_map(declared_method);
     let Some(method) = found.or_else(|| tensors.names().find_map(method_of_name)) else {
         return Ok(());
     };
     let hint = match method.as_str() {
-        "fp8" | "fbgemm_fp8" => "use the bf16 release, or cast the block-scaled weights to bf16 first",
+        "fp8" | "fbgemm_fp8" => "of FP8, only blocks of 128 x 128 (DeepSeek-V3's) are read: use the bf16 release",
         "mxfp4" => "use the bf16 release, or load it with transformers and `dequantize=True` and save it again",
         _ => "give the checkpoint it was quantised from; quantise after the conversion",
     };

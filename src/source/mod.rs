@@ -3,6 +3,7 @@
 //! Knows files and formats; knows nothing of attention. Nothing that is read here is trusted: every length, offset,
 //! name and path is checked before it is used, and no code shipped with a model is ever executed.
 
+mod chat;
 mod config;
 mod directory;
 mod dtype;
@@ -17,8 +18,10 @@ mod open;
 mod path;
 mod side;
 mod tensor;
+mod text_stream;
 mod tokenizer;
 
+pub use chat::{ChatTemplate, Message, end_tokens};
 pub use directory::{TensorDirectory, TensorInfo, WeightFingerprint};
 pub use dtype::Dtype;
 pub use error::SourceError;
@@ -28,6 +31,7 @@ pub use header::{Header, HeaderEntry, HeaderError, MAX_HEADER_BYTES, MAX_NAME_CH
 pub use open::{ModelSource, OpenOptions};
 pub use side::SideFile;
 pub use tensor::TensorView;
+pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;
 
 pub(crate) use hash::Sha256Stream;

@@ -54,9 +54,21 @@ impl TensorView<'_> {
             Dtype::Bf16 => decode(b, |x| f(f64::from(f32::from_bits(u32::from(u16::from_le_bytes(x)) << 16)))),
             Dtype::F16 => decode(b, |x| f(f16::from_le_bytes(x).to_f64())),
             Dtype::F64 => decode(b, |x| f(f64::from_le_bytes(x))),
+            Dtype::F8E4M3 => decode(b, |[x]: [u8; 1]| f(e4m3(x))),
             other => panic!("tensor `{}` has dtype {other}, which is not a float type", self.name),
         }
     }
+}
+
+/// The value of an e4m3 number (OCP FP8: bias 7, no infinity, NaN where all of exponent and mantissa are set).
+fn e4m3(bits: u8) -> f64 {
+    let (exponent, mantissa) = (i32::from(bits >> 3 & 0xf), f64::from(bits & 7));
+    let magnitude = match exponent {
+        _ if bits & 0x7f == 0x7f => f64::NAN,
+        0 => mantissa / 512.0,
+        _ => (1.0 + mantissa / 8.0) * 2.0_f64.powi(exponent - 7),
+    };
+    if bits & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
 /// Converts elements of `N` bytes, in parallel over blocks that fit a first-level cache.

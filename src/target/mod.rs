@@ -1,9 +1,19 @@
-//! From a target-neutral layer to the tensors and config of a stock class.
+//! From a target-neutral layer to the tensors and config of a class.
 
-mod deepseek_v3;
+mod config;
+mod emission;
+mod fit;
+pub mod fp8;
+pub mod pad;
 mod rope;
+mod spec;
 mod tensor;
 
-pub use deepseek_v3::{LATENT_EPS, TargetSpec};
+pub use emission::{Emission, Emit, Origin};
+pub use fit::{choose, obstacles};
 pub use rope::{RopeConfig, rope_config};
+pub use spec::{LATENT_EPS, TargetSpec};
 pub use tensor::{OutTensor, encode};
+
+/// File of the generic class that `--target hf-remote` writes beside the weights, and its text.
+pub const REMOTE_FILE: (&str, &str) = ("modeling_gqa2mla.py", include_str!("remote/modeling_gqa2mla.py"));

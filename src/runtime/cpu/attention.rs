@@ -3,16 +3,14 @@
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
-use super::elementwise::softmax;
-use super::gemm;
+use super::elementwise::{softcap, softmax};
+use super::{decode, gemm};
 use crate::runtime::{AttentionShape, Span};
 
 /// Scores per tile, at most, unless that leaves fewer than [`MIN_ROWS`] rows: 1 MiB, to stay in a core's cache.
 const TILE_SCORES: usize = 1 << 18;
 const MIN_ROWS: usize = 16;
 const MAX_ROWS: usize = 128;
-/// Heads per task when a span has one query row (decoding).
-const DECODE_HEADS: usize = 8;
 
 /// Query rows per tile for spans of up to `keys` keys.
 pub(in crate::runtime) fn tile_rows(keys: usize) -> usize {
@@ -21,7 +19,8 @@ pub(in crate::runtime) fn tile_rows(keys: usize) -> usize {
 
 /// The probabilities of a tile of query rows of one head: `q [rows, d]`, `k [keys, d]`, to `[rows, keys]`.
 ///
-/// Row `i` sees keys up to `last + i`, of which the `window` latest where there is one; the rest is zero.
+/// Row `i` sees keys up to `last + i`, of which the `window` latest where there is one; the rest is zero. Scores are capped
+/// where there is a `cap`.
 pub(in crate::runtime) fn probability_tile(
     out: &mut ArrayViewMut2<'_, f32>,
     q: ArrayView2<'_, f32>,
@@ -29,29 +28,31 @@ pub(in crate::runtime) fn probability_tile(
     scale: f64,
     last: usize,
     window: Option<usize>,
+    cap: Option<f64>,
 ) {
     gemm::serial(out.view_mut(), q, k.reversed_axes(), scale as f32);
     for (i, mut row) in out.rows_mut().into_iter().enumerate() {
         let Some(row) = row.as_slice_mut() else { continue };
         let end = last + i + 1;
         let start = window.map_or(0, |w| end.saturating_sub(w));
+        if let Some(cap) = cap {
+            softcap(&mut row[start..end], cap);
+        }
         softmax(&mut row[start..end]);
         row[..start].fill(0.0);
         row[end..].fill(0.0);
     }
 }
 
-/// One unit of work: some query rows of one query head, or one row of several.
+/// One unit of work: some query rows of one query head.
 struct Task<'a> {
-    /// `[rows, heads * d_V]` of the result.
+    /// `[rows, d_V]` of the result.
     out: ArrayViewMut2<'a, f32>,
     span: &'a Span,
     /// First query row within the span.
     row: usize,
-    /// First query head.
+    /// Query head.
     head: usize,
-    /// Query heads, 1 unless there is one row. All share a KV head.
-    heads: usize,
 }
 
 pub(super) fn attention(
@@ -59,8 +60,12 @@ pub(super) fn attention(
     k: ArrayView2<'_, f32>,
     v: ArrayView2<'_, f32>,
     shape: &AttentionShape,
+    cap: Option<f64>,
     spans: &[Span],
 ) -> Array2<f32> {
+    if !spans.is_empty() && spans.iter().all(|span| span.queries.len() == 1) {
+        return decode::attention(q, k, v, shape, cap, spans);
+    }
     let (d, width) = (shape.keys.width, shape.values.width);
     let mut out = Array2::zeros((q.nrows(), shape.heads * width));
     let mut tasks = Vec::new();
@@ -83,45 +88,16 @@ pub(super) fn attention(
         let first = task.span.queries.start + task.row;
         let k = k.slice(s![keys.clone(), shape.keys.of(kv_head)]);
         let v = v.slice(s![keys, shape.values.of(kv_head)]);
-        let q = q.slice(s![first..first + rows, task.head * d..(task.head + task.heads) * d]);
-        if task.heads == 1 {
-            let mut probabilities = Array2::zeros((rows, end - start));
-            probability_tile(&mut probabilities.view_mut(), q, k, shape.scale, last - start, shape.sliding_window);
-            gemm::serial(task.out, probabilities.view(), v, 1.0);
-            return;
-        }
-        // One row: the heads of a KV group become rows of one product, and all of them see every key.
-        let mut probabilities = Array2::zeros((task.heads, end - start));
-        let by_head = |x: usize| (task.heads, x);
-        if let (Ok(q), Ok(out)) = (q.into_shape_with_order(by_head(d)), task.out.into_shape_with_order(by_head(width)))
-        {
-            gemm::serial(probabilities.view_mut(), q, k.reversed_axes(), shape.scale as f32);
-            for mut row in probabilities.rows_mut() {
-                if let Some(row) = row.as_slice_mut() {
-                    softmax(row);
-                }
-            }
-            gemm::serial(out, probabilities.view(), v, 1.0);
-        }
+        let q = q.slice(s![first..first + rows, task.head * d..(task.head + 1) * d]);
+        let mut probabilities = Array2::zeros((rows, end - start));
+        probability_tile(&mut probabilities.view_mut(), q, k, shape.scale, last - start, shape.sliding_window, cap);
+        gemm::serial(task.out, probabilities.view(), v, 1.0);
     });
     out
 }
 
 fn push_tasks<'a>(tasks: &mut Vec<Task<'a>>, out: ArrayViewMut2<'a, f32>, span: &'a Span, shape: &AttentionShape) {
     let width = shape.values.width;
-    let group = shape.heads / shape.kv_heads;
-    if span.queries.len() == 1 {
-        let mut rest = out;
-        let mut head = 0;
-        while head < shape.heads {
-            let heads = DECODE_HEADS.min(group - head % group);
-            let (part, tail) = rest.split_at(Axis(1), heads * width);
-            rest = tail;
-            tasks.push(Task { out: part, span, row: 0, head, heads });
-            head += heads;
-        }
-        return;
-    }
     let rows = tile_rows(span.keys.len());
     let mut rest = out;
     let mut row = 0;
@@ -133,7 +109,7 @@ fn push_tasks<'a>(tasks: &mut Vec<Task<'a>>, out: ArrayViewMut2<'a, f32>, span: 
         for head in 0..shape.heads {
             let (part, tail) = heads.split_at(Axis(1), width);
             heads = tail;
-            tasks.push(Task { out: part, span, row, head, heads: 1 });
+            tasks.push(Task { out: part, span, row, head });
         }
         row += count;
     }

@@ -1,5 +1,9 @@
 //! Row kernels, written so that the compiler vectorises them.
 
+use pulp::{Arch, Simd, WithSimd};
+
+use crate::arch::Activation;
+
 /// `e^x` within 2 ulp for `x` in [-87, 88], clamped outside; NaN stays NaN.
 ///
 /// Written out rather than taken from the C library: that one is scalar, and its last bit differs between systems.
@@ -25,9 +29,74 @@ pub(super) fn exp(x: f32) -> f32 {
 
 /// `gate = silu(gate) * up`.
 pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
-    for (g, u) in gate.iter_mut().zip(up) {
-        *g = *g / (1.0 + exp(-*g)) * u;
+    Arch::new().dispatch(SiluMul { gate, up });
+}
+
+struct SiluMul<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl WithSimd for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (g, u) in self.gate.iter_mut().zip(self.up) {
+            *g = *g / (1.0 + exp(-*g)) * u;
+        }
     }
+}
+
+/// `tanh x` in f32, accurate near zero.
+#[inline(always)]
+pub(super) fn tanh(x: f32) -> f32 {
+    f64::from(x).tanh() as f32
+}
+
+/// An activation of one value. The error function is not in the standard library: its complement comes from the continued
+/// fraction and series in [`erf`].
+pub(super) fn activate(x: f32, activation: Activation) -> f32 {
+    match activation {
+        Activation::Silu => x / (1.0 + exp(-x)),
+        Activation::Gelu => (f64::from(x) * 0.5 * (1.0 + erf(f64::from(x) * std::f64::consts::FRAC_1_SQRT_2))) as f32,
+        Activation::GeluTanh => {
+            let inner =
+                std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2 * (x + 0.044_715 * x * x * x);
+            0.5 * x * (1.0 + tanh(inner))
+        }
+        Activation::Relu => x.max(0.0),
+    }
+}
+
+/// The error function: its Maclaurin series up to 3, Lentz's continued fraction of the complement beyond. Error below
+/// 1e-12, far under f32's.
+fn erf(x: f64) -> f64 {
+    let a = x.abs();
+    if a.is_nan() {
+        return x;
+    }
+    if a < 3.0 {
+        let (mut term, mut sum) = (a, a);
+        for n in 1..80 {
+            let n = f64::from(n);
+            term *= -a * a / n;
+            sum += term / (2.0 * n + 1.0);
+        }
+        return (sum * std::f64::consts::FRAC_2_SQRT_PI).copysign(x);
+    }
+    let mut fraction = 0.0;
+    for n in (1..60).rev() {
+        fraction = f64::from(n) / 2.0 / (a + fraction);
+    }
+    let complement = (-a * a).exp() / (std::f64::consts::PI.sqrt() * (a + fraction));
+    (1.0 - complement).copysign(x)
+}
+
+/// `cap tanh(x / cap)` in place.
+pub(super) fn softcap(row: &mut [f32], cap: f64) {
+    let cap = cap as f32;
+    row.iter_mut().for_each(|x| *x = cap * tanh(*x / cap));
 }
 
 /// RMSNorm of one row in place; the mean of squares is taken in f64.
@@ -48,24 +117,56 @@ pub(super) fn rms_norm(row: &mut [f32], gain: &[f32], eps: f64) {
     }
 }
 
-/// Softmax of one row in place; returns nothing but leaves probabilities that sum to 1 within rounding.
-pub(super) fn softmax(row: &mut [f32]) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sums = [0.0f32; 16];
-    let mut blocks = row.chunks_exact_mut(16);
-    for block in &mut blocks {
-        for (sum, x) in sums.iter_mut().zip(block) {
+/// Replace a row by `exp(x - max)`; the largest element and the sum of what was put.
+pub(super) fn exponentials(row: &mut [f32]) -> (f32, f32) {
+    Arch::new().dispatch(Exponentials(row))
+}
+
+/// A type, since a closure would not be compiled for the wider vectors.
+struct Exponentials<'a>(&'a mut [f32]);
+
+impl WithSimd for Exponentials<'_> {
+    type Output = (f32, f32);
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> (f32, f32) {
+        let max = largest(self.0);
+        let mut sums = [0.0f32; 16];
+        let mut blocks = self.0.chunks_exact_mut(16);
+        for block in &mut blocks {
+            for (sum, x) in sums.iter_mut().zip(block) {
+                *x = exp(*x - max);
+                *sum += *x;
+            }
+        }
+        let mut total: f64 = 0.0;
+        for x in blocks.into_remainder() {
             *x = exp(*x - max);
-            *sum += *x;
+            total += f64::from(*x);
+        }
+        total += sums.iter().map(|s| f64::from(*s)).sum::<f64>();
+        (max, total as f32)
+    }
+}
+
+/// In lanes, since a chain of comparisons would wait for each.
+#[inline(always)]
+fn largest(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let blocks = row.chunks_exact(16);
+    let rest = blocks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for block in blocks {
+        for (lane, x) in lanes.iter_mut().zip(block) {
+            *lane = if *x > *lane { *x } else { *lane };
         }
     }
-    let mut total: f64 = 0.0;
-    for x in blocks.into_remainder() {
-        *x = exp(*x - max);
-        total += f64::from(*x);
-    }
-    total += sums.iter().map(|s| f64::from(*s)).sum::<f64>();
-    let inverse = (1.0 / total) as f32;
+    lanes.into_iter().fold(rest, f32::max)
+}
+
+/// Softmax of one row in place; returns nothing but leaves probabilities that sum to 1 within rounding.
+pub(super) fn softmax(row: &mut [f32]) {
+    let (_, total) = exponentials(row);
+    let inverse = 1.0 / total;
     row.iter_mut().for_each(|x| *x *= inverse);
 }
 
@@ -84,6 +185,22 @@ mod tests {
         assert!(worst < 2.0, "{worst} ulp");
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn erf_has_its_known_values() {
+        for (x, y) in [
+            (0.0, 0.0),
+            (0.5, 0.520_499_877_813_046_5),
+            (1.0, 0.842_700_792_949_714_9),
+            (-2.0, -0.995_322_265_018_952_7),
+        ] {
+            assert!((erf(x) - y).abs() < 1e-14, "{x}");
+        }
+        // The two branches meet.
+        // The series has terms of up to e^9 there, so it loses four digits.
+        assert!((erf(3.0 - 1e-12) - erf(3.0)).abs() < 1e-12);
+        assert!((erf(3.0) - 0.999_977_909_503_001_4).abs() < 1e-14);
     }
 
     #[test]

@@ -1,14 +1,16 @@
-//! Matrix products over ndarray views, by faer.
+//! Matrix products over ndarray views: by faer, and by dot products where there are few rows.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
+use super::simd::{self, Rows};
+
 /// Up to this many rows, a product is bound by reading the weight, and dot products beat a packed gemm.
-const FEW_ROWS: usize = 2;
-/// Output columns per task of a thin product.
-const THIN: usize = 64;
+const FEW_ROWS: usize = 16;
+/// Elements of the weight per task of a thin product: half a megabyte.
+const THIN: usize = 1 << 17;
 /// Output tile per task of a wide product. Fixed, so that sums are cut the same way for any number of threads.
 const TILE: (usize, usize) = (256, 512);
 
@@ -38,11 +40,8 @@ pub(super) fn linear(x: ArrayView2<'_, f32>, weight: ArrayView2<'_, f32>) -> Arr
     if rows == 0 || outs == 0 {
         return out;
     }
-    if rows <= FEW_ROWS {
-        out.axis_chunks_iter_mut(Axis(1), THIN)
-            .into_par_iter()
-            .zip(weight.axis_chunks_iter(Axis(0), THIN))
-            .for_each(|(out, weight)| thin(out, x, weight));
+    if let (true, Some(x), Some(weight)) = (rows <= FEW_ROWS, x.as_slice(), weight.as_slice()) {
+        thin(&mut out, x, weight);
         return out;
     }
     let strips: Vec<_> = out.axis_chunks_iter_mut(Axis(0), TILE.0).zip(x.axis_chunks_iter(Axis(0), TILE.0)).collect();
@@ -56,34 +55,30 @@ pub(super) fn linear(x: ArrayView2<'_, f32>, weight: ArrayView2<'_, f32>) -> Arr
     out
 }
 
-fn thin(mut out: ArrayViewMut2<'_, f32>, x: ArrayView2<'_, f32>, weight: ArrayView2<'_, f32>) {
-    for (mut out, x) in out.rows_mut().into_iter().zip(x.rows()) {
-        let Some(x) = x.to_slice() else { continue };
-        for (y, w) in out.iter_mut().zip(weight.rows()) {
-            if let Some(w) = w.to_slice() {
-                *y = dot(x, w);
-            }
-        }
+/// `out [rows, outs] = x W^T` for few rows.
+fn thin(out: &mut Array2<f32>, x: &[f32], weight: &[f32]) {
+    let (rows, outs) = out.dim();
+    let width = x.len() / rows;
+    let x = Rows { data: x, stride: width, width, count: rows };
+    let count = (THIN / width.max(1)).clamp(1, outs);
+    let of = |first: usize, count: usize| Rows { data: &weight[first * width..], stride: width, width, count };
+    if let Some(out) = out.as_slice_mut().filter(|_| count == outs) {
+        // Not worth waking another thread.
+        return simd::dots(out, outs, x, of(0, outs), 1.0);
     }
-}
-
-/// Inner product in 32 interleaved partial sums, added pairwise.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 32;
-    let mut sums = [0.0f32; LANES];
-    let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_blocks.remainder().iter().zip(b_blocks.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in a_blocks.zip(b_blocks) {
-        for lane in 0..LANES {
-            sums[lane] += x[lane] * y[lane];
+    if rows == 1 {
+        if let Some(out) = out.as_slice_mut() {
+            let run = |(i, out): (usize, &mut [f32])| simd::dots(out, 0, x, of(i * count, out.len()), 1.0);
+            out.par_chunks_mut(count).enumerate().for_each(run);
         }
+        return;
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            sums[lane] += sums[lane + width];
+    out.axis_chunks_iter_mut(Axis(1), count).into_par_iter().enumerate().for_each(|(i, mut out)| {
+        let mut tile = vec![0.0; rows * out.ncols()];
+        simd::dots(&mut tile, out.ncols(), x, of(i * count, out.ncols()), 1.0);
+        let columns = out.ncols();
+        for (mut to, from) in out.rows_mut().into_iter().zip(tile.chunks_exact(columns)) {
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
         }
-        width /= 2;
-    }
-    sums[0] + tail
+    });
 }

@@ -3,13 +3,17 @@
 //! Results do not depend on the number of threads: work is cut by shape alone, and every sum is taken in one task.
 
 mod attention;
+mod decode;
 mod elementwise;
 mod gemm;
+mod simd;
 
 use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2, Axis, s};
 use rayon::prelude::*;
+
+use crate::arch::Activation;
 
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
 
@@ -68,8 +72,10 @@ impl Backend for Cpu {
         Array2::zeros((rows, columns))
     }
 
-    fn write_rows(&self, into: &mut Array2<f32>, first: usize, rows: &Array2<f32>) {
-        into.slice_mut(s![first..first + rows.nrows(), ..]).assign(rows);
+    fn write_rows(&self, into: &mut Array2<f32>, to: &[usize], rows: &Array2<f32>) {
+        for (&to, from) in to.iter().zip(rows.rows()) {
+            into.row_mut(to).assign(&from);
+        }
     }
 
     fn rows(&self, x: &Array2<f32>, rows: Range<usize>) -> Array2<f32> {
@@ -160,7 +166,82 @@ impl Backend for Cpu {
         shape: &AttentionShape,
         spans: &[Span],
     ) -> Array2<f32> {
-        attention::attention(q.view(), k.view(), v.view(), shape, spans)
+        attention::attention(q.view(), k.view(), v.view(), shape, None, spans)
+    }
+
+    fn capped_attention(
+        &self,
+        q: &Array2<f32>,
+        k: &Array2<f32>,
+        v: &Array2<f32>,
+        shape: &AttentionShape,
+        cap: f64,
+        spans: &[Span],
+    ) -> Result<Array2<f32>, RuntimeError> {
+        Ok(attention::attention(q.view(), k.view(), v.view(), shape, Some(cap), spans))
+    }
+
+    fn copy_to_host(&self, x: &Array2<f32>) -> Result<Array2<f32>, RuntimeError> {
+        Ok(x.clone())
+    }
+
+    fn gated(
+        &self,
+        mut gate: Array2<f32>,
+        up: &Array2<f32>,
+        activation: Activation,
+    ) -> Result<Array2<f32>, RuntimeError> {
+        if activation == Activation::Silu {
+            return Ok(self.silu_mul(gate, up));
+        }
+        let columns = gate.ncols();
+        for_row_blocks(&mut gate, |first, rows| {
+            for (g, u) in rows.iter_mut().zip(&flat(up)[first * columns..]) {
+                *g = elementwise::activate(*g, activation) * u;
+            }
+        });
+        Ok(gate)
+    }
+
+    fn rms_norm_heads(
+        &self,
+        x: &mut Array2<f32>,
+        gain: &Array2<f32>,
+        eps: f64,
+        columns: HeadColumns,
+        heads: usize,
+    ) -> Result<(), RuntimeError> {
+        let width = x.ncols();
+        for_row_blocks(x, |_, rows| {
+            for row in rows.chunks_exact_mut(width) {
+                for h in 0..heads {
+                    elementwise::rms_norm(&mut row[columns.of(h)], flat(gain), eps);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn softcap(&self, mut x: Array2<f32>, cap: f64) -> Result<Array2<f32>, RuntimeError> {
+        for_row_blocks(&mut x, |_, rows| elementwise::softcap(rows, cap));
+        Ok(x)
+    }
+
+    fn gather_rows(&self, x: &Array2<f32>, rows: &[usize]) -> Result<Array2<f32>, RuntimeError> {
+        Ok(x.select(Axis(0), rows))
+    }
+
+    fn scatter_add_rows(
+        &self,
+        into: &mut Array2<f32>,
+        rows: &[usize],
+        weights: &[f32],
+        y: &Array2<f32>,
+    ) -> Result<(), RuntimeError> {
+        for ((&row, &weight), from) in rows.iter().zip(weights).zip(y.rows()) {
+            into.row_mut(row).scaled_add(weight, &from);
+        }
+        Ok(())
     }
 
     fn silu_mul(&self, mut gate: Array2<f32>, up: &Array2<f32>) -> Array2<f32> {

@@ -1,21 +1,23 @@
-//! `DeepseekV3ForCausalLM`, dense: the class every stock engine knows.
+//! Attention tensors of each target class.
 //!
-//! What the stock graph imposes, and how it is met exactly (targets.md 0, 1, 7):
+//! What the stock graphs impose, and how it is met exactly (targets.md 0, 1, 7):
 //! - `kv_a_layernorm` (and `q_a_layernorm`) are always applied, with epsilon 1e-6 in transformers and `rms_norm_eps`
 //!   elsewhere: both are made 1e-6, and the norms are neutralised by a dominant epsilon ([`crate::factor::norm`]);
 //! - a source with another epsilon `e` has its residual stream scaled by `a = sqrt(1e-6 / e)`: embedding, output and down
 //!   projections times `a`, head untied and unscaled, since `RMSNorm(a x; a^2 e) = RMSNorm(x; e)`;
 //! - query biases go through a constant row of `q_a_proj`;
-//! - loaders do arithmetic on MoE keys: they are there, as integers, and say "dense".
+//! - MiniCPM3 pairs the halves of the rotated part, and always has a query latent.
+//!
+//! The generic class of this tool has none of these: biases where they are, no norm on the latent, its own score scale.
 
-use ndarray::{Array1, Array2, s};
-use serde_json::{Map, Value, json};
+use ndarray::{Array1, Array2, Axis, s};
+use serde_json::Value;
 
-use super::OutTensor;
 use super::rope::{RopeConfig, rope_config};
-use crate::arch::Architecture;
-use crate::convert::PlannedGeometry;
-use crate::factor::norm::{neutral_scales, rms_bound};
+use super::{OutTensor, pad};
+use crate::arch::{Architecture, LongRope};
+use crate::convert::{PlannedGeometry, TargetKind};
+use crate::factor::norm::{NormScales, neutral_scales, rms_bound};
 use crate::methods::MlaLayer;
 use crate::source::Dtype;
 use crate::write::PlannedTensor;
@@ -26,10 +28,26 @@ pub const LATENT_EPS: f64 = 1e-6;
 /// Everything that decides names, shapes and dtypes of the output.
 #[derive(Debug, Clone)]
 pub struct TargetSpec {
-    /// Widths. `q_lora_rank` counts the constant row, if there is one.
+    /// Class that is written for; never `auto`.
+    pub kind: TargetKind,
+    /// Widths before padding. `q_lora_rank` counts the constant row, if there is one.
     pub geometry: PlannedGeometry,
+    /// Whether the output is for engines' own classes, which know the stock grid and YaRN only.
+    pub portable: bool,
+    /// Whether widths are padded to those of kernels.
+    pub pad: bool,
+    /// Whether rotated slots have to lie on the config's grid.
+    pub stock_grid: bool,
     /// `attention_bias`: biases on `kv_a`, `o` and, behind a query latent, `q_a`.
     pub bias: bool,
+    /// Generic class: whether the queries' own projection has a bias.
+    pub query_bias: bool,
+    /// Generic class: whether norms of queries and keys are carried over.
+    pub qk_norm: bool,
+    /// Whether linear layers are written in FP8.
+    pub fp8: bool,
+    /// Whether what is copied keeps its dtype.
+    pub keep_dtypes: bool,
     /// Whether queries go through `q_a_proj`, and whether its last row is the constant that carries their bias.
     pub constant_row: bool,
     /// Dtype of rounded tensors.
@@ -51,13 +69,21 @@ impl TargetSpec {
         if (source_eps / LATENT_EPS - 1.0).abs() < 1e-6 { 1.0 } else { (LATENT_EPS / source_eps).sqrt() }
     }
 
-    fn rounded(&self) -> Dtype {
+    /// Dtype of a tensor that `base` would round.
+    pub fn rounded(&self) -> Dtype {
         if self.lossless { Dtype::F32 } else { self.base }
     }
 
-    /// Dtype of a tensor that is the source's times the stream scale.
-    pub fn scaled_dtype(&self) -> Dtype {
-        if self.stream_scale.log2().fract() == 0.0 { self.base } else { self.rounded() }
+    fn is_remote(&self) -> bool {
+        self.kind == TargetKind::HfRemote
+    }
+
+    /// Widths of the output.
+    pub fn output(&self) -> PlannedGeometry {
+        match self.pad {
+            true => pad::kernel_shape(&self.geometry, self.stock_grid).unwrap_or(self.geometry),
+            false => self.geometry,
+        }
     }
 
     fn plain(&self) -> Dtype {
@@ -66,23 +92,34 @@ impl TargetSpec {
 
     /// Attention tensors of layer `layer`, in writing order.
     pub fn planned_attention(&self, arch: &Architecture, layer: usize) -> Vec<PlannedTensor> {
-        let (g, d) = (&self.geometry, arch.hidden);
+        let (g, d) = (&self.output(), arch.hidden);
         let prefix = format!("model.layers.{layer}.self_attn.");
         let q = arch.heads * (g.qk_nope_head_dim + g.qk_rope_head_dim);
-        let queries = if self.plain_scale { self.plain() } else { self.rounded() };
+        let queries = if self.plain_scale || self.is_remote() { self.plain() } else { self.rounded() };
+        let remote = self.is_remote();
         let mut out = Vec::new();
         let mut push = |name: &str, dtype: Dtype, shape: Vec<usize>| {
             out.push(PlannedTensor { name: format!("{prefix}{name}"), dtype, shape });
         };
         match g.q_lora_rank {
-            None => push("q_proj.weight", queries, vec![q, d]),
+            None => {
+                push("q_proj.weight", queries, vec![q, d]);
+                if self.query_bias {
+                    push("q_proj.bias", queries, vec![q]);
+                }
+            }
             Some(rank) => {
                 push("q_a_proj.weight", self.rounded(), vec![rank, d]);
                 if self.bias {
                     push("q_a_proj.bias", self.rounded(), vec![rank]);
                 }
-                push("q_a_layernorm.weight", self.base, vec![rank]);
+                if !remote {
+                    push("q_a_layernorm.weight", self.base, vec![rank]);
+                }
                 push("q_b_proj.weight", queries, vec![q, rank]);
+                if self.query_bias {
+                    push("q_b_proj.bias", queries, vec![q]);
+                }
             }
         }
         let kv_a = g.kv_lora_rank + g.qk_rope_head_dim;
@@ -90,10 +127,15 @@ impl TargetSpec {
         if self.bias {
             push("kv_a_proj_with_mqa.bias", self.plain(), vec![kv_a]);
         }
-        push("kv_a_layernorm.weight", self.base, vec![g.kv_lora_rank]);
+        if !remote {
+            push("kv_a_layernorm.weight", self.base, vec![g.kv_lora_rank]);
+        }
         let kv_b = arch.heads * (g.qk_nope_head_dim + g.v_head_dim);
-        push("kv_b_proj.weight", self.rounded(), vec![kv_b, g.kv_lora_rank]);
-        let o = if self.plain_weights { self.scaled_dtype() } else { self.rounded() };
+        // Of an exact conversion it holds zeros and ones, times what the latent's norm leaves.
+        let up = if remote { self.plain() } else { self.rounded() };
+        push("kv_b_proj.weight", up, vec![kv_b, g.kv_lora_rank]);
+        let scaled = (self.stream_scale * arch.multipliers.residual).log2().fract() != 0.0;
+        let o = if self.plain_weights && !scaled { self.base } else { self.rounded() };
         push("o_proj.weight", o, vec![d, arch.heads * g.v_head_dim]);
         if self.bias {
             push("o_proj.bias", self.rounded(), vec![d]);
@@ -106,8 +148,20 @@ impl TargetSpec {
     pub fn attention_tensors(&self, arch: &Architecture, layer: usize, mla: &MlaLayer, gain: &[f64]) -> Vec<OutTensor> {
         let planned = self.planned_attention(arch, layer);
         let mut values: Vec<Vec<f64>> = Vec::new();
+        let mut fitted;
+        let mut mla = mla;
+        let output = self.output();
+        if output != self.geometry {
+            fitted = pad::pad(mla, &output, arch.rope.theta);
+            mla = &fitted;
+        }
+        if self.kind == TargetKind::Minicpm3 {
+            fitted = split_pairs(mla);
+            mla = &fitted;
+        }
         let (heads, nope, rope) = (mla.heads, mla.nope_dim(), mla.rope_dim());
-        let f = mla.score_scale * ((nope + rope) as f64).sqrt();
+        let remote = self.is_remote();
+        let f = if remote { 1.0 } else { mla.score_scale * ((nope + rope) as f64).sqrt() };
         let interleave = |n: &Array2<f64>, r: &Array2<f64>| {
             let mut out = Array2::zeros((heads * (nope + rope), n.ncols().max(r.ncols())));
             for h in 0..heads {
@@ -120,9 +174,27 @@ impl TargetSpec {
         let q = interleave(&mla.query.nope, &mla.query.rope) * f;
         match self.geometry.q_lora_rank {
             None => values.push(flat(&q)),
+            Some(_) if remote => {
+                values.push(flat(&mla.query.down.clone().unwrap_or_else(|| Array2::eye(mla.hidden()))));
+                if self.bias {
+                    values.push(vec![0.0; output.q_lora_rank.unwrap_or(0)]);
+                }
+                values.push(flat(&q));
+            }
             Some(rank) => self.query_through_latent(mla, q, f, rank, gain, &mut values),
         }
-        let scales = neutral_scales(rms_bound(&mla.latent, gain, None), LATENT_EPS);
+        if self.query_bias {
+            let column = |b: &Option<Array1<f64>>, n: usize| match b {
+                Some(b) => b.clone().insert_axis(Axis(1)),
+                None => Array2::zeros((heads * n, 1)),
+            };
+            let bias = interleave(&column(&mla.query.nope_bias, nope), &column(&mla.query.rope_bias, rope));
+            values.push(flat(&bias));
+        }
+        let scales = match remote {
+            true => NormScales { down: 1.0, weight: 1.0, up: 1.0 },
+            false => neutral_scales(rms_bound(&mla.latent, gain, None), LATENT_EPS),
+        };
         let (r, d) = (mla.rank(), mla.hidden());
         let mut kv_a = Array2::zeros((r + rope, d));
         kv_a.slice_mut(s![..r, ..]).assign(&(&mla.latent * scales.down));
@@ -133,7 +205,9 @@ impl TargetSpec {
             bias.extend(mla.k_rope_bias.clone().unwrap_or_else(|| Array1::zeros(rope)));
             values.push(bias);
         }
-        values.push(vec![scales.weight; r]);
+        if !remote {
+            values.push(vec![scales.weight; r]);
+        }
         let (value, up) = (mla.value_dim(), scales.up);
         let mut kv_b = Array2::zeros((heads * (nope + value), r));
         for h in 0..heads {
@@ -197,75 +271,38 @@ impl TargetSpec {
         values.push(flat(&q_b));
     }
 
-    /// Frequencies as the output's config will express them.
+    /// Frequencies as the output's config will express them. `frequencies` are those of the slots, radians per token.
     pub fn rope(&self, frequencies: &[f64], arch: &Architecture, source: &Value, max_position: usize) -> RopeConfig {
+        let frequencies = &pad::frequencies(frequencies, self.output().qk_rope_head_dim, arch.rope.theta);
         let scaling = ["rope_scaling", "rope_parameters"].iter().find_map(|k| source.get(k).and_then(Value::as_object));
-        rope_config(frequencies, arch.rope.theta, scaling, max_position)
-    }
-
-    /// `config.json`. Special token ids and sampling defaults come from the source's; nothing else of it survives.
-    pub fn config(&self, arch: &Architecture, source: &Value, rope: &RopeConfig, max_position: usize) -> Value {
-        let g = &self.geometry;
-        let mut config = json!({
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "model_type": "deepseek_v3",
-            "vocab_size": arch.vocab,
-            "hidden_size": arch.hidden,
-            "intermediate_size": arch.intermediate,
-            "num_hidden_layers": arch.layers,
-            "num_attention_heads": arch.heads,
-            "num_key_value_heads": arch.heads,
-            "kv_lora_rank": g.kv_lora_rank,
-            "q_lora_rank": g.q_lora_rank,
-            "qk_nope_head_dim": g.qk_nope_head_dim,
-            "qk_rope_head_dim": g.qk_rope_head_dim,
-            "qk_head_dim": g.qk_nope_head_dim + g.qk_rope_head_dim,
-            "head_dim": g.qk_rope_head_dim,
-            "v_head_dim": g.v_head_dim,
-            "rope_theta": rope.theta,
-            "rope_scaling": rope.scaling,
-            "rope_interleave": true,
-            "max_position_embeddings": max_position,
-            "rms_norm_eps": LATENT_EPS,
-            "hidden_act": "silu",
-            "attention_bias": self.bias,
-            "attention_dropout": 0.0,
-            "tie_word_embeddings": false,
-            "use_cache": true,
-            "initializer_range": 0.02,
-            "pretraining_tp": 1,
-            // Dense, said the way every loader can do arithmetic on.
-            "first_k_dense_replace": arch.layers,
-            "moe_layer_freq": 1,
-            "moe_intermediate_size": 128,
-            "n_routed_experts": 2,
-            "num_experts_per_tok": 1,
-            "n_shared_experts": 1,
-            "n_group": 1,
-            "topk_group": 1,
-            "topk_method": "greedy",
-            "scoring_func": "softmax",
-            "norm_topk_prob": false,
-            "routed_scaling_factor": 1.0,
-            "num_nextn_predict_layers": 0,
-            "torch_dtype": match self.base {
-                Dtype::Bf16 => "bfloat16",
-                _ => "float32",
-            },
+        // Slots turn as pairs of the source, so each finds there what it turns by past the original context.
+        let long = arch.rope.long.as_ref().filter(|l| max_position > l.original).map(|long| {
+            let beyond = |f: &f64| {
+                let pair = arch.rope.inv_freq.iter().position(|own| own == f);
+                pair.map_or(*f, |j| long.inv_freq[j])
+            };
+            LongRope { original: long.original, inv_freq: frequencies.iter().map(beyond).collect() }
         });
-        let map: &mut Map<String, Value> = match &mut config {
-            Value::Object(map) => map,
-            _ => unreachable!("json! of braces is an object"),
-        };
-        for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
-            if let Some(value) = source.get(key) {
-                map.insert(key.to_owned(), value.clone());
-            }
-        }
-        config
+        rope_config(frequencies, long, arch.rope.theta, scaling, max_position, self.portable)
     }
 }
 
+/// Pairs `(2p, 2p + 1)` of the rotated part become `(p, p + d_R / 2)`.
+fn split_pairs(mla: &MlaLayer) -> MlaLayer {
+    let rope = mla.rope_dim();
+    let rows = |heads: usize| -> Vec<usize> {
+        (0..heads * rope).map(|i| i / rope * rope + i % rope % (rope / 2) * 2 + i % rope / (rope / 2)).collect()
+    };
+    let (query, key) = (rows(mla.heads), rows(1));
+    let mut out = mla.clone();
+    out.query.rope = mla.query.rope.select(Axis(0), &query);
+    out.query.rope_bias = mla.query.rope_bias.as_ref().map(|b| b.select(Axis(0), &query));
+    out.k_rope = mla.k_rope.select(Axis(0), &key);
+    out.k_rope_bias = mla.k_rope_bias.as_ref().map(|b| b.select(Axis(0), &key));
+    out
+}
+
+/// Row-major values.
 fn flat(a: &Array2<f64>) -> Vec<f64> {
     a.as_standard_layout().iter().copied().collect()
 }

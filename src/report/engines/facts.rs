@@ -1,0 +1,320 @@
+//! What engines look at in an MLA checkpoint.
+
+use serde_json::Value;
+
+use crate::arch::{Architecture, Attention, RopeLayout};
+use crate::convert::{PlannedGeometry, RopeGrid, TargetKind};
+use crate::source::TensorDirectory;
+
+/// Why a folder cannot be judged.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FactsError {
+    /// It is no MLA model.
+    #[error(
+        "config.json: no `kv_lora_rank`: this is not an MLA model\n\nhint: `gqa2mla inspect` says which engines would load a conversion of it"
+    )]
+    NotMla,
+    /// A key that every MLA config has is missing or no number.
+    #[error("config.json: `{key}` is {found}, expected a whole number")]
+    BadValue {
+        /// Config key.
+        key: &'static str,
+        /// What is there.
+        found: String,
+    },
+}
+
+/// Routing of a mixture of experts, as the config says it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Routing {
+    /// `scoring_func`.
+    pub scoring: Option<String>,
+    /// `norm_topk_prob`.
+    pub renormalised: bool,
+    /// `topk_method`.
+    pub method: Option<String>,
+}
+
+/// What engines see of a checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// `model_type`.
+    pub model_type: String,
+    /// Whether the config points to code of its own.
+    pub own_code: bool,
+    /// Widths of the attention.
+    pub geometry: PlannedGeometry,
+    /// `hidden_size`.
+    pub hidden: usize,
+    /// `num_attention_heads`.
+    pub heads: usize,
+    /// `num_key_value_heads`.
+    pub kv_heads: usize,
+    /// `num_hidden_layers`.
+    pub layers: usize,
+    /// `attention_bias`, or a planned bias.
+    pub bias: bool,
+    /// Bias tensors that no stock class has: of `q_proj`, `q_b_proj`, `kv_b_proj`.
+    pub stray_biases: bool,
+    /// Whether bias tensors are there just where the config says so; `true` where the tensors are not known.
+    pub biases_match: bool,
+    /// Norms of queries or keys per head.
+    pub head_norms: bool,
+    /// Whether every latent norm has a weight; `true` where the tensors are not known.
+    pub latent_norms: bool,
+    /// Whether the latent norms look neutralised: large weights behind tiny rows.
+    pub neutral_norms: bool,
+    /// RoPE scheme.
+    pub rope: CandidateRope,
+    /// Name of the scheme.
+    pub rope_name: String,
+    /// Whether a llama3 scheme has YaRN's betas fitted to it.
+    pub fitted: bool,
+    /// Whether a `rope_theta` stands beside the RoPE parameters rather than only in them.
+    pub top_level_theta: bool,
+    /// Whether rotated pairs are neighbours.
+    pub interleaved: bool,
+    /// `rms_norm_eps`.
+    pub eps: f64,
+    /// `hidden_act`.
+    pub activation: String,
+    /// `tie_word_embeddings`.
+    pub tied: bool,
+    /// Whether a head is stored; `true` where the tensors are not known.
+    pub head: bool,
+    /// Experts, in any layer.
+    pub routing: Option<Routing>,
+    /// Whether a shared expert is stored in layers of experts; `true` where the tensors are not known.
+    pub shared_expert: bool,
+    /// Whether keys that loaders do arithmetic on are missing or null: `n_routed_experts`, `n_shared_experts`.
+    pub null_experts: bool,
+    /// Whether `moe_layer_freq`, `scoring_func` and `topk_method` are all there.
+    pub sglang_keys: bool,
+    /// `index_topk` is there.
+    pub sparse_index: bool,
+    /// Whether weights are loaded as f16.
+    pub f16: bool,
+    /// Quantisation of the weights.
+    pub quantised: Option<String>,
+    /// `intermediate_size`.
+    pub intermediate: usize,
+    /// Whether the tokenizer is SentencePiece's (byte fallback).
+    pub sentencepiece: bool,
+}
+
+/// RoPE scheme as engines tell them apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CandidateRope {
+    /// `theta^(-2p/d_R)`, no scaling.
+    Default,
+    /// One factor per pair.
+    LongRope,
+    /// YaRN.
+    Yarn,
+    /// Any other scheme that transformers knows (llama3, linear, dynamic).
+    Other,
+    /// A scheme of no known name.
+    Unknown,
+}
+
+impl CandidateRope {
+    fn of(name: &str) -> Self {
+        match name {
+            "default" | "explicit" => Self::Default,
+            "longrope" => Self::LongRope,
+            "yarn" | "deepseek_yarn" => Self::Yarn,
+            "llama3" | "linear" | "dynamic" => Self::Other,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+impl Facts {
+    /// A dense DeepSeek-V3 model of these widths with nothing that any engine minds.
+    fn plain(geometry: PlannedGeometry) -> Self {
+        Self {
+            model_type: "deepseek_v3".into(),
+            own_code: false,
+            geometry,
+            hidden: 128,
+            heads: 1,
+            kv_heads: 1,
+            layers: 1,
+            bias: false,
+            stray_biases: false,
+            biases_match: true,
+            head_norms: false,
+            latent_norms: true,
+            neutral_norms: true,
+            rope: CandidateRope::Default,
+            rope_name: "default".into(),
+            fitted: false,
+            top_level_theta: true,
+            interleaved: true,
+            eps: 1e-6,
+            activation: "silu".into(),
+            tied: false,
+            head: true,
+            routing: None,
+            shared_expert: true,
+            null_experts: false,
+            sglang_keys: true,
+            sparse_index: false,
+            f16: false,
+            quantised: None,
+            intermediate: 128,
+            sentencepiece: false,
+        }
+    }
+
+    /// What a conversion to `geometry` on `grid` writes for `target`: the free grid carries frequencies as LongRoPE factors
+    /// and constants as biases, the stock grid has neither.
+    pub fn planned(geometry: PlannedGeometry, grid: RopeGrid, target: TargetKind) -> Self {
+        let free = grid == RopeGrid::Free;
+        let remote = target == TargetKind::HfRemote;
+        let model_type = match target {
+            TargetKind::Auto => TargetKind::DeepseekV3.name(),
+            TargetKind::HfRemote => "gqa2mla",
+            kind => kind.name(),
+        };
+        Self {
+            model_type: model_type.into(),
+            own_code: remote,
+            bias: free,
+            rope: if free { CandidateRope::LongRope } else { CandidateRope::Default },
+            rope_name: if free { "longrope" } else { "default" }.into(),
+            interleaved: target != TargetKind::Minicpm3,
+            ..Self::plain(geometry)
+        }
+    }
+
+    /// What an MLA model that this tool reads is; `None` for a GQA model.
+    pub fn of_model(arch: &Architecture) -> Option<Self> {
+        let Attention::Mla(mla) = &arch.attention else { return None };
+        let geometry = PlannedGeometry {
+            kv_lora_rank: mla.kv_lora_rank,
+            q_lora_rank: mla.q_lora_rank,
+            qk_nope_head_dim: mla.qk_nope_head_dim,
+            qk_rope_head_dim: mla.qk_rope_head_dim,
+            v_head_dim: mla.v_head_dim,
+        };
+        Some(Self {
+            model_type: arch.model_type.clone(),
+            own_code: arch.model_type == "gqa2mla",
+            bias: mla.bias,
+            rope: CandidateRope::of(&arch.rope.kind),
+            rope_name: arch.rope.kind.clone(),
+            interleaved: arch.rope.layout == RopeLayout::Interleaved,
+            ..Self::plain(geometry)
+        })
+    }
+
+    /// Read a config, of whatever tool, and the tensors where they are there.
+    ///
+    /// # Errors
+    /// [`FactsError`] for a config that is not MLA's.
+    pub fn read(config: &Value, tensors: Option<&TensorDirectory>) -> Result<Self, FactsError> {
+        let get = |key: &str| config.get(key).filter(|v| !v.is_null());
+        if get("kv_lora_rank").is_none() {
+            return Err(FactsError::NotMla);
+        }
+        let number = |key: &'static str| {
+            let found = get(key).map_or_else(|| "missing".to_owned(), Value::to_string);
+            get(key).and_then(Value::as_u64).map(|n| n as usize).ok_or(FactsError::BadValue { key, found })
+        };
+        let text = |key: &str, default: &str| get(key).and_then(Value::as_str).unwrap_or(default).to_owned();
+        let flag = |key: &str| get(key).and_then(Value::as_bool).unwrap_or(false);
+        let geometry = PlannedGeometry {
+            kv_lora_rank: number("kv_lora_rank")?,
+            q_lora_rank: get("q_lora_rank").and_then(Value::as_u64).map(|n| n as usize),
+            qk_nope_head_dim: number("qk_nope_head_dim")?,
+            qk_rope_head_dim: number("qk_rope_head_dim")?,
+            v_head_dim: number("v_head_dim")?,
+        };
+        let model_type = text("model_type", "");
+        let heads = number("num_attention_heads")?;
+        let layers = number("num_hidden_layers")?;
+        let scaling = get("rope_scaling").filter(|s| s.as_object().is_some_and(|m| !m.is_empty()));
+        let scaling = scaling.or(get("rope_parameters"));
+        let rope_name = scaling
+            .and_then(|s| s.get("rope_type").or_else(|| s.get("type")))
+            .and_then(Value::as_str)
+            .unwrap_or("default")
+            .to_owned();
+        let first_dense = get("first_k_dense_replace").and_then(Value::as_u64).unwrap_or(0) as usize;
+        let may_route = !["youtu", "minicpm3"].contains(&model_type.as_str());
+        let counts = ["n_routed_experts", "n_shared_experts"].iter().all(|k| get(k).is_some_and(Value::is_u64));
+        let sparse = may_route && first_dense < layers && get("n_routed_experts").is_some();
+        let routing = sparse.then(|| Routing {
+            scoring: get("scoring_func").and_then(Value::as_str).map(str::to_owned),
+            renormalised: flag("norm_topk_prob"),
+            method: get("topk_method").and_then(Value::as_str).map(str::to_owned),
+        });
+        let mut facts = Self {
+            own_code: get("auto_map").is_some(),
+            hidden: number("hidden_size")?,
+            heads,
+            kv_heads: get("num_key_value_heads").and_then(Value::as_u64).map_or(heads, |n| n as usize),
+            layers,
+            bias: flag("attention_bias"),
+            rope: CandidateRope::of(&rope_name),
+            fitted: rope_name == "llama3" && scaling.is_some_and(|s| s.get("beta_fast").is_some()),
+            rope_name,
+            top_level_theta: get("rope_theta").is_some(),
+            interleaved: match model_type.as_str() {
+                "minicpm3" => false,
+                _ => get("rope_interleave").and_then(Value::as_bool).unwrap_or(true),
+            },
+            eps: get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-6),
+            activation: text("hidden_act", "silu"),
+            tied: flag("tie_word_embeddings"),
+            routing,
+            null_experts: ["deepseek_v2", "deepseek_v3"].contains(&model_type.as_str()) && !counts,
+            sglang_keys: ["moe_layer_freq", "scoring_func", "topk_method"].iter().all(|k| get(k).is_some()),
+            sparse_index: get("index_topk").is_some(),
+            f16: ["float16", "half"].contains(&text("dtype", &text("torch_dtype", "")).as_str()),
+            quantised: get("quantization_config")
+                .map(|q| q.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed").to_owned()),
+            intermediate: get("intermediate_size").and_then(Value::as_u64).unwrap_or(0) as usize,
+            neutral_norms: false,
+            model_type,
+            ..Self::plain(geometry)
+        };
+        if let Some(tensors) = tensors {
+            facts.look_at(tensors);
+        }
+        Ok(facts)
+    }
+
+    fn look_at(&mut self, tensors: &TensorDirectory) {
+        let ends = |suffix: &str| tensors.names().any(|n| n.ends_with(suffix));
+        self.stray_biases =
+            ["q_proj.bias", "q_b_proj.bias", "kv_b_proj.bias"].iter().any(|b| ends(&format!("self_attn.{b}")));
+        self.biases_match = ends("self_attn.kv_a_proj_with_mqa.bias") == self.bias;
+        self.head_norms = ends("self_attn.q_norm.weight") || ends("self_attn.k_norm.weight");
+        self.latent_norms = ends("self_attn.kv_a_layernorm.weight")
+            && (self.geometry.q_lora_rank.is_none() || ends("self_attn.q_a_layernorm.weight"));
+        self.head = ends("lm_head.weight");
+        self.shared_expert = self.routing.is_none() || ends("mlp.shared_experts.down_proj.weight");
+        // A norm that is made the identity has weights of hundreds, where trained ones are near one.
+        let weight = tensors.names().find(|n| n.ends_with("self_attn.kv_a_layernorm.weight"));
+        self.neutral_norms = weight.and_then(|n| tensors.view(n).ok()).is_some_and(|view| {
+            view.dtype.is_float() && view.to_f32().iter().fold(f32::INFINITY, |m, x| m.min(x.abs())) > 16.0
+        });
+    }
+
+    /// Values the latent cache holds per token and layer, `r + d_R`.
+    pub fn cache_width(&self) -> usize {
+        self.geometry.kv_lora_rank + self.geometry.qk_rope_head_dim
+    }
+
+    /// `(nope, rope, v)`.
+    pub(super) fn head_shape(&self) -> (usize, usize, usize) {
+        (self.geometry.qk_nope_head_dim, self.geometry.qk_rope_head_dim, self.geometry.v_head_dim)
+    }
+
+    pub(super) fn is(&self, model_types: &[&str]) -> bool {
+        model_types.contains(&self.model_type.as_str())
+    }
+}

@@ -1,0 +1,151 @@
+//! Which engines run an MLA checkpoint, as data.
+//!
+//! The rules state what was read in the sources of transformers 5.23, vLLM 0.33, SGLang 0.5.23, llama.cpp and MLX-LM of
+//! mid-2026; but for transformers, no engine was started to find them. An engine whose rules have nothing to say about a
+//! checkpoint runs it as it is.
+
+mod facts;
+mod rules;
+
+pub use facts::{CandidateRope, Facts, FactsError, Routing};
+
+use serde::Serialize;
+
+/// Whether an engine takes a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Loads {
+    /// As it is.
+    Yes,
+    /// With the setting, or the limit, that the reasons name.
+    Conditionally,
+    /// Not, or only with wrong results.
+    No,
+}
+
+impl Loads {
+    /// A word for tables.
+    pub fn word(self) -> &'static str {
+        match self {
+            Loads::Yes => "yes",
+            Loads::Conditionally => "if",
+            Loads::No => "no",
+        }
+    }
+}
+
+/// Verdict on one engine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct EngineVerdict {
+    /// Engine and, where it has several, the code path.
+    pub engine: &'static str,
+    /// Whether it takes the checkpoint.
+    pub loads: Loads,
+    /// What makes it so, one sentence each. What would be a condition goes unsaid where something else forbids.
+    pub reasons: Vec<&'static str>,
+    /// What to change for each reason.
+    pub changes: Vec<&'static str>,
+}
+
+/// Engines as `check --engine` names them.
+pub const ENGINE_NAMES: [&str; 5] = ["transformers", "vllm", "sglang", "llama.cpp", "mlx"];
+
+/// Verdicts of every engine, in a fixed order.
+pub fn judge(facts: &Facts) -> Vec<EngineVerdict> {
+    let verdict = |engine: &'static str| {
+        let hits: Vec<_> = rules::RULES.iter().filter(|r| r.engines.contains(&engine) && (r.when)(facts)).collect();
+        let loads = hits.iter().map(|r| r.then).max().unwrap_or(Loads::Yes);
+        let decisive = || hits.iter().filter(|r| r.then == loads);
+        EngineVerdict {
+            engine,
+            loads,
+            reasons: decisive().map(|r| r.why).collect(),
+            changes: decisive().map(|r| r.change).collect(),
+        }
+    };
+    rules::ENGINES.into_iter().map(verdict).collect()
+}
+
+/// The code path that an engine of [`ENGINE_NAMES`] takes by itself.
+pub fn default_path(engine: &str, facts: &Facts) -> Option<&'static str> {
+    match engine {
+        "transformers" => Some(rules::TRANSFORMERS),
+        // vLLM runs transformers' code for classes it has not.
+        "vllm" if facts.is(&["youtu"]) => Some(rules::VLLM_TF),
+        "vllm" => Some(rules::VLLM),
+        "sglang" => Some(rules::SGLANG),
+        "llama.cpp" => Some(rules::LLAMA),
+        "mlx" => Some(rules::MLX),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::convert::{PlannedGeometry, RopeGrid, TargetKind};
+
+    fn shape(r: usize, nope: usize, rope: usize, v: usize) -> PlannedGeometry {
+        PlannedGeometry {
+            kv_lora_rank: r,
+            q_lora_rank: None,
+            qk_nope_head_dim: nope,
+            qk_rope_head_dim: rope,
+            v_head_dim: v,
+        }
+    }
+
+    fn verdict(c: &Facts, engine: &str) -> Loads {
+        judge(c).into_iter().find(|v| v.engine == engine).map(|v| v.loads).expect("a known engine")
+    }
+
+    #[test]
+    fn deepseeks_own_shape_loads_everywhere() {
+        let c = Facts::planned(shape(512, 128, 64, 128), RopeGrid::Stock, TargetKind::DeepseekV3);
+        for engine in ["transformers", "vLLM", "vLLM (--model-impl transformers)", "SGLang", "MLX-LM"] {
+            assert_eq!(verdict(&c, engine), Loads::Yes, "{engine}");
+        }
+        // Only because the query has no latent.
+        assert_eq!(verdict(&c, "llama.cpp"), Loads::Conditionally);
+    }
+
+    #[test]
+    fn free_frequencies_and_biases_load_where_transformers_code_runs() {
+        let c = Facts::planned(shape(512, 128, 64, 128), RopeGrid::Free, TargetKind::DeepseekV3);
+        assert_eq!(verdict(&c, "transformers"), Loads::Yes);
+        assert_eq!(verdict(&c, "vLLM (--model-impl transformers)"), Loads::Yes);
+        for engine in ["vLLM", "SGLang", "llama.cpp", "MLX-LM"] {
+            assert_eq!(verdict(&c, engine), Loads::No, "{engine}");
+        }
+    }
+
+    #[test]
+    fn a_no_comes_with_everything_that_forbids() {
+        let c = Facts::planned(shape(128, 64, 64, 64), RopeGrid::Free, TargetKind::DeepseekV3);
+        let vllm = judge(&c).into_iter().find(|v| v.engine == "vLLM").expect("vLLM");
+        assert_eq!((vllm.loads, vllm.reasons.len()), (Loads::No, 2));
+        assert_eq!(vllm.reasons.len(), vllm.changes.len());
+    }
+
+    #[test]
+    fn every_rule_names_known_engines_and_what_to_do() {
+        for rule in rules::RULES {
+            assert!(!rule.engines.is_empty() && rule.then != Loads::Yes, "{}", rule.why);
+            assert!(rule.engines.iter().all(|e| rules::ENGINES.contains(e)), "{}", rule.why);
+            assert!(!rule.why.is_empty() && !rule.change.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_transmla_wrote_is_told() {
+        let config = serde_json::json!({
+            "model_type": "deepseek_v3", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "num_hidden_layers": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+            "n_routed_experts": null, "attention_bias": true, "rms_norm_eps": 1e-5
+        });
+        let verdicts = judge(&Facts::read(&config, None).expect("an MLA config"));
+        assert!(verdicts.iter().all(|v| v.loads == Loads::No));
+        assert!(verdicts[0].reasons.len() >= 2, "{:?}", verdicts[0]);
+        assert!(Facts::read(&serde_json::json!({ "model_type": "llama" }), None).is_err());
+    }
+}

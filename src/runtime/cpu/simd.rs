@@ -1,0 +1,210 @@
+//! Products of a few rows with many: bound by reading the many once, so a packed gemm would lose.
+//!
+//! Vectors are as wide as the processor's (pulp chooses at run time), so the last bits of a sum differ between kinds of
+//! processors, never between runs on one.
+
+use pulp::{Arch, Simd, WithSimd};
+
+/// Rows of a row-major matrix: row `i` is `data[i * stride..][..width]`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub data: &'a [f32],
+    pub stride: usize,
+    pub width: usize,
+    pub count: usize,
+}
+
+impl<'a> Rows<'a> {
+    #[inline(always)]
+    fn row(&self, i: usize) -> &'a [f32] {
+        &self.data[i * self.stride..][..self.width]
+    }
+}
+
+/// `out[i][j] = scale * <x_i, w_j>`, row `i` of the result at `out[i * out_stride..]`.
+pub(super) fn dots(out: &mut [f32], out_stride: usize, x: Rows<'_>, w: Rows<'_>, scale: f32) {
+    Arch::new().dispatch(Dots { out, out_stride, x, w, scale });
+}
+
+struct Dots<'a> {
+    out: &'a mut [f32],
+    out_stride: usize,
+    x: Rows<'a>,
+    w: Rows<'a>,
+    scale: f32,
+}
+
+impl WithSimd for Dots<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        // Few rows of `w` at a time stay in the nearest cache while all rows of `x` pass over them.
+        const WIDE: usize = 4;
+        let whole = self.w.count - self.w.count % WIDE;
+        for j in (0..whole).step_by(WIDE) {
+            self.column::<S, WIDE>(simd, j);
+        }
+        for j in whole..self.w.count {
+            self.column::<S, 1>(simd, j);
+        }
+    }
+}
+
+impl Dots<'_> {
+    #[inline(always)]
+    fn column<S: Simd, const W: usize>(&mut self, simd: S, j: usize) {
+        let mut i = 0;
+        while i < self.x.count {
+            match self.x.count - i {
+                1 => i += self.block::<S, 1, W>(simd, i, j),
+                2 => i += self.block::<S, 2, W>(simd, i, j),
+                _ => i += self.block::<S, 3, W>(simd, i, j),
+            }
+        }
+    }
+
+    /// `X` rows of `x` by `W` rows of `w`, in registers. Returns `X`.
+    #[inline(always)]
+    fn block<S: Simd, const X: usize, const W: usize>(&mut self, simd: S, i: usize, j: usize) -> usize {
+        let x: [_; X] = std::array::from_fn(|a| S::as_simd_f32s(self.x.row(i + a)));
+        let w: [_; W] = std::array::from_fn(|b| S::as_simd_f32s(self.w.row(j + b)));
+        let mut sums = [[simd.splat_f32s(0.0); W]; X];
+        let length = x[0].0.len();
+        let (xs, ws) = (x.map(|x| &x.0[..length]), w.map(|w| &w.0[..length]));
+        for l in 0..length {
+            for a in 0..X {
+                for b in 0..W {
+                    sums[a][b] = simd.mul_add_f32s(xs[a][l], ws[b][l], sums[a][b]);
+                }
+            }
+        }
+        for a in 0..X {
+            for b in 0..W {
+                let tail: f32 = x[a].1.iter().zip(w[b].1).map(|(x, w)| x * w).sum();
+                self.out[(i + a) * self.out_stride + j + b] = self.scale * (simd.reduce_sum_f32s(sums[a][b]) + tail);
+            }
+        }
+        X
+    }
+}
+
+/// `out_i = sum_k p[i][k] v_k`: row `i` of `p` at `p[i * p_stride..][..v.count]`, of `out` at `out[i * v.width..]`.
+pub(super) fn mix(out: &mut [f32], p: &[f32], p_stride: usize, v: Rows<'_>) {
+    Arch::new().dispatch(Mix { out, p, p_stride, v });
+}
+
+struct Mix<'a> {
+    out: &'a mut [f32],
+    p: &'a [f32],
+    p_stride: usize,
+    v: Rows<'a>,
+}
+
+impl WithSimd for Mix<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        const WIDE: usize = 4;
+        let vectors = self.v.width / S::F32_LANES;
+        let mut c = 0;
+        while c + WIDE <= vectors {
+            self.columns::<S, WIDE>(simd, c);
+            c += WIDE;
+        }
+        while c < vectors {
+            self.columns::<S, 1>(simd, c);
+            c += 1;
+        }
+        // What fills no vector.
+        let rows = self.out.len() / self.v.width;
+        for i in 0..rows {
+            let p = &self.p[i * self.p_stride..][..self.v.count];
+            for c in vectors * S::F32_LANES..self.v.width {
+                self.out[i * self.v.width + c] = p.iter().enumerate().map(|(k, p)| p * self.v.row(k)[c]).sum();
+            }
+        }
+    }
+}
+
+impl Mix<'_> {
+    #[inline(always)]
+    fn columns<S: Simd, const C: usize>(&mut self, simd: S, c: usize) {
+        let rows = self.out.len() / self.v.width;
+        let mut i = 0;
+        while i < rows {
+            match rows - i {
+                1 => i += self.block::<S, 1, C>(simd, i, c),
+                2 => i += self.block::<S, 2, C>(simd, i, c),
+                _ => i += self.block::<S, 3, C>(simd, i, c),
+            }
+        }
+    }
+
+    /// `R` rows of the result, `C` vectors wide. Returns `R`.
+    #[inline(always)]
+    fn block<S: Simd, const R: usize, const C: usize>(&mut self, simd: S, i: usize, c: usize) -> usize {
+        let p: [_; R] = std::array::from_fn(|a| &self.p[(i + a) * self.p_stride..][..self.v.count]);
+        let mut sums = [[simd.splat_f32s(0.0); C]; R];
+        for k in 0..self.v.count {
+            let v = &S::as_simd_f32s(self.v.row(k)).0[c..c + C];
+            for a in 0..R {
+                let p = simd.splat_f32s(p[a][k]);
+                for b in 0..C {
+                    sums[a][b] = simd.mul_add_f32s(p, v[b], sums[a][b]);
+                }
+            }
+        }
+        for (a, sums) in sums.iter().enumerate() {
+            let row = &mut self.out[(i + a) * self.v.width..][..self.v.width];
+            S::as_mut_simd_f32s(row).0[c..c + C].copy_from_slice(sums);
+        }
+        R
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values of size 1 without structure.
+    fn noise(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| (((i + seed) * 7919 % 10_007) as f32 * 0.613).sin()).collect()
+    }
+
+    #[test]
+    fn any_size_gives_the_product_by_its_definition() {
+        for (rows, width, count) in
+            [(1, 1, 1), (2, 7, 5), (3, 16, 4), (5, 33, 9), (9, 192, 67), (1, 576, 3), (4, 100, 1)]
+        {
+            let stride = width + 3;
+            let (x, w) = (noise(rows * width, 1), noise(count * stride, 5));
+            let x_rows = Rows { data: &x, stride: width, width, count: rows };
+            let w_rows = Rows { data: &w, stride, width, count };
+            let mut out = vec![f32::NAN; rows * count];
+            dots(&mut out, count, x_rows, w_rows, 0.5);
+            // Sums of `width` terms of size 1, in any order.
+            let bound = 4.0 * f64::from(f32::EPSILON) * width as f64;
+            for i in 0..rows {
+                for j in 0..count {
+                    let exact: f64 =
+                        (0..width).map(|l| f64::from(x[i * width + l]) * f64::from(w[j * stride + l])).sum();
+                    assert!((f64::from(out[i * count + j]) - 0.5 * exact).abs() <= bound, "{rows} {width} {count}");
+                }
+            }
+            // The same matrices the other way: `count` weights per row mix rows of `w`.
+            let p = noise(rows * count, 9);
+            let mut mixed = vec![f32::NAN; rows * width];
+            mix(&mut mixed, &p, count, w_rows);
+            let bound = 4.0 * f64::from(f32::EPSILON) * count as f64;
+            for i in 0..rows {
+                for c in 0..width {
+                    let exact: f64 =
+                        (0..count).map(|k| f64::from(p[i * count + k]) * f64::from(w[k * stride + c])).sum();
+                    assert!((f64::from(mixed[i * width + c]) - exact).abs() <= bound, "{rows} {width} {count}");
+                }
+            }
+        }
+    }
+}
