@@ -170,7 +170,7 @@ def main() -> int:
                     verdict = subprocess.run(
                         [args.binary, "check", out, "--engine", "transformers", "-q"], capture_output=True
                     ).returncode
-                    if verdict != (family, what, target) in NOT_IN_TRANSFORMERS:
+                    if verdict != int((family, what, target) in NOT_IN_TRANSFORMERS):
                         print(f"{label} BAD verdict of check: exit {verdict}")
                         bad = True
                 failures += bad

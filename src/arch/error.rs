@@ -6,7 +6,7 @@
 pub enum ArchError {
     /// `model_type` is of no known family.
     #[error(
-        "unknown model type `{model_type}`\n\nhint: known types are {}; a quantised or multimodal wrapper has to be unwrapped first",
+        "unknown model type `{model_type}`\n\nhint: known types are {}; `--family-file` describes others",
         known.join(", ")
     )]
     UnknownFamily {

@@ -4,7 +4,7 @@ use minijinja::{Environment, UndefinedBehavior, Value, context, syntax::SyntaxCo
 
 use super::table::Table;
 use super::{Verification, units};
-use crate::convert::{ConversionReport, Method};
+use crate::convert::{ConversionReport, Method, TargetKind};
 
 const TEMPLATE: &str = include_str!("card.md.j2");
 
@@ -29,6 +29,7 @@ pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verificat
         revision => report.source_revision.as_deref().map(inline),
         method => inline(&report.method),
         exact => exact,
+        remote => report.target == TargetKind::HfRemote,
         command => fenced(command),
         tool_version => inline(&report.tool_version),
         geometry => geometry(report).markdown(),
@@ -137,7 +138,7 @@ mod tests {
             source_fingerprint: BTreeMap::new(),
             method: method.name().into(),
             settings: ConvertSettings::default(),
-            target: crate::convert::TargetKind::DeepseekV3,
+            target: TargetKind::DeepseekV3,
             decisions: vec!["split 128 + 64 `searched`".into()],
             geometry: PlannedGeometry {
                 kv_lora_rank: 128,

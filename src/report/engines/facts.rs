@@ -30,7 +30,7 @@ pub enum FactsError {
 pub struct Routing {
     /// `scoring_func`.
     pub scoring: Option<String>,
-    /// `norm_topk_prob`.
+    /// `norm_topk_prob`, where it changes anything: where not every expert is chosen.
     pub renormalised: bool,
     /// `topk_method`.
     pub method: Option<String>,
@@ -248,7 +248,8 @@ impl Facts {
         let sparse = may_route && first_dense < layers && get("n_routed_experts").is_some();
         let routing = sparse.then(|| Routing {
             scoring: get("scoring_func").and_then(Value::as_str).map(str::to_owned),
-            renormalised: flag("norm_topk_prob"),
+            renormalised: flag("norm_topk_prob")
+                && get("num_experts_per_tok").and_then(Value::as_u64) < get("n_routed_experts").and_then(Value::as_u64),
             method: get("topk_method").and_then(Value::as_str).map(str::to_owned),
         });
         let mut facts = Self {
