@@ -17,8 +17,10 @@ mod options;
 mod plan;
 mod progress;
 mod reference;
+pub mod resume;
 mod values;
 mod verify;
+mod verify_files;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
@@ -68,6 +70,7 @@ enum Command {
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
     Verify(verify::VerifyArgs),
+    VerifyFiles(verify_files::VerifyFilesArgs),
     Eval(eval::EvalArgs),
     Compare(compare::CompareArgs),
     Demo(demo::DemoArgs),
@@ -125,6 +128,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),
+        Command::VerifyFiles(args) => args.execute(&context),
         Command::Eval(args) => args.execute(&context),
         Command::Compare(args) => args.execute(&context),
         Command::Demo(args) => args.execute(&context),

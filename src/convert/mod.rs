@@ -1,11 +1,18 @@
 //! The conversion loop: plan, calibrate, factorise, emit, publish. See `docs/architecture.md`.
 
 mod aware;
+mod checkpoint;
 mod error;
+#[cfg(test)]
+mod faults;
+mod frozen;
+mod memory;
 mod plan;
 mod prepare;
 mod run;
 mod settings;
+mod sink;
+mod state;
 mod streams;
 mod survey;
 

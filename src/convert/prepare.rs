@@ -2,7 +2,7 @@
 
 use crate::arch::{ArchError, Architecture, GqaShape, check_tensors};
 use crate::methods::{exact, transmla};
-use crate::source::{Dtype, ModelSource, find_non_finite};
+use crate::source::{Dtype, ModelSource, scan_non_finite};
 use crate::target::TargetSpec;
 use crate::write::PlannedTensor;
 
@@ -222,7 +222,7 @@ impl<'a> Job<'a> {
 
 /// Refuse a tensor that holds NaN or infinity.
 fn check_finite(source: &ModelSource, name: &str) -> Result<(), ConvertError> {
-    match find_non_finite(source.tensors.view(name)?) {
+    match scan_non_finite(&source.tensors, name)? {
         None => Ok(()),
         Some(found) => Err(ConvertError::NotFinite {
             name: name.to_owned(),

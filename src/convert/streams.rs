@@ -12,6 +12,7 @@ use crate::methods::MlaLayer;
 use crate::runtime::{Cpu, Layer, LayerTensors, Model};
 
 /// Hidden states of one model at the input of a layer, for all windows end to end.
+#[derive(Debug)]
 pub(super) struct Stream {
     /// `[T, D]`.
     pub hidden: Array2<f32>,

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use fs_err as fs;
 use serde::{Deserialize, Serialize};
 
-use super::WriteError;
+use super::{WriteError, ops};
 
 /// Content of a lock file: who holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +21,7 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    fn this() -> Self {
+    pub(super) fn this() -> Self {
         let pid = std::process::id();
         Owner {
             pid,
@@ -32,8 +32,13 @@ impl Owner {
     }
 
     /// Whether the owner certainly does not run any more. Only known on its own host.
-    fn is_dead(&self) -> bool {
+    pub(super) fn is_dead(&self) -> bool {
         self.host == host() && !(alive(self.pid) && self.process_start == process_start(self.pid))
+    }
+
+    /// Whether the owner is certainly another process that still runs.
+    pub(super) fn is_alive(&self) -> bool {
+        self.host == host() && self.pid != std::process::id() && !self.is_dead()
     }
 }
 
@@ -70,7 +75,7 @@ impl Drop for Lock {
     fn drop(&mut self) {
         // Only our own: someone may have judged it stale from another host and removed it by hand.
         if matches!(read(&self.path), Ok(Some(owner)) if owner == self.owner) {
-            let _ = fs::remove_file(&self.path);
+            let _ = ops::remove_file(&self.path);
         }
     }
 }
@@ -82,11 +87,16 @@ impl Drop for Lock {
 fn create(path: &Path, owner: &Owner) -> Result<bool, WriteError> {
     let text = serde_json::to_vec(owner).map_err(io::Error::from)?;
     let draft = unique_sibling(path, "draft");
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).open(&draft)?;
-    let written = file.write_all(&text).and_then(|()| file.sync_all());
+    let mut file = ops::create_file(&draft)?;
+    let written = ops::write(&mut file, &text).and_then(|()| ops::sync(&file));
     drop(file);
-    let linked = written.and_then(|()| fs::hard_link(&draft, path));
-    fs::remove_file(&draft)?;
+    let linked = written.and_then(|()| ops::hard_link(&draft, path));
+    if let Err(e) = ops::remove_file(&draft) {
+        if linked.is_ok() {
+            let _ = ops::remove_file(path);
+        }
+        return Err(e.into());
+    }
     match linked {
         Ok(()) => Ok(true),
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
@@ -126,7 +136,7 @@ fn read(path: &Path) -> Result<Option<Owner>, WriteError> {
 /// put back when it turns out to be another, live one that was created in between.
 fn remove_stale(path: &Path, holder: &Owner) -> Result<(), WriteError> {
     let aside = unique_sibling(path, "stale");
-    match fs::rename(path, &aside) {
+    match ops::rename(path, &aside) {
         Ok(()) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(e.into()),
@@ -134,7 +144,7 @@ fn remove_stale(path: &Path, holder: &Owner) -> Result<(), WriteError> {
     if read(&aside)?.as_ref() != Some(holder) {
         let _ = fs::hard_link(&aside, path);
     }
-    fs::remove_file(&aside)?;
+    ops::remove_file(&aside)?;
     Ok(())
 }
 
