@@ -66,7 +66,8 @@ fn reference_in_docs_is_that_of_the_binary() {
 
 #[test]
 fn usage_errors_exit_with_2_and_name_what_is_allowed() {
-    let cases: [(&str, &[&str]); 9] = [
+    let cases: [(&str, &[&str]); 10] = [
+        ("negative", &["plan", "m", "--kv-lora-rank", "-5"]),
         ("no_command", &[]),
         ("unknown_method", &["convert", "m", "-o", "x", "--method", "magic"]),
         ("bad_budget", &["convert", "m", "-o", "x", "--kv-budget", "120%"]),
@@ -171,6 +172,52 @@ fn a_text_shorter_than_a_window_is_unusable() {
     assert_snapshot!("short_text", transcript(&args, &[(dir.path(), "[DIR]")]));
     fs_err::write(&text, [0xff, 0xfe, 0x00]).expect("written");
     assert_eq!(run(&args).status.code(), Some(2), "not UTF-8");
+}
+
+#[test]
+fn text_in_json_lines_is_that_of_its_field() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let text: String = (0..200).map(|n| format!("Line {n} of a text with \"quotes\".\n")).collect();
+    let lines: Vec<_> = text.lines().map(|l| serde_json::json!({ "id": 7, "text": l }).to_string()).collect();
+    let (plain, rows) = (dir.path().join("a.txt"), dir.path().join("a.jsonl"));
+    fs_err::write(&plain, text.trim_end()).expect("written");
+    fs_err::write(&rows, lines.join("\n")).expect("written");
+    let perplexity = |path: &Path| {
+        let path = path.display().to_string();
+        let (code, e) = json(&["eval", TRAINED, "--json", "--text", &path, "--seq-len", "64", "--windows", "4"]);
+        assert_eq!(code, Some(0));
+        e["perplexity"].clone()
+    };
+    assert_eq!(perplexity(&plain), perplexity(&rows));
+    let out = run(&["eval", TRAINED, "--text", "/no/such/text"]);
+    assert!(String::from_utf8_lossy(&out.stderr).starts_with("error: cannot read the text `/no/such/text`"), "{out:?}");
+}
+
+#[test]
+fn files_are_checked_against_the_manifest() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let to = dir.path().join("out");
+    let path = to.display().to_string();
+    let out = run(&["convert", "fixtures/pico-trained", "-o", &path, "--method", "exact", "-q"]);
+    assert_eq!(out.status.code(), Some(0), "{out:?}");
+    assert!(!to.join("golden.json").exists(), "not one of the model's files");
+    let (code, v) = json(&["verify-files", &path, "--json"]);
+    assert_eq!((code, &v["passed"]), (Some(0), &true.into()));
+    let mut weights = fs_err::read(to.join("model.safetensors")).expect("readable");
+    *weights.last_mut().expect("bytes") ^= 1;
+    fs_err::write(to.join("model.safetensors"), weights).expect("written");
+    fs_err::remove_file(to.join("tokenizer.json")).expect("removed");
+    fs_err::write(to.join("stranger\u{202e}.txt"), "").expect("written");
+    let (code, v) = json(&["verify-files", &path, "--json"]);
+    assert_eq!((code, &v["passed"]), (Some(1), &false.into()));
+    assert_eq!(v["differing"], serde_json::json!(["model.safetensors"]));
+    assert_eq!(v["missing"], serde_json::json!(["tokenizer.json"]));
+    let text = String::from_utf8(run(&["verify-files", &path]).stdout).expect("UTF-8");
+    for line in ["model.safetensors: differs", "tokenizer.json: missing", ": not in the manifest", "3 of 8 files"] {
+        assert!(text.contains(line), "expected `{line}`:\n{text}");
+    }
+    assert_eq!(run(&["verify-files", "fixtures/pico-llama"]).status.code(), Some(2), "no manifest");
+    assert_eq!(run(&["verify-files", "/no/such/folder"]).status.code(), Some(2));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
+use gqa2mla::calibrate::read_texts;
 use gqa2mla::observe::Observer;
 use gqa2mla::runtime::{Cpu, Model};
 use gqa2mla::verify::{self, Comparison, Evaluation, Thresholds, windows_from_text};
@@ -51,13 +52,13 @@ impl Windows {
     }
 }
 
+/// A text file; of a .jsonl file, the field `text` of every line, as calibration reads it.
 fn read_text(path: &Path) -> anyhow::Result<String> {
-    let size = fs_err::metadata(path)?.len();
+    let size = fs_err::metadata(path).with_context(|| format!("cannot read the text `{}`", path.display()))?.len();
     if size > MAX_TEXT_BYTES {
         bail!("`{}` has {size} bytes, more than {MAX_TEXT_BYTES}\n\nhint: cut a part out of it", path.display());
     }
-    let bytes = fs_err::read(path)?;
-    String::from_utf8(bytes).with_context(|| format!("`{}` is not UTF-8 text", path.display()))
+    Ok(read_texts(&[path.to_owned()])?.join("\n"))
 }
 
 /// Perplexity of a model.

@@ -23,7 +23,7 @@ mod verify;
 mod verify_files;
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use exit::ExitStatus;
 use output::Format;
@@ -104,12 +104,20 @@ impl Context {
 /// # Errors
 /// The status to exit with at once.
 pub fn parse() -> Result<Cli, ExitStatus> {
-    Cli::try_parse().map_err(|e| {
+    let parsed = forgiving(Cli::command()).try_get_matches().and_then(|m| Cli::from_arg_matches(&m));
+    parsed.map_err(|e| {
         let status = if e.use_stderr() { ExitStatus::Unusable } else { ExitStatus::Done };
         // Nobody left to tell.
         let _ = e.print();
         status
     })
+}
+
+/// Takes `-5` behind an option for its value, so that the option can say what it expects.
+fn forgiving(command: clap::Command) -> clap::Command {
+    let takes = |arg: &clap::Arg| !arg.is_positional() && arg.get_action().takes_values();
+    let command = command.mut_args(|arg| if takes(&arg) { arg.allow_negative_numbers(true) } else { arg });
+    command.mut_subcommands(forgiving)
 }
 
 /// Run the command.

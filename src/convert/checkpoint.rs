@@ -42,7 +42,7 @@ pub(super) struct Finished {
 
 /// What an unfinished run left, in the order it was made.
 #[derive(Debug, Default)]
-pub(super) struct Saved {
+pub(crate) struct Saved {
     settled: Option<Settled>,
     layers: Vec<Finished>,
     /// Journal entries up to and including the survey's, and each layer's.
@@ -85,7 +85,7 @@ impl Saved {
     }
 
     /// What the survey found, applied to the job. `None`: it has to be made.
-    pub fn settle(&self, job: &mut Job<'_>) -> Option<Survey> {
+    pub(super) fn settle(&self, job: &mut Job<'_>) -> Option<Survey> {
         let settled = self.settled.clone()?;
         job.spec.geometry = settled.geometry;
         job.decisions = settled.decisions;
@@ -101,7 +101,7 @@ impl Saved {
     ///
     /// # Errors
     /// I/O errors.
-    pub fn start(
+    pub(super) fn start(
         mut self,
         staging: &Staging,
         plan: &ShardPlan,

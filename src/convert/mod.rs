@@ -1,7 +1,7 @@
 //! The conversion loop: plan, calibrate, factorise, emit, publish. See `docs/architecture.md`.
 
 mod aware;
-mod checkpoint;
+pub(crate) mod checkpoint;
 mod error;
 #[cfg(test)]
 mod faults;

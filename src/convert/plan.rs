@@ -146,13 +146,17 @@ pub(super) fn describe(job: &Job<'_>, tokens: usize, predicted_error: Option<f64
     let flops = flops(job, tokens);
     let memory = memory::Need::of(job, tokens);
     let spill = memory.spill(settings.max_memory)?;
+    let mut decisions = job.decisions.clone();
+    if spill {
+        decisions.push("hidden states of the calibration text wait on the disk, to stay within --max-memory".into());
+    }
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get()) as f64;
     Ok(Plan {
         schema_version: SCHEMA_VERSION,
         source: job.source.spec.clone(),
         family: arch.family.clone(),
         settings: settings.clone(),
-        decisions: job.decisions.clone(),
+        decisions,
         geometry: job.spec.geometry,
         layers: arch.layers,
         cache_values_per_token_per_layer: job.cache_values(),

@@ -210,14 +210,6 @@ impl<'a> Job<'a> {
     fn stream_dtype(&self, name: &str) -> Dtype {
         if self.spec.stream_scale == 1.0 { self.copied_dtype(name) } else { self.spec.scaled_dtype() }
     }
-
-    /// Bytes a layer needs while it is converted: its weights in f32, the attention in f64, moments.
-    pub fn layer_bytes(&self) -> u64 {
-        let (d, i) = (self.arch.hidden as u64, self.arch.intermediate as u64);
-        let attention = (self.arch.heads + self.shape.kv_heads) as u64 * self.shape.head_dim as u64 * d * 2;
-        let mlp = 3 * d * i * 4;
-        attention * 12 + mlp + 4 * (d + 1) * (d + 1) * 8
-    }
 }
 
 /// Refuse a tensor that holds NaN or infinity.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::aware::{Inputs, convert_layer};
 use super::checkpoint::{self, Finished, Saved, Start};
-use super::memory::Need;
+use super::memory::{Need, give_back};
 use super::sink::Sink;
 use super::state::{Parked, StateFile};
 use super::streams::{SourceLayer, SourcePass, Stream, first_windows};
@@ -105,6 +105,7 @@ pub fn convert(
     let mut clock = Clock::new();
     let mut job = Job::prepare(source, arch, settings)?;
     let windows = windows(&job, observer)?;
+    give_back();
     let spill = Need::of(&job, windows.iter().map(Vec::len).sum()).spill(settings.max_memory)?;
     let options = StagingOptions {
         overwrite: settings.overwrite,
@@ -435,6 +436,7 @@ impl Run<'_> {
                 }
             };
             done(layer, &gain, report, saved)?;
+            give_back();
             observer.event(Event::Step { done: index as u64 + 1, tokens: (tokens * (index + 1)) as u64 });
         }
         Ok(())

@@ -97,11 +97,6 @@ impl Stream {
         let tokens: Vec<u32> = windows.iter().flatten().copied().collect();
         Ok(Self { hidden: model.embed(&tokens)?, windows: windows.iter().map(Vec::len).collect() })
     }
-
-    /// Bytes held.
-    pub fn bytes(tokens: usize, hidden: usize) -> u64 {
-        (tokens * hidden * size_of::<f32>()) as u64
-    }
 }
 
 /// The rows of the first `count` windows.

@@ -18,17 +18,20 @@ pub(super) fn read_config(dir: &Path) -> Result<Value, SourceError> {
         return Err(SourceError::NoConfig { dir: dir.to_owned() });
     }
     let content = read_small(dir, "config.json", MAX_CONFIG_BYTES)?;
-    let value: Value = serde_json::from_slice(&content)
-        .map_err(|e| SourceError::Config { path: path.clone(), reason: format!("not JSON: {e}") })?;
-    if value.is_object() {
-        Ok(value)
-    } else {
-        Err(SourceError::Config { path, reason: "expected a JSON object".to_owned() })
-    }
+    parse(&content).map_err(|reason| SourceError::Config { path, reason })
+}
+
+/// Reads the content of a `config.json`.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn parse(content: &[u8]) -> Result<Value, String> {
+    let value: Value = serde_json::from_slice(content).map_err(|e| format!("not JSON: {e}"))?;
+    if value.is_object() { Ok(value) } else { Err("expected a JSON object".to_owned()) }
 }
 
 /// Refuses quantised weights, told by the config or, where the config is silent, by the names of the tensors.
-pub(super) fn refuse_quantised(config: &Value, tensors: &TensorDirectory) -> Result<(), SourceError> {
+pub(crate) fn refuse_quantised(config: &Value, tensors: &TensorDirectory) -> Result<(), SourceError> {
     let text = config.get("text_config");
     let found = [Some(config), text].into_iter().flatten().find_map(declared_method);
     let Some(method) = found.or_else(|| tensors.names().find_map(method_of_name)) else {

@@ -3,7 +3,7 @@
 //! Knows files and formats; knows nothing of attention. Nothing that is read here is trusted: every length, offset,
 //! name and path is checked before it is used, and no code shipped with a model is ever executed.
 
-mod config;
+pub(crate) mod config;
 mod directory;
 mod dtype;
 mod error;
@@ -12,7 +12,7 @@ mod hash;
 mod header;
 #[cfg(feature = "hub")]
 mod hub;
-mod index;
+pub(crate) mod index;
 mod open;
 mod path;
 mod side;

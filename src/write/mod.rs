@@ -9,7 +9,7 @@ mod error;
 mod journal;
 mod leftover;
 mod lock;
-mod manifest;
+pub(crate) mod manifest;
 pub(crate) mod ops;
 mod plan;
 mod publish;
