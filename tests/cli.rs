@@ -245,6 +245,37 @@ fn a_reader_that_leaves_is_no_error() {
 }
 
 #[test]
+fn a_folder_needs_no_network_and_a_token_is_never_shown() {
+    // Port 9 discards; nothing listens there. Whoever asks it fails.
+    let with = |args: &[&str]| {
+        let mut command = gqa2mla(args);
+        command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", "http://127.0.0.1:9").env("HF_TOKEN", "hf_do_not_show");
+        command.env("RUST_LOG", "trace").env("HF_HUB_DOWNLOAD_TIMEOUT", "20");
+        command.output().expect("the binary starts")
+    };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let to = dir.path().join("out").display().to_string();
+    let local = with(&["convert", "fixtures/pico-llama", "-o", &to, "--method", "exact"]);
+    assert_eq!(local.status.code(), Some(0), "{local:?}");
+    let hub = with(&["inspect", "org/name"]);
+    assert_eq!(hub.status.code(), Some(3), "{hub:?}");
+    for out in [&local, &hub] {
+        let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+        assert!(!text.contains("hf_do_not_show"), "{text}");
+    }
+}
+
+#[test]
+fn what_reads_stdout_gets_one_document_whatever_goes_to_stderr() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let to = dir.path().join("out").display().to_string();
+    let (code, v) = json(&["convert", TRAINED, "-o", &to, "--json", "--calib-samples", "16", "--calib-seq-len", "64"]);
+    assert_eq!((code, &v["schema_version"]), (Some(0), &1.into()));
+    let (code, again) = json(&["plan", TRAINED, "--json", "--quick", "--max-memory", "1TB"]);
+    assert_eq!((code, &again["spilled"]), (Some(0), &false.into()));
+}
+
+#[test]
 fn every_shell_gets_completions() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let out = run(&["completions", shell]);

@@ -186,6 +186,11 @@ fn limited(kilobytes: u64, args: &[&str]) -> std::process::Output {
     shell.output().expect("starts")
 }
 
+/// Bytes that the files of a folder take on the disk.
+fn on_disk(dir: &Path) -> u64 {
+    fs_err::read_dir(dir).expect("readable").flatten().map(|e| blocks(&e.path())).sum()
+}
+
 /// Converts a sparse checkpoint under a limit. Returns its size, the resident peak and what was planned.
 fn under_a_limit(shape: Shape, gigabytes: u64, options: &[&str]) -> (u64, u64, u64) {
     let dir = tempfile::tempdir().expect("a temporary folder");
@@ -202,6 +207,8 @@ fn under_a_limit(shape: Shape, gigabytes: u64, options: &[&str]) -> (u64, u64, u
     let planned = document(&[&["plan", &from, "--quick"], &common[..]].concat())["peak_memory_bytes"].as_u64();
     let rss = document(&[&["convert", &from, "-o", &to], &common[..]].concat())["peak_rss_bytes"].as_u64();
     let (planned, rss) = (planned.expect("a figure"), rss.expect("a figure"));
+    // What was a hole is one: the disk of whoever runs this need not hold the model.
+    assert!(on_disk(Path::new(&to)) < total / 4, "{} bytes were written", on_disk(Path::new(&to)));
     println!("{total} bytes of weights, {options:?}: planned {planned}, resident {rss}, {:.1?}", started.elapsed());
     (total, rss, planned)
 }
@@ -254,7 +261,7 @@ fn the_folder_of_a_test_is_sparse() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let path: PathBuf = dir.path().join("m");
     let total = checkpoint(&path, Shape { vocab: 1 << 16, ..SMALL });
-    let held: u64 = fs_err::read_dir(&path).expect("readable").flatten().map(|e| blocks(&e.path())).sum();
+    let held = on_disk(&path);
     assert!(held < total / 10, "{held} of {total} bytes are on the disk: the other tests here would fill it");
 }
 

@@ -343,6 +343,62 @@ fn killed_at_random_moments_it_is_absent_or_whole_and_ends_the_same() {
     assert!(resumed > 0, "no run went on with another");
 }
 
+#[cfg(unix)]
+#[test]
+fn neither_place_nor_locale_nor_threads_change_a_byte_and_the_input_stays_as_it_is() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let contents = || -> Vec<(PathBuf, Vec<u8>, std::time::SystemTime)> {
+        let mut files: Vec<_> = fs_err::read_dir(fixture()).expect("readable").flatten().map(|e| e.path()).collect();
+        files.sort();
+        let modified = |p: &Path| fs_err::metadata(p).expect("known").modified().expect("known");
+        files.into_iter().map(|p| (p.clone(), fs_err::read(&p).expect("readable"), modified(&p))).collect()
+    };
+    let before = contents();
+    let mut manifests = Vec::new();
+    for (n, (locale, zone, threads)) in
+        [("C", "UTC", "1"), ("tr_TR.UTF-8", "Asia/Tokyo", "4"), ("de_DE", "America/Caracas", "3")]
+            .into_iter()
+            .enumerate()
+    {
+        let to = dir.path().join(format!("a rather long name, {n}"));
+        let mut command = command(&to, &["--calib-samples", "24", "--threads", threads]);
+        let status = command.env("LC_ALL", locale).env("TZ", zone).current_dir(dir.path()).status();
+        assert!(status.expect("starts").success());
+        manifests.push(manifest(&to));
+    }
+    assert!(manifests.windows(2).all(|w| w[0] == w[1]));
+    assert!(before == contents(), "the source was touched");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn two_runs_do_not_share_a_folder_even_without_the_lock() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let to = dir.path().join("out");
+    let mut child = command(&to, &["--calib-samples", "256", "--refine", "50"]).spawn().expect("starts");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !leftover(&to).is_some_and(|r| r.join("journal").exists()) {
+        assert!(Instant::now() < deadline, "no journal within a minute");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let second = |more: &[&str]| {
+        let out = command(&to, more).output().expect("starts");
+        (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    let who = format!("process {}", child.id());
+    let (code, text) = second(&["--resume"]);
+    assert!(code == Some(3) && text.contains(&who) && text.contains(".out.lock"), "{text}");
+    // As where links do not work, or somebody removed it: the journal says who writes there.
+    fs_err::remove_file(dir.path().join(".out.lock")).expect("removed");
+    for more in ["--resume", "--restart"] {
+        let (code, text) = second(&[more]);
+        assert!(code == Some(3) && text.contains(&who), "{more}: {text}");
+    }
+    assert!(leftover(&to).is_some(), "a run's folder was taken from it");
+    child.kill().expect("killed");
+    child.wait().expect("ended");
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_can_be_gone_on_with() {

@@ -93,8 +93,10 @@ const CACHED_VS_FULL: f64 = 5e-3;
 pub fn default_thresholds(converted: &OpenModel) -> (Thresholds, &'static str) {
     let cached = Thresholds { cached_vs_full: Some(CACHED_VS_FULL), ..Thresholds::default() };
     let report = converted.source.dir.join("conversion.json");
-    let report: Option<serde_json::Value> =
-        fs_err::read(report).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    // A report takes some kilobytes per layer.
+    let small = fs_err::metadata(&report).is_ok_and(|m| m.is_file() && m.len() < 64 << 20);
+    let bytes = small.then(|| fs_err::read(report).ok()).flatten();
+    let report: Option<serde_json::Value> = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let Some(report) = report else {
         return (cached, "finite figures and agreement of cached decoding, since conversion.json is missing");
     };

@@ -110,11 +110,13 @@ pub fn convert(
     let options = StagingOptions {
         overwrite: settings.overwrite,
         source: Some(source.dir.clone()),
+        // Zeros that take no room in the source are skipped in the output too.
         needed_bytes: job
             .planned_tensors()
             .iter()
             .map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64)
-            .sum(),
+            .sum::<u64>()
+            .saturating_sub(source.tensors.hole_bytes()),
         leftover: settings.leftover,
     };
     let mut staging = Staging::create(output, &options)?;

@@ -63,6 +63,8 @@ pub(super) struct Shard {
     path: PathBuf,
     file: fs::File,
     bytes: u64,
+    /// Bytes that take no room on the disk: holes, which read as zeros.
+    holes: u64,
     modified: Option<SystemTime>,
     header_sha256: String,
     pub(super) header: Header,
@@ -90,8 +92,20 @@ impl Shard {
             }
         };
         let header_sha256 = sha256(&stored);
-        Ok(Shard { name: name.to_owned(), path, file, bytes, modified, header_sha256, header })
+        let holes = holes(&meta);
+        Ok(Shard { name: name.to_owned(), path, file, bytes, holes, modified, header_sha256, header })
     }
+}
+
+#[cfg(unix)]
+fn holes(meta: &std::fs::Metadata) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    meta.len().saturating_sub(meta.blocks().saturating_mul(512))
+}
+
+#[cfg(not(unix))]
+fn holes(_: &std::fs::Metadata) -> u64 {
+    0
 }
 
 /// Length field and JSON of a weight file of `bytes` bytes. Never more than the format allows is read.
@@ -205,6 +219,11 @@ impl TensorDirectory {
     /// Bytes of all tensors, without headers.
     pub fn total_bytes(&self) -> u64 {
         self.total_bytes
+    }
+
+    /// Bytes of the weight files that take no room on the disk, because they were never written and read as zeros.
+    pub fn hole_bytes(&self) -> u64 {
+        self.shards.iter().map(|s| s.holes).sum()
     }
 
     /// Reads a tensor.

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use super::SourceError;
 use super::path::read_small;
 
-/// Largest `tokenizer.json` read; the largest in the field are about 35 MB.
-const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
+/// Largest `tokenizer.json` read; the largest in the field are about 35 MB, and a hostile one takes some twenty times its
+/// size to be read.
+const MAX_TOKENIZER_BYTES: u64 = 48 << 20;
 
 /// Text to token ids and back, as `tokenizer.json` says: what `tok(text)` gives in transformers by default.
 ///

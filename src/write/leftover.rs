@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use fs_err as fs;
 
 use super::journal::{self, JournalRecord};
+use super::lock::made_by_the_dead;
 use super::manifest::MANIFEST;
 use super::{WriteError, ops};
 use crate::source::sha256_file;
@@ -23,33 +24,22 @@ pub(super) const COMPLETE: &str = "manifest_sha256";
 
 /// The unfinished run for `output` that got furthest. To be called with the lock held.
 ///
-/// Folders that hold nothing to resume are removed where their process is certainly gone: `dead` is the process that
-/// the lock was taken from, and a journal names its own.
-pub(super) fn find(
-    parent: &Path,
-    hidden: &Path,
-    output: &Path,
-    dead: Option<u32>,
-) -> Result<Option<Found>, WriteError> {
-    let name = hidden.file_name().unwrap_or_default();
-    let mut prefix = name.to_owned();
+/// Folders that hold nothing to resume are removed where their process is certainly gone: a journal names it, and so does
+/// the name of a folder that has none yet.
+pub(super) fn find(parent: &Path, hidden: &Path, output: &Path) -> Result<Option<Found>, WriteError> {
+    let mut prefix = hidden.file_name().unwrap_or_default().to_owned();
     prefix.push(".partial-");
-    let of_dead = dead.map(|pid| {
-        let mut p = prefix.clone();
-        p.push(format!("{pid}-"));
-        p
-    });
     let mut best: Option<Found> = None;
     for entry in fs::read_dir(parent)? {
         let entry = entry?;
         let name = entry.file_name();
-        let has = |p: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(p.as_encoded_bytes());
-        if !has(&prefix) || !entry.file_type()?.is_dir() {
+        let Some(maker) = name.as_encoded_bytes().strip_prefix(prefix.as_encoded_bytes()) else { continue };
+        if !entry.file_type()?.is_dir() {
             continue;
         }
         let root = entry.path();
         let Some(record) = JournalRecord::read(&root)? else {
-            if of_dead.as_deref().is_some_and(has) {
+            if std::str::from_utf8(maker).is_ok_and(made_by_the_dead) {
                 ops::remove_dir_all(&root)?;
             }
             continue;

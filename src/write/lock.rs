@@ -50,14 +50,13 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Takes the lock at `path` for `output`. The second value is the pid of a dead owner it was taken from.
-    pub(super) fn take(path: PathBuf, output: &Path) -> Result<(Self, Option<u32>), WriteError> {
+    /// Takes the lock at `path` for `output`; from a dead owner, if there is one.
+    pub(super) fn take(path: PathBuf, output: &Path) -> Result<Self, WriteError> {
         let owner = Owner::this();
-        let mut taken_from = None;
         // A second round follows when the lock of a dead process was removed; a third only if others race for it.
         for _ in 0..3 {
             if create(&path, &owner)? {
-                return Ok((Lock { path, owner }, taken_from));
+                return Ok(Lock { path, owner });
             }
             let Some(holder) = read(&path)? else { continue };
             if !holder.is_dead() {
@@ -65,7 +64,6 @@ impl Lock {
                 return Err(WriteError::Locked { output: output.to_owned(), lock: path, pid, host, started });
             }
             remove_stale(&path, &holder)?;
-            taken_from = Some(holder.pid);
         }
         Err(WriteError::BadLock { lock: path, reason: "other runs keep taking it".to_owned() })
     }
@@ -157,6 +155,24 @@ pub(super) fn unique_sibling(path: &Path, what: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// A new name for a staging folder: `hidden` with `.partial-<host>-<pid>-<n>` appended, the host as eight digits of a hash.
+pub(super) fn staging_folder(hidden: &Path) -> PathBuf {
+    unique_sibling(hidden, &format!("partial-{}", host_digits()))
+}
+
+/// Whether a folder whose name ends in `maker` (`<host>-<pid>-<n>`) was made on this host by a process that is gone.
+pub(super) fn made_by_the_dead(maker: &str) -> bool {
+    let mut parts = maker.split('-');
+    let (host, pid) = (parts.next(), parts.next().and_then(|p| p.parse().ok()));
+    host == Some(&host_digits()) && pid.is_some_and(|pid| !alive(pid))
+}
+
+fn host_digits() -> String {
+    let mut hash = crate::source::Sha256Stream::default();
+    hash.update(host().as_bytes());
+    hash.finish().sha256[..8].to_owned()
+}
+
 fn host() -> String {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").or_else(|_| fs::read_to_string("/etc/hostname"));
     let name = name.ok().or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_default();
@@ -190,11 +206,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_folder_tells_who_made_it() {
+        let path = staging_folder(Path::new("/x/.out"));
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let maker = name.strip_prefix(".out.partial-").unwrap();
+        assert!(!made_by_the_dead(maker), "this process lives");
+        let of = |pid: &str| format!("{}-{pid}-0", host_digits());
+        // Above what Linux gives out.
+        assert!(made_by_the_dead(&of("2147483646")));
+        assert!(!made_by_the_dead("00000000-2147483646-0"), "another host");
+        assert!(!made_by_the_dead(&of("x")) && !made_by_the_dead(""));
+    }
+
+    #[test]
     fn second_taker_is_told_who_holds_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(".out.lock");
-        let (lock, from) = Lock::take(path.clone(), dir.path()).unwrap();
-        assert_eq!(from, None);
+        let lock = Lock::take(path.clone(), dir.path()).unwrap();
         match Lock::take(path.clone(), dir.path()) {
             Err(WriteError::Locked { pid, host: h, .. }) => {
                 assert_eq!(pid, std::process::id());
@@ -213,9 +241,7 @@ mod tests {
         // Our own pid with another start time: a reused pid.
         let reused = Owner { process_start: Some(1), ..Owner::this() };
         assert!(create(&path, &reused).unwrap());
-        let (lock, from) = Lock::take(path.clone(), dir.path()).unwrap();
-        assert_eq!(from, Some(std::process::id()));
-        drop(lock);
+        drop(Lock::take(path.clone(), dir.path()).unwrap());
         let foreign = Owner { host: "elsewhere".to_owned(), ..reused };
         assert!(create(&path, &foreign).unwrap());
         assert!(matches!(Lock::take(path.clone(), dir.path()), Err(WriteError::Locked { .. })));

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::journal::{Journal, JournalRecord};
 use super::leftover::{Found, find};
-use super::lock::{Lock, unique_sibling};
+use super::lock::{Lock, staging_folder};
 use super::{WriteError, ops};
 
 /// What to do with the unfinished run that an earlier process left for the same output.
@@ -64,7 +64,7 @@ impl Staging {
     /// Checks that `output` can be written, takes its lock and makes a staging folder beside it, or takes over the one
     /// that an unfinished run left.
     ///
-    /// The lock is the file `.<name>.lock`, the folder `.<name>.partial-<pid>-<n>`. What a run that was killed on
+    /// The lock is the file `.<name>.lock`, the folder `.<name>.partial-<host>-<pid>-<n>`. What a run that was killed on
     /// this host left behind is removed when it holds nothing that could be resumed.
     ///
     /// # Errors
@@ -91,10 +91,10 @@ impl Staging {
         let hidden = parent.join(hidden);
         let mut lock_path = hidden.clone().into_os_string();
         lock_path.push(".lock");
-        let (lock, dead) = Lock::take(lock_path.into(), &output)?;
+        let lock = Lock::take(lock_path.into(), &output)?;
         // Again, now that nobody else can be changing it.
         check_replaceable(&output, options.overwrite)?;
-        let resumed = match (find(&parent, &hidden, &output, dead)?, options.leftover) {
+        let resumed = match (find(&parent, &hidden, &output)?, options.leftover) {
             (None, _) => None,
             (Some(found), Leftover::Resume) => Some(found),
             (Some(Found { root, record }), Leftover::Refuse) => {
@@ -111,7 +111,7 @@ impl Staging {
         let (root, record) = match resumed {
             Some(Found { root, record }) => (root, Some(record)),
             None => {
-                let root = unique_sibling(&hidden, "partial");
+                let root = staging_folder(&hidden);
                 // Never follows or reuses what is there: a planted link is an error.
                 ops::create_dir(&root)?;
                 (root, None)
