@@ -208,7 +208,8 @@ fn under_a_limit(shape: Shape, gigabytes: u64, options: &[&str]) -> (u64, u64, u
     let rss = document(&[&["convert", &from, "-o", &to], &common[..]].concat())["peak_rss_bytes"].as_u64();
     let (planned, rss) = (planned.expect("a figure"), rss.expect("a figure"));
     // What was a hole is one: the disk of whoever runs this need not hold the model.
-    assert!(on_disk(Path::new(&to)) < total / 4, "{} bytes were written", on_disk(Path::new(&to)));
+    let written = on_disk(Path::new(&to));
+    assert!(total < 1 << 30 || written < total / 4, "{written} of {total} bytes were written");
     println!("{total} bytes of weights, {options:?}: planned {planned}, resident {rss}, {:.1?}", started.elapsed());
     (total, rss, planned)
 }
