@@ -13,6 +13,8 @@ pub mod arch;
 pub mod calibrate;
 pub mod convert;
 pub mod factor;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod methods;
 pub mod observe;
 pub mod refine;

@@ -4,7 +4,7 @@ mod cli;
 
 use std::process::ExitCode;
 
-use cli::{exit, interrupt, output};
+use cli::{exit, interrupt, output, resume};
 
 fn main() -> ExitCode {
     let cli = match cli::parse() {
@@ -21,6 +21,9 @@ fn main() -> ExitCode {
         }
         Err(signal) => {
             output::message(output::Label::Error, "interrupted, nothing was published");
+            if let Some(command) = resume::pending() {
+                output::message(output::Label::Hint, &format!("go on with `{command}`"));
+            }
             exit::ExitStatus::Interrupted(signal)
         }
     };

@@ -18,6 +18,18 @@ pub enum Event {
         /// Tokens that went through the model in this phase so far, where the phase moves tokens.
         tokens: u64,
     },
+    /// A tensor is in the output.
+    Written {
+        /// Its name.
+        tensor: String,
+    },
+    /// What was done so far is on the disk: a run that is stopped now can be resumed.
+    Checkpoint {
+        /// The staging folder that holds it.
+        folder: std::path::PathBuf,
+        /// Layers finished.
+        done: u64,
+    },
     /// Bytes moved by a download.
     Download {
         /// File name within the repository.

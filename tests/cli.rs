@@ -66,7 +66,8 @@ fn reference_in_docs_is_that_of_the_binary() {
 
 #[test]
 fn usage_errors_exit_with_2_and_name_what_is_allowed() {
-    let cases: [(&str, &[&str]); 9] = [
+    let cases: [(&str, &[&str]); 10] = [
+        ("negative", &["plan", "m", "--kv-lora-rank", "-5"]),
         ("no_command", &[]),
         ("unknown_method", &["convert", "m", "-o", "x", "--method", "magic"]),
         ("bad_budget", &["convert", "m", "-o", "x", "--kv-budget", "120%"]),
@@ -214,6 +215,52 @@ fn a_family_file_and_a_broken_one() {
 }
 
 #[test]
+fn text_in_json_lines_is_that_of_its_field() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let text: String = (0..200).map(|n| format!("Line {n} of a text with \"quotes\".\n")).collect();
+    let lines: Vec<_> = text.lines().map(|l| serde_json::json!({ "id": 7, "text": l }).to_string()).collect();
+    let (plain, rows) = (dir.path().join("a.txt"), dir.path().join("a.jsonl"));
+    fs_err::write(&plain, text.trim_end()).expect("written");
+    fs_err::write(&rows, lines.join("\n")).expect("written");
+    let perplexity = |path: &Path| {
+        let path = path.display().to_string();
+        let (code, e) = json(&["eval", TRAINED, "--json", "--text", &path, "--seq-len", "64", "--windows", "4"]);
+        assert_eq!(code, Some(0));
+        e["perplexity"].clone()
+    };
+    assert_eq!(perplexity(&plain), perplexity(&rows));
+    let out = run(&["eval", TRAINED, "--text", "/no/such/text"]);
+    assert!(String::from_utf8_lossy(&out.stderr).starts_with("error: cannot read the text `/no/such/text`"), "{out:?}");
+}
+
+#[test]
+fn files_are_checked_against_the_manifest() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let to = dir.path().join("out");
+    let path = to.display().to_string();
+    let out = run(&["convert", "fixtures/pico-trained", "-o", &path, "--method", "exact", "-q"]);
+    assert_eq!(out.status.code(), Some(0), "{out:?}");
+    assert!(!to.join("golden.json").exists(), "not one of the model's files");
+    let (code, v) = json(&["verify-files", &path, "--json"]);
+    assert_eq!((code, &v["passed"]), (Some(0), &true.into()));
+    let mut weights = fs_err::read(to.join("model.safetensors")).expect("readable");
+    *weights.last_mut().expect("bytes") ^= 1;
+    fs_err::write(to.join("model.safetensors"), weights).expect("written");
+    fs_err::remove_file(to.join("tokenizer.json")).expect("removed");
+    fs_err::write(to.join("stranger\u{202e}.txt"), "").expect("written");
+    let (code, v) = json(&["verify-files", &path, "--json"]);
+    assert_eq!((code, &v["passed"]), (Some(1), &false.into()));
+    assert_eq!(v["differing"], serde_json::json!(["model.safetensors"]));
+    assert_eq!(v["missing"], serde_json::json!(["tokenizer.json"]));
+    let text = String::from_utf8(run(&["verify-files", &path]).stdout).expect("UTF-8");
+    for line in ["model.safetensors: differs", "tokenizer.json: missing", ": not in the manifest", "3 of 8 files"] {
+        assert!(text.contains(line), "expected `{line}`:\n{text}");
+    }
+    assert_eq!(run(&["verify-files", "fixtures/pico-llama"]).status.code(), Some(2), "no manifest");
+    assert_eq!(run(&["verify-files", "/no/such/folder"]).status.code(), Some(2));
+}
+
+#[test]
 fn an_mla_model_is_not_converted_again() {
     assert_snapshot!("mla_source", transcript(&["plan", "fixtures/pico-deepseek-v3"], &[]));
 }
@@ -235,6 +282,37 @@ fn a_reader_that_leaves_is_no_error() {
     drop(child.stdout.take());
     let out = child.wait_with_output().expect("it ends");
     assert_eq!((out.status.code(), out.stderr.as_slice()), (Some(0), &b""[..]));
+}
+
+#[test]
+fn a_folder_needs_no_network_and_a_token_is_never_shown() {
+    // Port 9 discards; nothing listens there. Whoever asks it fails.
+    let with = |args: &[&str]| {
+        let mut command = gqa2mla(args);
+        command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", "http://127.0.0.1:9").env("HF_TOKEN", "hf_do_not_show");
+        command.env("RUST_LOG", "trace").env("HF_HUB_DOWNLOAD_TIMEOUT", "20");
+        command.output().expect("the binary starts")
+    };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let to = dir.path().join("out").display().to_string();
+    let local = with(&["convert", "fixtures/pico-llama", "-o", &to, "--method", "exact"]);
+    assert_eq!(local.status.code(), Some(0), "{local:?}");
+    let hub = with(&["inspect", "org/name"]);
+    assert_eq!(hub.status.code(), Some(3), "{hub:?}");
+    for out in [&local, &hub] {
+        let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+        assert!(!text.contains("hf_do_not_show"), "{text}");
+    }
+}
+
+#[test]
+fn what_reads_stdout_gets_one_document_whatever_goes_to_stderr() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let to = dir.path().join("out").display().to_string();
+    let (code, v) = json(&["convert", TRAINED, "-o", &to, "--json", "--calib-samples", "16", "--calib-seq-len", "64"]);
+    assert_eq!((code, &v["schema_version"]), (Some(0), &1.into()));
+    let (code, again) = json(&["plan", TRAINED, "--json", "--quick", "--max-memory", "1TB"]);
+    assert_eq!((code, &again["spilled"]), (Some(0), &false.into()));
 }
 
 #[test]

@@ -332,8 +332,7 @@ pub fn check_tensors(arch: &Architecture, tensors: &TensorDirectory) -> Result<(
             continue;
         }
         if arch.tied_head && name == arch.names.head {
-            let same = tensors.view(name)?.bytes == tensors.view(&arch.names.embed)?.bytes;
-            if same {
+            if tensors.same_bytes(name, &arch.names.embed)? {
                 continue;
             }
             lines.push(format!(

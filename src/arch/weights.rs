@@ -10,8 +10,8 @@ pub const SCALE_SUFFIX: &str = "_scale_inv";
 /// Side of the blocks that share a scale (DeepSeek-V3's format, algorithms.md 6.2).
 pub(crate) const BLOCK: usize = 128;
 
-/// Rows of a stored weight, in place.
-#[derive(Debug, Clone, Copy)]
+/// Rows of a stored weight.
+#[derive(Debug, Clone)]
 pub struct StoredPart<'a> {
     /// The whole stored tensor, its bytes cut to the rows.
     view: TensorView<'a>,
@@ -28,18 +28,15 @@ impl<'a> StoredPart<'a> {
     /// # Errors
     /// [`SourceError`] for a tensor that is not there.
     pub fn find(tensors: &'a TensorDirectory, part: &Part) -> Result<Self, SourceError> {
-        let view = tensors.view(&part.name)?;
-        let all = view.shape.first().copied().unwrap_or(1);
-        let rows = part.rows.clone().unwrap_or(0..all);
-        let bytes = view.bytes.len() / all.max(1);
-        // A part that reaches past the tensor is told by the check of shapes; here it must not panic.
-        let (first, end) = (rows.start.min(all), rows.end.min(all));
+        let view = tensors.rows(&part.name, part.rows.clone())?;
+        let first = part.rows.as_ref().map_or(0, |rows| rows.start);
         let scales = match view.dtype {
             Dtype::F8E4M3 => Some(tensors.view(&format!("{}{SCALE_SUFFIX}", part.name))?),
             _ => None,
         };
-        let view = TensorView { bytes: &view.bytes[first * bytes..end * bytes], ..view };
-        Ok(Self { view, first, rows: end - first, scales })
+        let row: usize = view.shape.iter().skip(1).product::<usize>() * view.dtype.size();
+        let rows = view.bytes.len().checked_div(row).unwrap_or(0);
+        Ok(Self { view, first, rows, scales })
     }
 
     /// Stored element type.
@@ -48,8 +45,8 @@ impl<'a> StoredPart<'a> {
     }
 
     /// Stored bytes of the rows.
-    pub fn bytes(&self) -> &'a [u8] {
-        self.view.bytes
+    pub fn bytes(&self) -> &[u8] {
+        &self.view.bytes
     }
 
     /// Shape of the rows: `[rows, ..]`.

@@ -198,6 +198,7 @@ mod tests {
             v_dim: 4,
             scale: 0.5,
             sliding_window: None,
+            score_softcap: None,
         }
     }
 

@@ -91,7 +91,7 @@ fn short(model: &str) -> String {
 }
 
 /// A word that a shell reads as this text.
-fn quoted(s: &str) -> String {
+pub fn quoted(s: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./@%+=:,".contains(c);
     if !s.is_empty() && s.chars().all(plain) { s.to_owned() } else { format!("'{}'", s.replace('\'', "'\\''")) }
 }

@@ -7,19 +7,22 @@ use clap::Args;
 use gqa2mla::convert::{self, ConversionReport, ConvertSettings};
 use gqa2mla::report::{Verification, card, text};
 use gqa2mla::runtime::Device;
+use gqa2mla::write::Leftover;
 use serde::Serialize;
 
 use super::exit::ExitStatus;
 use super::options::{ConvertOptions, TextOptions};
 use super::output::width;
 use super::values::Count;
-use super::{Context, command_line, devices, measure, model, plan};
+use super::{Context, command_line, devices, measure, model, plan, resume};
 
 /// Convert a model and write the MLA checkpoint.
 ///
 /// Without options: method attention-aware at half the source's cache, calibrated on built-in text. The output folder
 /// appears when it is complete, or not at all. It holds config.json, safetensors weights, the tokenizer files, a model
-/// card, conversion.json (settings and figures per layer) and manifest.json (sha256 of every file).
+/// card, conversion.json (settings and figures per layer) and manifest.json (sha256 of every file). A run that is stopped
+/// or killed keeps its finished layers beside the output; the same command with --resume goes on behind them and writes
+/// the same bytes.
 #[derive(Debug, Args)]
 pub struct ConvertArgs {
     /// Model folder or hub id `org/name[@revision]`
@@ -28,6 +31,12 @@ pub struct ConvertArgs {
     /// Folder to write
     #[arg(long, short, value_name = "DIR", required_unless_present = "dry_run", help_heading = "Output")]
     output: Option<PathBuf>,
+    /// Go on with the unfinished run of this very command, if there is one
+    #[arg(long, help_heading = "Output", conflicts_with_all = ["restart", "dry_run"])]
+    resume: bool,
+    /// Remove what an unfinished run for this output left, and begin anew
+    #[arg(long, help_heading = "Output", conflicts_with = "dry_run")]
+    restart: bool,
     /// Only show the plan, as the command plan does
     #[arg(long, help_heading = "Output")]
     dry_run: bool,
@@ -57,9 +66,18 @@ impl ConvertArgs {
             return plan::show_plan(&self.model, &self.options, true, context);
         }
         let Some(output) = &self.output else { bail!("-o DIR is missing") };
-        let settings = self.options.settings()?;
+        let mut settings = self.options.settings()?;
+        settings.leftover = match (self.resume, self.restart) {
+            (true, _) => Leftover::Resume,
+            (_, true) => Leftover::Restart,
+            _ => Leftover::Refuse,
+        };
         let source = model::open_convertible(&self.model, context)?;
-        let report = publish(&source, &settings, output, context)?;
+        let report = publish(&source, &settings, output, context).map_err(|e| match resume::pending() {
+            Some(command) => e.context(format!("stopped before the end\n\nhint: go on with `{command}`")),
+            None => e,
+        })?;
+        resume::forget();
         let verify = if self.verify {
             let converted = model::open(&output.to_string_lossy(), context)?;
             Some(verification(&source, &converted, &devices::open(settings.device, context)?, context)?)

@@ -1,14 +1,22 @@
 //! SIGINT and SIGTERM: stop at the next event of the library, let guards clean up, end with 128 + signal.
 //!
-//! The first signal only leaves its number here. The next [`Event`](gqa2mla::observe::Event) then unwinds out of the
+//! The first signal leaves its number here and says so on stderr. The next [`Event`](gqa2mla::observe::Event) then unwinds out of the
 //! library, so that staging folders and temporary files go by their own destructors, and [`catch`] turns the unwinding
-//! into an exit status. A second signal ends the process at once: the first one restores the default action.
+//! into an exit status. A second signal ends the process at once, unless it comes with the first: some programs that end
+//! others send a signal to the process and to its group.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::time::Instant;
 
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
+/// When the first signal came, in milliseconds after [`START`].
+static WHEN: AtomicU64 = AtomicU64::new(0);
+static START: OnceLock<Instant> = OnceLock::new();
+/// Signals this close together count as one, in milliseconds.
+const ONE: u64 = 300;
 
 /// What unwinds: the signal's number.
 struct Interrupted(u8);
@@ -39,17 +47,39 @@ fn listen() {
     unsafe extern "C" {
         /// POSIX `signal(3)` of the C library that std links. `handler`: a function pointer, or 0 for the default.
         fn signal(number: i32, handler: usize) -> usize;
+        /// POSIX `raise(3)`.
+        fn raise(number: i32) -> i32;
     }
 
     extern "C" fn remember(number: i32) {
+        // Reads a clock that was started before: no lock, no allocation.
+        let now = START.get().map_or(0, |s| s.elapsed().as_millis() as u64);
+        if SIGNAL.load(Ordering::Relaxed) != 0 {
+            if now > WHEN.load(Ordering::Relaxed) + ONE {
+                // SAFETY: `signal` and `raise` are on POSIX's list of async-signal-safe functions, and SIG_DFL is a valid
+                // action. The signal is blocked until this handler returns, and then ends the process.
+                unsafe {
+                    signal(number, SIG_DFL);
+                    raise(number);
+                }
+            }
+            return;
+        }
+        WHEN.store(now, Ordering::Relaxed);
         SIGNAL.store(number, Ordering::Relaxed);
-        // SAFETY: `signal` is on POSIX's list of async-signal-safe functions, and SIG_DFL is a valid action.
-        unsafe { signal(number, SIG_DFL) };
+        if number == SIGINT {
+            let text = b"\ngqa2mla: stopping after the tensor at work (again: at once)\n";
+            // SAFETY: the descriptor is only borrowed for this call, and a closed one makes it fail. `write(2)`, to which
+            // rustix adds nothing, is async-signal-safe.
+            let _ = rustix::io::write(unsafe { std::os::fd::BorrowedFd::borrow_raw(2) }, text);
+        }
     }
 
+    START.get_or_init(Instant::now);
     for number in [SIGINT, SIGTERM] {
-        // SAFETY: `remember` has the signature of a handler and does only what a handler may: it stores to a lock-free
-        // atomic and calls `signal`.
+        // SAFETY: `remember` has the signature of a handler and does only what a handler may: it loads and stores
+        // lock-free atomics and calls async-signal-safe functions. glibc, musl and the BSDs keep a handler installed
+        // after it ran.
         unsafe { signal(number, remember as extern "C" fn(i32) as usize) };
     }
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
+use gqa2mla::calibrate::read_texts;
 use gqa2mla::observe::Observer;
 use gqa2mla::runtime::{Device, Model};
 use gqa2mla::verify::{self, Comparison, Evaluation, Thresholds, windows_from_text};
@@ -51,13 +52,13 @@ impl Windows {
     }
 }
 
+/// A text file; of a .jsonl file, the field `text` of every line, as calibration reads it.
 fn read_text(path: &Path) -> anyhow::Result<String> {
-    let size = fs_err::metadata(path)?.len();
+    let size = fs_err::metadata(path).with_context(|| format!("cannot read the text `{}`", path.display()))?.len();
     if size > MAX_TEXT_BYTES {
         bail!("`{}` has {size} bytes, more than {MAX_TEXT_BYTES}\n\nhint: cut a part out of it", path.display());
     }
-    let bytes = fs_err::read(path)?;
-    String::from_utf8(bytes).with_context(|| format!("`{}` is not UTF-8 text", path.display()))
+    Ok(read_texts(&[path.to_owned()])?.join("\n"))
 }
 
 /// Perplexity of a model.
@@ -98,8 +99,10 @@ const CACHED_VS_FULL: f64 = 5e-3;
 pub fn default_thresholds(converted: &OpenModel) -> (Thresholds, &'static str) {
     let cached = Thresholds { cached_vs_full: Some(CACHED_VS_FULL), ..Thresholds::default() };
     let report = converted.source.dir.join("conversion.json");
-    let report: Option<serde_json::Value> =
-        fs_err::read(report).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    // A report takes some kilobytes per layer.
+    let small = fs_err::metadata(&report).is_ok_and(|m| m.is_file() && m.len() < 64 << 20);
+    let bytes = small.then(|| fs_err::read(report).ok()).flatten();
+    let report: Option<serde_json::Value> = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let Some(report) = report else {
         return (cached, "finite figures and agreement of cached decoding, since conversion.json is missing");
     };

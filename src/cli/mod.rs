@@ -21,13 +21,15 @@ mod options;
 mod plan;
 mod progress;
 mod reference;
+pub mod resume;
 mod values;
 mod verify;
+mod verify_files;
 
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use gqa2mla::arch::Family;
 
 use exit::ExitStatus;
@@ -82,6 +84,7 @@ enum Command {
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
     Verify(verify::VerifyArgs),
+    VerifyFiles(verify_files::VerifyFilesArgs),
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
     Bench(bench::BenchArgs),
@@ -139,12 +142,20 @@ impl Context {
 /// # Errors
 /// The status to exit with at once.
 pub fn parse() -> Result<Cli, ExitStatus> {
-    Cli::try_parse().map_err(|e| {
+    let parsed = forgiving(Cli::command()).try_get_matches().and_then(|m| Cli::from_arg_matches(&m));
+    parsed.map_err(|e| {
         let status = if e.use_stderr() { ExitStatus::Unusable } else { ExitStatus::Done };
         // Nobody left to tell.
         let _ = e.print();
         status
     })
+}
+
+/// Takes `-5` behind an option for its value, so that the option can say what it expects.
+fn forgiving(command: clap::Command) -> clap::Command {
+    let takes = |arg: &clap::Arg| !arg.is_positional() && arg.get_action().takes_values();
+    let command = command.mut_args(|arg| if takes(&arg) { arg.allow_negative_numbers(true) } else { arg });
+    command.mut_subcommands(forgiving)
 }
 
 /// Run the command.
@@ -167,6 +178,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),
+        Command::VerifyFiles(args) => args.execute(&context),
         Command::Eval(args) => args.execute(&context),
         Command::Generate(args) => args.execute(&context),
         Command::Bench(args) => args.execute(&context),

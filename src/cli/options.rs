@@ -159,6 +159,9 @@ struct OutputOptions {
     /// Longest context the output claims, tokens; lets a sliding-window model be converted within its window
     #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
     max_context: Option<usize>,
+    /// Memory to stay within; beyond it, hidden states of the calibration text wait on the disk [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = values::size)]
+    max_memory: Option<u64>,
     /// Replace an existing output folder
     #[arg(long)]
     overwrite: bool,
@@ -231,6 +234,8 @@ impl ConvertOptions {
             max_context: self.output.max_context,
             overwrite: self.output.overwrite,
             force: self.output.force,
+            max_memory: self.output.max_memory,
+            leftover: defaults.leftover,
         })
     }
 }
@@ -264,6 +269,7 @@ fn window(s: &str) -> Result<usize, String> {
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
+    use gqa2mla::write::Leftover;
 
     use super::*;
 
@@ -288,7 +294,7 @@ mod tests {
         let s = settings(
             "--method transmla --kv-lora-rank 128 --qk-rope-head-dim 64 --q-lora-rank 96 --freqfold 4 \
              --balance-kv-ratio none --rope-grid stock --dtype f32 --calib a.txt --calib b.jsonl --calib-samples 3 \
-             --calib-seq-len 17 --seed 7 --target deepseek_v3 --profile faithful --pad none --max-shard-size 1MiB --max-context 99 --overwrite --force \
+             --calib-seq-len 17 --seed 7 --target deepseek_v3 --profile faithful --pad none --max-shard-size 1MiB --max-context 99 --max-memory 4GiB --overwrite --force \
              --device gpu:1",
         )
         .expect("valid");
@@ -318,6 +324,8 @@ mod tests {
             max_context: Some(99),
             overwrite: true,
             force: true,
+            max_memory: Some(4 << 30),
+            leftover: Leftover::Refuse,
         };
         assert_eq!(s, expected);
         let s = settings("--kv-budget 33.3% --without metric --without phase --refine 10").expect("valid");

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use gqa2mla::observe::{Event, Observer};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::interrupt;
 use super::output::{Label, escape, message};
+use super::{interrupt, resume};
 
 /// Draws the current phase where stderr is a terminal; elsewhere only warnings and notes appear, as lines.
 pub struct Progress {
@@ -104,6 +104,9 @@ impl State {
 
 impl Observer for Progress {
     fn event(&self, event: Event) {
+        if let Event::Checkpoint { folder, .. } = &event {
+            resume::remember(folder);
+        }
         interrupt::unwind_if_asked();
         match event {
             Event::Phase { name, steps } => self.with(|s| s.phase(name, steps)),

@@ -64,6 +64,18 @@ pub enum ConvertError {
 }
 
 impl ConvertError {
+    /// Whether the machine is the reason, and not the model or the settings: the same run may end well once there is
+    /// room, or the disk is back.
+    pub fn may_pass(&self) -> bool {
+        matches!(
+            self,
+            Self::Source(SourceError::Io(_))
+                | Self::Arch(ArchError::Source(SourceError::Io(_)))
+                | Self::Runtime(RuntimeError::Source(SourceError::Io(_)))
+                | Self::Write(_)
+        )
+    }
+
     pub(super) fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self::Refused { message: message.into(), hint: Some(hint.into()) }
     }

@@ -1,13 +1,20 @@
 //! The conversion loop: plan, calibrate, factorise, emit, publish. See `docs/architecture.md`.
 
 mod aware;
+pub(crate) mod checkpoint;
 mod error;
+#[cfg(test)]
+mod faults;
+mod frozen;
 mod head_norms;
+mod memory;
 mod plan;
 mod prepare;
 mod run;
 mod scores;
 mod settings;
+mod sink;
+mod state;
 mod streams;
 mod survey;
 

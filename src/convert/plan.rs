@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::streams::Stream;
-use super::{ConvertError, ConvertSettings, Job, Method, SCHEMA_VERSION, TargetKind};
+use super::{ConvertError, ConvertSettings, Job, Method, SCHEMA_VERSION, TargetKind, memory};
 use crate::write::ShardPlan;
 
 /// Widths of the MLA layer that will be written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct PlannedGeometry {
     pub kv_lora_rank: usize,
@@ -51,6 +50,8 @@ pub struct Plan {
     pub output_bytes: u64,
     /// Largest resident memory expected, in bytes.
     pub peak_memory_bytes: u64,
+    /// Whether hidden states wait on the disk to stay below the memory that was allowed.
+    pub spilled: bool,
     /// Calibration tokens, 0 for a method that needs none.
     pub calibration_tokens: usize,
     /// Floating-point operations of calibration and factorisation.
@@ -64,7 +65,7 @@ pub struct Plan {
 }
 
 /// Figures of one converted layer.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct LayerReport {
     /// Layer index.
     pub layer: usize,
@@ -147,25 +148,19 @@ pub(super) fn describe(job: &Job<'_>, tokens: usize, predicted_error: Option<f64
     let tensors = job.planned_tensors();
     let shards = ShardPlan::new(&tensors, settings.max_shard_bytes)?;
     let flops = flops(job, tokens);
-    let streams = match settings.method {
-        Method::Exact => 0,
-        Method::AttentionAware => 2,
-        Method::Transmla | Method::Care => 1,
-    };
-    // Hidden states of each stream, its normed inputs and attention outputs; head outputs, queries, keys and values of the
-    // layer at work, in f32.
-    let hidden = Stream::bytes(tokens, arch.hidden);
-    let heads = Stream::bytes(tokens, arch.heads * job.shape.head_dim);
-    let activations = if streams == 0 { 0 } else { (3 * streams as u64 + 1) * hidden + 5 * heads };
-    let head_row = (arch.vocab * arch.hidden) as u64 * 12;
-    let peak = 60_000_000 + activations + job.layer_bytes().max(head_row);
+    let memory = memory::Need::of(job, tokens);
+    let spill = memory.spill(settings.max_memory)?;
+    let mut decisions = job.decisions.clone();
+    if spill {
+        decisions.push("hidden states of the calibration text wait on the disk, to stay within --max-memory".into());
+    }
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get()) as f64;
     Ok(Plan {
         schema_version: SCHEMA_VERSION,
         source: job.source.spec.clone(),
         family: arch.family.clone(),
         settings: settings.clone(),
-        decisions: job.decisions.clone(),
+        decisions,
         target: job.spec.kind,
         geometry: job.spec.output(),
         layers: arch.layers,
@@ -174,7 +169,8 @@ pub(super) fn describe(job: &Job<'_>, tokens: usize, predicted_error: Option<f64
         tensors: tensors.into_iter().map(|t| (t.name, t.dtype.name().to_owned(), t.shape)).collect(),
         shards: shards.shards().iter().map(|s| (s.file.clone(), s.file_bytes())).collect(),
         output_bytes: shards.file_bytes() + job.source.files.iter().map(|f| f.size).sum::<u64>(),
-        peak_memory_bytes: peak,
+        peak_memory_bytes: memory.peak(spill),
+        spilled: spill,
         calibration_tokens: tokens,
         flops,
         estimated_seconds: flops / (FLOPS_PER_CORE * cores) + shards.file_bytes() as f64 / BYTES_PER_SECOND,

@@ -2,7 +2,7 @@
 
 use crate::arch::{ArchError, Architecture, GqaShape, check_tensors};
 use crate::methods::{exact, transmla};
-use crate::source::{Dtype, ModelSource, find_non_finite};
+use crate::source::{Dtype, ModelSource, scan_non_finite};
 use crate::target::fp8::BLOCK;
 use crate::target::{self, Emission, TargetSpec};
 use crate::write::PlannedTensor;
@@ -209,19 +209,11 @@ impl<'a> Job<'a> {
     pub fn planned_tensors(&self) -> Vec<PlannedTensor> {
         self.emission().planned()
     }
-
-    /// Bytes a layer needs while it is converted: its weights in f32, the attention in f64, moments.
-    pub fn layer_bytes(&self) -> u64 {
-        let (d, i) = (self.arch.hidden as u64, self.arch.intermediate as u64);
-        let attention = (self.arch.heads + self.shape.kv_heads) as u64 * self.shape.head_dim as u64 * d * 2;
-        let mlp = 3 * d * i * 4;
-        attention * 12 + mlp + 4 * (d + 1) * (d + 1) * 8
-    }
 }
 
 /// Refuse a tensor that holds NaN or infinity.
 fn check_finite(source: &ModelSource, name: &str) -> Result<(), ConvertError> {
-    match find_non_finite(source.tensors.view(name)?) {
+    match scan_non_finite(&source.tensors, name)? {
         None => Ok(()),
         Some(found) => Err(ConvertError::NotFinite {
             name: name.to_owned(),

@@ -1,22 +1,26 @@
 //! The conversion loop itself.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::aware::{Inputs, convert_layer};
-use super::streams::{SourceLayer, Stream, first_windows};
+use super::checkpoint::{self, Finished, Saved, Start};
+use super::memory::{Need, give_back};
+use super::sink::Sink;
+use super::state::{Parked, StateFile};
+use super::streams::{SourceLayer, SourcePass, Stream, first_windows, input_gain};
 use super::survey::{Survey, output_error, published_layer, survey};
 use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, Plan, TargetKind};
-use crate::arch::{Architecture, StoredPart};
+use crate::arch::{Architecture, load_attention_source};
 use crate::calibrate::{Moments, calibration_windows, read_texts};
 use crate::methods::{MlaLayer, exact};
 use crate::observe::{Event, Observer};
 use crate::refine::RefineSettings;
 use crate::runtime::Device;
-use crate::source::{Dtype, ModelSource};
-use crate::target::{Emit, Origin, OutTensor, REMOTE_FILE, encode, fp8};
-use crate::write::{ShardPlan, StagedWriter, Staging, StagingOptions};
+use crate::source::ModelSource;
+use crate::target::REMOTE_FILE;
+use crate::write::{Leftover, ShardPlan, StagedWriter, Staging, StagingOptions};
 
 /// Version of `conversion.json` and of the plan.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -87,7 +91,11 @@ pub fn plan(
 
 /// Convert `source` into the folder `output`.
 ///
-/// The folder appears, complete, in one rename; on any error it is as it was.
+/// The folder appears, complete, in one rename; on any error it is as it was. A run that is stopped behind its first layer
+/// leaves a staging folder, with which a run of the same settings goes on where they say [`Leftover::Resume`]: it writes
+/// the same bytes.
+///
+/// [`Leftover::Resume`]: crate::write::Leftover::Resume
 ///
 /// # Errors
 /// [`ConvertError`].
@@ -102,89 +110,77 @@ pub fn convert(
     let mut clock = Clock::new();
     let mut job = Job::prepare(source, arch, settings)?;
     let windows = windows(&job, observer)?;
+    give_back();
+    let spill = Need::of(&job, windows.iter().map(Vec::len).sum()).spill(settings.max_memory)?;
     let options = StagingOptions {
         overwrite: settings.overwrite,
         source: Some(source.dir.clone()),
+        // Zeros that take no room in the source are skipped in the output too.
         needed_bytes: job
             .planned_tensors()
             .iter()
             .map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64)
-            .sum(),
+            .sum::<u64>()
+            .saturating_sub(source.tensors.hole_bytes()),
+        leftover: settings.leftover,
     };
-    let staging = Staging::create(output, &options)?;
+    let mut staging = Staging::create(output, &options)?;
+    let identity = checkpoint::identity(&job, &windows)?;
+    staging.check_identity(&identity)?;
+    let saved = staging.record().map(Saved::read).unwrap_or_default();
     clock.lap("prepare");
-    let backend = Device::open(settings.device)?;
-    let found = survey(&mut job, &backend, &windows, false, observer)?;
     if !source.files.iter().any(|f| f.name == "tokenizer.json") {
         observer.event(Event::Warning("the source has no tokenizer.json, so the output has none".into()));
     }
+    let backend = Device::open(settings.device)?;
+    let (found, start, shards) = match saved.settle(&mut job) {
+        Some(found) => {
+            let shards = ShardPlan::new(&job.planned_tensors(), settings.max_shard_bytes)?;
+            let promised = saved.layers();
+            let start = saved.start(&staging, &shards, stream_names(&job), arch.layers)?;
+            let (left, of) = (start.layers.len(), arch.layers);
+            if left < promised {
+                observer.event(Event::Warning(format!(
+                    "what the unfinished run saved of layer {} is damaged: going on behind layer {left} of {of}",
+                    left + 1
+                )));
+            } else if left > 0 {
+                observer.event(Event::Note(format!("resumed: {left} of {of} layers are there already")));
+            }
+            staging.open_journal(identity, start.entries)?;
+            (found, start, shards)
+        }
+        None => {
+            if settings.leftover == Leftover::Resume && staging.record().is_none() {
+                observer.event(Event::Note("there is no unfinished run to resume: beginning anew".into()));
+            }
+            staging.open_journal(identity, 0)?;
+            let found = survey(&mut job, &backend, &windows, false, observer)?;
+            checkpoint::settled(&mut staging, &job, &found, observer)?;
+            (found, Start::default(), ShardPlan::new(&job.planned_tensors(), settings.max_shard_bytes)?)
+        }
+    };
     for decision in &job.decisions {
         observer.event(Event::Note(decision.clone()));
     }
     clock.lap("survey");
 
-    let shards = ShardPlan::new(&job.planned_tensors(), settings.max_shard_bytes)?;
-    let mut sink = Sink { job: &job, writer: StagedWriter::new(staging, shards), scales: Vec::new() };
-    // Tensors of layers are scanned when their layer is read, these here.
-    job.check_finite(&arch.names.embed)?;
-    let emission = job.emission();
-    sink.emit(&emission.first, Vec::new())?;
-    let mut layers = Vec::new();
-    let mut frequencies = Vec::new();
-    convert_layers(&job, &backend, &windows, &found, observer, |index, mla, gain, report| {
-        sink.emit(&emission.layers[index], job.spec.attention_tensors(arch, index, &mla, gain))?;
-        frequencies = mla.rope_freq;
-        layers.push(report);
-        Ok(())
-    })?;
-    clock.lap("convert");
-
-    let head = if arch.tied_head { &arch.names.embed } else { &arch.names.head };
-    for name in [&arch.names.final_norm, head] {
-        job.check_finite(name)?;
-    }
-    sink.emit(&emission.last, Vec::new())?;
-    source.check_unchanged()?;
-    let rope = job.spec.rope(&frequencies, arch, &source.config, job.max_position);
-    let config = job.spec.config(arch, &source.config, &rope, job.max_position);
-    // What is published has to be readable: by the rules this tool reads models with.
-    Architecture::from_config(&config)?;
-    sink.writer.write_file("config.json", &pretty(&config))?;
-    if job.spec.kind == TargetKind::HfRemote {
-        sink.writer.write_file(REMOTE_FILE.0, REMOTE_FILE.1.as_bytes())?;
-    }
-    for file in &source.files {
-        sink.writer.copy_file(&file.name, &file.path)?;
-    }
-    let count = layers.len().max(1) as f64;
-    let mut report = ConversionReport {
-        schema_version: SCHEMA_VERSION,
-        tool_version: env!("CARGO_PKG_VERSION").to_owned(),
-        output: output.to_owned(),
-        source: source.spec.clone(),
-        source_revision: source.revision.clone(),
-        source_fingerprint: source.fingerprint().into_iter().map(|f| (f.file, f.header_sha256)).collect(),
-        method: settings.method.name().to_owned(),
-        settings: settings.clone(),
-        decisions: job.decisions.iter().cloned().chain(rope.note.clone()).collect(),
-        target: job.spec.kind,
-        geometry: job.spec.output(),
-        cache_values_per_token_per_layer: job.cache_values(),
-        source_cache_values_per_token_per_layer: arch.cache_values(),
-        rope_frequencies: rope.frequencies.clone(),
-        predicted_error: layers.iter().map(|l| l.predicted_error).sum::<f64>() / count,
-        layers,
-        calibration_tokens: windows.iter().map(Vec::len).sum(),
-        peak_rss_bytes: peak_rss_bytes(),
-        seconds: BTreeMap::new(),
+    let run = Run { job: &job, backend: &backend, windows: &windows, found: &found, spill, observer };
+    let writer = StagedWriter::resume(staging, shards, start.progress.clone())?;
+    let mut sink = Sink { job: &job, writer, observer, scales: Vec::new() };
+    let mut report = match run.emit(&mut sink, start, output, extras, &mut clock) {
+        Ok(report) => report,
+        Err(e) => {
+            // What would end the same way again is not worth going on with.
+            if !e.may_pass() {
+                sink.writer.staging_mut().keep(false);
+            }
+            return Err(e);
+        }
     };
-    for (name, bytes) in extras(&report) {
-        sink.writer.write_file(&name, &bytes)?;
-    }
-    sink.writer.write_file("conversion.json", &pretty(&report.reproducible()))?;
     let published = sink.writer.finish()?;
     if let Some(left) = published.left_behind {
-        observer.event(Event::Warning(format!("the replaced folder could not be removed: {}", left.display())));
+        observer.event(Event::Warning(format!("could not be removed: {}", left.display())));
     }
     clock.lap("publish");
     report.output = published.path;
@@ -193,180 +189,276 @@ pub fn convert(
     Ok(report)
 }
 
+/// Streams of hidden states that the method calibrates on.
+fn stream_names(job: &Job<'_>) -> &'static [&'static str] {
+    match job.settings.method {
+        Method::Exact => &[],
+        Method::AttentionAware if job.settings.steps.converted_stream => &[SOURCE, CONVERTED],
+        Method::AttentionAware | Method::Transmla | Method::Care => &[SOURCE],
+    }
+}
+
+/// Name of the source's hidden states.
+const SOURCE: &str = "source";
+/// Name of the converted model's.
+const CONVERTED: &str = "converted";
+
 fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
     let mut bytes = serde_json::to_vec_pretty(value).unwrap_or_default();
     bytes.push(b'\n');
     bytes
 }
 
-/// Run the calibration tokens through the layers and convert each on the way.
-fn convert_layers(
-    job: &Job<'_>,
-    backend: &Device,
-    windows: &[Vec<u32>],
-    found: &Survey,
-    observer: &dyn Observer,
-    mut done: impl FnMut(usize, MlaLayer, &[f64], LayerReport) -> Result<(), ConvertError>,
-) -> Result<(), ConvertError> {
-    let layers = job.arch.layers;
-    observer.event(Event::Phase { name: "convert", steps: Some(layers as u64) });
-    let aware = job.settings.method == Method::AttentionAware;
-    let mut stream = match job.settings.method {
-        Method::Exact => None,
-        _ => Some(Stream::start(job, backend, windows)?),
-    };
-    let mut converted = match (&stream, aware && job.settings.steps.converted_stream) {
-        (Some(s), true) => Some(Stream { hidden: s.hidden.clone(), windows: s.windows.clone() }),
-        _ => None,
-    };
-    for index in 0..layers {
-        for expected in job.arch.layer_tensor_names(index) {
-            job.check_finite(&expected)?;
-        }
-        let last = index + 1 == layers;
-        let mut source = SourceLayer::load(job, backend, index)?;
-        let (layer, report) = match &mut stream {
-            None => (
-                exact::convert(&source.attention, job.spec.geometry.qk_nope_head_dim),
-                LayerReport { layer: index, ..LayerReport::default() },
-            ),
-            Some(stream) if aware => {
-                let pass = source.attend(stream, true)?;
-                let explained = source.linearise(index, pass.x.view())?;
-                let seen = match &converted {
-                    Some(c) => Some(source.layer.attention_input(c.hidden.view())?),
-                    None => None,
-                };
-                let inputs = Inputs {
-                    index,
-                    source: &source.attention,
-                    pass: &pass,
-                    x: seen.as_ref().unwrap_or(&pass.x),
-                    windows: &stream.windows,
-                    slots: &found.slots,
-                    rank: job.spec.geometry.kv_lora_rank,
-                    steps: job.settings.steps,
-                    bias: job.spec.bias,
-                    refine: RefineSettings {
-                        steps: job.settings.refine,
-                        seed: job.settings.calibration.seed,
-                        ..RefineSettings::default()
-                    },
-                };
-                let mut out = convert_layer(&inputs)?;
-                out.report.notes.extend(explained.map(|e| e.note()));
-                if !last {
-                    source.advance(stream, &pass.output)?;
-                    if let Some(c) = &mut converted {
-                        source.advance(c, &out.output)?;
-                    }
-                }
-                (out.layer, out.report)
-            }
-            Some(stream) => {
-                // As published, keys and values are compressed on what reaches the layer behind layers that lost rotations
-                // but are not compressed yet. One stream serves both steps.
-                let x = source.layer.attention_input(stream.hidden.view())?;
-                let explained = source.linearise(index, x.view())?;
-                let mut moments = Moments::new(job.arch.hidden);
-                moments.add(x.view());
-                let out = published_layer(job, found.fold, &source.attention, &moments)
-                    .map_err(ConvertError::layer(index))?;
-                let error = {
-                    let (x, lengths) = first_windows(&x, &stream.windows, MEASURED_WINDOWS);
-                    output_error(
-                        &out.layer,
-                        source.attention.score_softcap,
-                        x,
-                        lengths,
-                        &source.layer.attention_output(x, lengths)?,
-                    )
-                };
-                if !last {
-                    let output = source.behind_rotation(&out.rotated, &x, &stream.windows)?;
-                    source.advance(stream, &output)?;
-                }
-                let report = LayerReport {
-                    layer: index,
-                    predicted_error: error,
-                    measured_error: None,
-                    rope_loss: out.rope_loss,
-                    rank_loss: out.rank_loss,
-                    notes: explained.map(|e| e.note()).into_iter().collect(),
-                };
-                (out.layer, report)
-            }
-        };
-        done(index, layer, &source.gain, report)?;
-        let tokens = stream.as_ref().map_or(0, |s| s.hidden.nrows() * (index + 1)) as u64;
-        observer.event(Event::Step { done: index as u64 + 1, tokens });
-    }
-    Ok(())
-}
-
-/// Tensors on their way to the writer.
-struct Sink<'a> {
+/// A conversion whose decisions are taken.
+struct Run<'a> {
     job: &'a Job<'a>,
-    writer: StagedWriter,
-    /// Block scales of the FP8 tensor that was written last, as stored.
-    scales: Vec<u8>,
+    backend: &'a Device,
+    windows: &'a [Vec<u32>],
+    found: &'a Survey,
+    /// Whether hidden states wait on the disk.
+    spill: bool,
+    observer: &'a dyn Observer,
 }
 
-impl Sink<'_> {
-    /// The dtype and name that come next in the plan.
-    fn next(&self) -> Option<(String, Dtype)> {
-        self.writer.next_tensor().map(|t| (t.name.clone(), t.dtype))
-    }
+/// Hidden states between layers.
+struct Streams {
+    source: Option<Parked>,
+    converted: Option<Parked>,
+}
 
-    fn put(&mut self, values: &[f64], columns: usize) -> Result<(), ConvertError> {
-        let Some((name, dtype)) = self.next() else { return Ok(()) };
-        if values.iter().any(|v| !v.is_finite()) {
-            return Err(ConvertError::Produced { name });
-        }
-        if dtype != Dtype::F8E4M3 {
-            return Ok(self.writer.write_tensor(&name, &encode(values, dtype))?);
-        }
-        let (bytes, scales) = fp8::quantise(values, columns);
-        self.writer.write_tensor(&name, &bytes)?;
-        self.scales = scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+impl Parked {
+    /// Saves the stream as the input of layer `layer`, and lets go of it if it is to wait on the disk.
+    fn settle(
+        &mut self,
+        layer: usize,
+        spill: bool,
+        saved: &mut BTreeMap<String, StateFile>,
+    ) -> Result<(), ConvertError> {
+        let file = self.save(layer)?;
+        saved.insert(self.name().to_owned(), file);
+        self.release(spill);
         Ok(())
     }
+}
 
-    /// Write a run of tensors. `attention` holds what [`Origin::Attention`] counts.
-    fn emit(&mut self, list: &[Emit], attention: Vec<OutTensor>) -> Result<(), ConvertError> {
-        let tensors = &self.job.source.tensors;
-        for emit in list {
-            let shape = &emit.planned.shape;
-            let columns = shape.last().copied().unwrap_or(1);
-            match &emit.from {
-                Origin::Source { part, scale, offset } => {
-                    let stored = StoredPart::find(tensors, part)?;
-                    let same = *scale == 1.0 && *offset == 0.0 && stored.dtype() == emit.planned.dtype;
-                    if same && stored.dtype() != Dtype::F8E4M3 {
-                        self.writer.write_tensor(&emit.planned.name, stored.bytes())?;
-                    } else {
-                        let mut values = stored.to_f64();
-                        values.iter_mut().for_each(|v| *v = *v * scale + offset);
-                        self.put(&values, columns)?;
-                    }
-                    tensors.advise_dontneed(&part.name);
-                }
-                Origin::Attention(i) => {
-                    if let Some(tensor) = attention.get(*i) {
-                        self.put(&tensor.values, columns)?;
-                    }
-                }
-                Origin::Spread { part, places, offset } => {
-                    let stored = StoredPart::find(tensors, part)?.to_f64();
-                    let value = |place: &Option<usize>| place.map_or(1.0, |i| stored[i] + offset);
-                    self.put(&places.iter().map(value).collect::<Vec<f64>>(), columns)?;
-                }
-                Origin::Zero => self.put(&vec![0.0; shape.iter().product()], columns)?,
-                Origin::Scales => {
-                    let scales = std::mem::take(&mut self.scales);
-                    self.writer.write_tensor(&emit.planned.name, &scales)?;
-                }
+impl Run<'_> {
+    /// Writes every file of the output; only publishing is left.
+    fn emit(
+        &self,
+        sink: &mut Sink<'_>,
+        start: Start,
+        output: &Path,
+        extras: Extras<'_>,
+        clock: &mut Clock,
+    ) -> Result<ConversionReport, ConvertError> {
+        let Run { job, windows, observer, .. } = *self;
+        let (source, arch, settings) = (job.source, job.arch, job.settings);
+        let emission = job.emission();
+        if start.layers.is_empty() {
+            // Tensors of layers are scanned when their layer is read, these here.
+            job.check_finite(&arch.names.embed)?;
+            sink.emit(&emission.first, &[])?;
+        }
+        let mut frequencies = start.layers.last().map(|l| l.frequencies.clone()).unwrap_or_default();
+        let mut layers: Vec<LayerReport> = start.layers.iter().map(|l| l.report.clone()).collect();
+        self.convert_layers(sink.writer.staging().root().to_owned(), start, |mla, gain, report, streams| {
+            let layer = report.layer;
+            sink.emit(&emission.layers[layer], &job.spec.attention_tensors(arch, layer, &mla, gain))?;
+            frequencies = mla.rope_freq;
+            let mark = sink.writer.mark()?;
+            let finished = Finished { layer, report: report.clone(), frequencies: frequencies.clone(), mark, streams };
+            layers.push(report);
+            checkpoint::finished(sink.writer.staging_mut(), &finished, observer)
+        })?;
+        clock.lap("convert");
+
+        let head = if arch.tied_head { &arch.names.embed } else { &arch.names.head };
+        for name in [&arch.names.final_norm, head] {
+            job.check_finite(name)?;
+        }
+        sink.emit(&emission.last, &[])?;
+        source.check_unchanged()?;
+        let rope = job.spec.rope(&frequencies, arch, &source.config, job.max_position);
+        let config = job.spec.config(arch, &source.config, &rope, job.max_position);
+        // What is published has to be readable: by the rules this tool reads models with.
+        Architecture::from_config(&config)?;
+        sink.writer.write_file("config.json", &pretty(&config))?;
+        if job.spec.kind == TargetKind::HfRemote {
+            sink.writer.write_file(REMOTE_FILE.0, REMOTE_FILE.1.as_bytes())?;
+        }
+        for file in &source.files {
+            sink.writer.copy_file(&file.name, &file.path)?;
+        }
+        let count = layers.len().max(1) as f64;
+        let report = ConversionReport {
+            schema_version: SCHEMA_VERSION,
+            tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+            output: output.to_owned(),
+            source: source.spec.clone(),
+            source_revision: source.revision.clone(),
+            source_fingerprint: source.fingerprint().into_iter().map(|f| (f.file, f.header_sha256)).collect(),
+            method: settings.method.name().to_owned(),
+            settings: settings.clone(),
+            decisions: job.decisions.iter().cloned().chain(rope.note.clone()).collect(),
+            target: job.spec.kind,
+            geometry: job.spec.output(),
+            cache_values_per_token_per_layer: job.cache_values(),
+            source_cache_values_per_token_per_layer: arch.cache_values(),
+            rope_frequencies: rope.frequencies.clone(),
+            predicted_error: layers.iter().map(|l| l.predicted_error).sum::<f64>() / count,
+            layers,
+            calibration_tokens: windows.iter().map(Vec::len).sum(),
+            peak_rss_bytes: peak_rss_bytes(),
+            seconds: BTreeMap::new(),
+        };
+        for (name, bytes) in extras(&report) {
+            sink.writer.write_file(&name, &bytes)?;
+        }
+        sink.writer.write_file("conversion.json", &pretty(&report.reproducible()))?;
+        Ok(report)
+    }
+
+    /// The streams at the input of layer `first`: embedded, or as an earlier run left them.
+    fn streams(
+        &self,
+        folder: &Path,
+        first: usize,
+        saved: &BTreeMap<String, StateFile>,
+    ) -> Result<Streams, ConvertError> {
+        let mut streams = Streams { source: None, converted: None };
+        if first == self.job.arch.layers {
+            return Ok(streams);
+        }
+        let lengths: Vec<usize> = self.windows.iter().map(Vec::len).collect();
+        for &name in stream_names(self.job) {
+            let parked = match saved.get(name) {
+                Some(file) => Parked::saved(name, folder, lengths.clone(), file.clone()),
+                None => Parked::new(name, folder, Stream::start(self.job, self.backend, self.windows)?),
+            };
+            *(if name == SOURCE { &mut streams.source } else { &mut streams.converted }) = Some(parked);
+        }
+        if first == 0 && self.spill {
+            for stream in [&mut streams.source, &mut streams.converted].into_iter().flatten() {
+                stream.settle(0, true, &mut BTreeMap::new())?;
             }
+        }
+        Ok(streams)
+    }
+
+    /// Run the calibration tokens through the layers that are left and convert each on the way. `done` gets the layer, the
+    /// gain of its input norm, its figures, and where the hidden states behind it are.
+    fn convert_layers(
+        &self,
+        folder: PathBuf,
+        start: Start,
+        mut done: impl FnMut(MlaLayer, &[f64], LayerReport, BTreeMap<String, StateFile>) -> Result<(), ConvertError>,
+    ) -> Result<(), ConvertError> {
+        let Run { job, backend, found, spill, observer, .. } = *self;
+        let layers = job.arch.layers;
+        let first = start.layers.len();
+        observer.event(Event::Phase { name: "convert", steps: Some(layers as u64) });
+        let aware = job.settings.method == Method::AttentionAware;
+        let mut streams = self.streams(&folder, first, &start.streams)?;
+        for index in first..layers {
+            for expected in job.arch.layer_tensor_names(index) {
+                job.check_finite(&expected)?;
+            }
+            let last = index + 1 == layers;
+            let tokens = streams.source.as_ref().map_or(0, Parked::tokens);
+            let mut saved = BTreeMap::new();
+            let (layer, gain, report) = match &mut streams.source {
+                None => {
+                    let attention = load_attention_source(job.source, job.arch, index)?;
+                    let gain = input_gain(job, index)?;
+                    let layer = exact::convert(&attention, job.spec.geometry.qk_nope_head_dim);
+                    (layer, gain, LayerReport { layer: index, ..LayerReport::default() })
+                }
+                Some(stream) if aware => {
+                    let mut source = SourceLayer::load(job, backend, index)?;
+                    let pass = source.attend(stream.stream()?, true)?;
+                    let explained = source.linearise(index, pass.x.view())?;
+                    stream.release(spill);
+                    let seen = match &mut streams.converted {
+                        Some(c) => {
+                            let x = source.layer.attention_input(c.stream()?.hidden.view())?;
+                            c.release(spill);
+                            Some(x)
+                        }
+                        None => None,
+                    };
+                    let inputs = Inputs {
+                        index,
+                        source: &source.attention,
+                        pass: &pass,
+                        x: seen.as_ref().unwrap_or(&pass.x),
+                        windows: stream.windows(),
+                        slots: &found.slots,
+                        rank: job.spec.geometry.kv_lora_rank,
+                        steps: job.settings.steps,
+                        bias: job.spec.bias,
+                        refine: RefineSettings {
+                            steps: job.settings.refine,
+                            seed: job.settings.calibration.seed,
+                            ..RefineSettings::default()
+                        },
+                    };
+                    let mut out = convert_layer(&inputs)?;
+                    out.report.notes.extend(explained.map(|e| e.note()));
+                    drop(seen);
+                    // The other parts of the pass are as large as a stream.
+                    let SourcePass { output, .. } = pass;
+                    if !last {
+                        source.advance(stream.change()?, &output)?;
+                        stream.settle(index + 1, spill, &mut saved)?;
+                        drop(output);
+                        if let Some(c) = &mut streams.converted {
+                            source.advance(c.change()?, &out.output)?;
+                            c.settle(index + 1, spill, &mut saved)?;
+                        }
+                    }
+                    (out.layer, source.gain, out.report)
+                }
+                Some(stream) => {
+                    // As published, keys and values are compressed on what reaches the layer behind layers that lost
+                    // rotations but are not compressed yet. One stream serves both steps.
+                    let mut source = SourceLayer::load(job, backend, index)?;
+                    let x = source.layer.attention_input(stream.stream()?.hidden.view())?;
+                    stream.release(spill);
+                    let explained = source.linearise(index, x.view())?;
+                    let mut moments = Moments::new(job.arch.hidden);
+                    moments.add(x.view());
+                    let out = published_layer(job, found.fold, &source.attention, &moments)
+                        .map_err(ConvertError::layer(index))?;
+                    let error = {
+                        let (x, lengths) = first_windows(&x, stream.windows(), MEASURED_WINDOWS);
+                        output_error(
+                            &out.layer,
+                            source.attention.score_softcap,
+                            x,
+                            lengths,
+                            &source.layer.attention_output(x, lengths)?,
+                        )
+                    };
+                    if !last {
+                        let output = source.behind_rotation(&out.rotated, &x, stream.windows())?;
+                        drop(x);
+                        source.advance(stream.change()?, &output)?;
+                        stream.settle(index + 1, spill, &mut saved)?;
+                    }
+                    let report = LayerReport {
+                        layer: index,
+                        predicted_error: error,
+                        measured_error: None,
+                        rope_loss: out.rope_loss,
+                        rank_loss: out.rank_loss,
+                        notes: explained.map(|e| e.note()).into_iter().collect(),
+                    };
+                    (out.layer, source.gain, report)
+                }
+            };
+            done(layer, &gain, report, saved)?;
+            give_back();
+            observer.event(Event::Step { done: index as u64 + 1, tokens: (tokens * (index + 1)) as u64 });
         }
         Ok(())
     }

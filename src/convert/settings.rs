@@ -7,6 +7,7 @@ use std::str::FromStr;
 use serde::Serialize;
 
 use crate::runtime::DeviceChoice;
+use crate::write::Leftover;
 
 /// How attention is factorised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -326,10 +327,17 @@ pub struct ConvertSettings {
     pub max_shard_bytes: u64,
     /// Longest context the output claims; lets a sliding-window source be converted within its window.
     pub max_context: Option<usize>,
-    /// Replace an existing output folder.
+    /// Replace an existing output folder. Changes nothing of the output.
+    #[serde(skip)]
     pub overwrite: bool,
     /// Go on where the tool would refuse for the user's good (no smaller cache, ...).
     pub force: bool,
+    /// Memory to stay within, in bytes; beyond it hidden states wait on the disk. Changes nothing of the output.
+    #[serde(skip)]
+    pub max_memory: Option<u64>,
+    /// What to do with an unfinished run for the same output. Changes nothing of the output.
+    #[serde(skip)]
+    pub leftover: Leftover,
 }
 
 impl Default for ConvertSettings {
@@ -355,6 +363,8 @@ impl Default for ConvertSettings {
             max_context: None,
             overwrite: false,
             force: false,
+            max_memory: None,
+            leftover: Leftover::Refuse,
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::methods::MlaLayer;
 use crate::runtime::{Device, Layer, LayerTensors, Model, Qkv};
 
 /// Hidden states of one model at the input of a layer, for all windows end to end.
+#[derive(Debug)]
 pub(super) struct Stream {
     /// `[T, D]`.
     pub hidden: Array2<f32>,
@@ -34,6 +35,19 @@ pub(super) struct SourcePass {
     pub phases: Option<Array2<c64>>,
 }
 
+/// Gain of the input norm of layer `index`, without loading the layer.
+pub(super) fn input_gain(job: &Job<'_>, index: usize) -> Result<Vec<f64>, ConvertError> {
+    Ok(wide(job, &LayerTensors::load_input_norm(job.source, job.arch, index)?))
+}
+
+/// Where there is no norm the gain bounds nothing; only classes that do not need the bound take such a source.
+fn wide(job: &Job<'_>, gain: &[f32]) -> Vec<f64> {
+    match gain.is_empty() {
+        true => vec![1.0; job.arch.hidden],
+        false => gain.iter().map(|v| f64::from(*v)).collect(),
+    }
+}
+
 /// One source layer: its weights for the maths, and for the forward pass.
 pub(super) struct SourceLayer<'b> {
     /// f64, for the factorisation.
@@ -50,11 +64,7 @@ impl<'b> SourceLayer<'b> {
     pub fn load(job: &Job<'_>, backend: &'b Device, index: usize) -> Result<Self, ConvertError> {
         let attention = load_attention_source(job.source, job.arch, index)?;
         let tensors = LayerTensors::load(job.source, job.arch, index)?;
-        // Where there is no norm the gain bounds nothing; only classes that do not need the bound take such a source.
-        let gain = match tensors.input_norm.is_empty() {
-            true => vec![1.0; job.arch.hidden],
-            false => tensors.input_norm.iter().map(|v| f64::from(*v)).collect(),
-        };
+        let gain = wide(job, &tensors.input_norm);
         let extras = &tensors.extras;
         let norms = match (job.arch.qk_norm, &extras.q_norm, &extras.k_norm) {
             (Some(scope), Some(q), Some(k)) if !job.spec.qk_norm => {
@@ -121,11 +131,6 @@ impl Stream {
         let model = Model::new(job.source, job.arch, backend);
         let tokens: Vec<u32> = windows.iter().flatten().copied().collect();
         Ok(Self { hidden: model.embed(&tokens)?, windows: windows.iter().map(Vec::len).collect() })
-    }
-
-    /// Bytes held.
-    pub fn bytes(tokens: usize, hidden: usize) -> u64 {
-        (tokens * hidden * size_of::<f32>()) as u64
     }
 }
 

@@ -23,7 +23,7 @@ const WINDOWS: usize = 8;
 const TRIAL_LAYERS: usize = 8;
 
 /// What the survey found.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
 pub(super) struct Survey {
     /// Slots per source frequency, `[d / 2]`.
     pub slots: Vec<usize>,

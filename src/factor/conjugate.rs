@@ -111,23 +111,23 @@ mod tests {
         matmul(&a.t(), &a) + Array2::<f64>::eye(n)
     }
 
-    /// `A(X) = K X C` for each of two matrices.
-    fn problem() -> (Vec<Array2<f64>>, impl Fn(&[Array2<f64>]) -> Result<Vec<Array2<f64>>, Infallible>) {
-        let (k, c) = ([spd(3, 0.1), spd(2, 0.2)], [spd(4, 0.3), spd(5, 0.4)]);
-        let b = vec![
+    fn right_hand_side() -> Vec<Array2<f64>> {
+        vec![
             Array2::from_shape_fn((3, 4), |(i, j)| (i + 2 * j) as f64 - 3.0),
             Array2::from_shape_fn((2, 5), |(i, j)| (3 * i + j) as f64 - 2.0),
-        ];
-        let apply = move |x: &[Array2<f64>]| {
-            Ok(x.iter().zip(&k).zip(&c).map(|((x, k), c)| matmul(&matmul(k, x), c)).collect::<Vec<_>>())
-        };
-        (b, apply)
+        ]
+    }
+
+    /// `A(X) = K X C` for each of two matrices.
+    fn apply(x: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, Infallible> {
+        let (k, c) = ([spd(3, 0.1), spd(2, 0.2)], [spd(4, 0.3), spd(5, 0.4)]);
+        Ok(x.iter().zip(&k).zip(&c).map(|((x, k), c)| matmul(&matmul(k, x), c)).collect())
     }
 
     #[test]
     fn a_system_is_solved_in_as_many_steps_as_it_has_unknowns() {
-        let (b, apply) = problem();
-        let found = conjugate_gradients(b.clone(), 1, &apply, |r| Ok(r.to_vec()), 40).unwrap();
+        let b = right_hand_side();
+        let found = conjugate_gradients(b.clone(), 1, apply, |r| Ok(r.to_vec()), 40).unwrap();
         for (got, want) in apply(&found.x).unwrap().iter().zip(&b) {
             assert!((got - want).iter().all(|e| e.abs() < 1e-7), "{got} {want}");
         }
@@ -137,10 +137,10 @@ mod tests {
 
     #[test]
     fn every_step_lowers_the_quadratic_by_what_it_says() {
-        let (b, apply) = problem();
+        let b = right_hand_side();
         let mut last = 0.0;
         for steps in 0..5 {
-            let found = conjugate_gradients(b.clone(), 1, &apply, |r| Ok(r.to_vec()), steps).unwrap();
+            let found = conjugate_gradients(b.clone(), 1, apply, |r| Ok(r.to_vec()), steps).unwrap();
             let value = dot(&found.x, &apply(&found.x).unwrap(), 1)[0] - 2.0 * dot(&found.x, &b, 1)[0];
             assert!((value + found.decrease).abs() < 1e-9 * (1.0 + value.abs()));
             assert!(steps == 0 || found.decrease > last);

@@ -7,7 +7,7 @@ use super::tensors::{LayerTensors, add_offset, load_matrix};
 use super::{Backend, Layer, RuntimeError};
 use crate::arch::{Architecture, Part};
 use crate::observe::{Event, Observer};
-use crate::source::{ModelSource, TensorView};
+use crate::source::ModelSource;
 
 /// A checkpoint seen as a function of tokens. Loads what it needs when it needs it.
 #[derive(Debug)]
@@ -47,20 +47,19 @@ impl<'a, B: Backend> Model<'a, B> {
     /// [`RuntimeError::Token`] for an id outside the vocabulary, [`RuntimeError::Source`].
     pub fn embed(&self, tokens: &[u32]) -> Result<Array2<f32>, RuntimeError> {
         let (vocab, d) = (self.arch.vocab, self.arch.hidden);
-        let view = self.source.tensors.view(&self.arch.names.embed)?;
-        if view.shape != [vocab, d] {
-            let expected = vec![vocab, d];
-            return Err(RuntimeError::Shape { role: "embed", expected, found: view.shape.to_vec() });
+        let (stored, name) = (&self.source.tensors, &self.arch.names.embed);
+        if let Some(info) = stored.get(name)
+            && info.shape != [vocab, d]
+        {
+            return Err(RuntimeError::Shape { role: "embed", expected: vec![vocab, d], found: info.shape.clone() });
         }
-        let bytes = d * view.dtype.size();
         let mut out = Array2::zeros((tokens.len(), d));
         for (mut row, &token) in out.rows_mut().into_iter().zip(tokens) {
             let index = token as usize;
             if index >= vocab {
                 return Err(RuntimeError::Token { token, vocab });
             }
-            let stored = TensorView { shape: &view.shape[1..], bytes: &view.bytes[index * bytes..][..bytes], ..view };
-            row.iter_mut().zip(stored.to_f32()).for_each(|(x, y)| *x = y);
+            row.iter_mut().zip(stored.row(name, index)?.to_f32()).for_each(|(x, y)| *x = y);
         }
         let factor = self.arch.multipliers.embedding as f32;
         if factor != 1.0 {

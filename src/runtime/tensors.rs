@@ -139,6 +139,14 @@ pub struct LayerTensors {
 }
 
 impl LayerTensors {
+    /// Gain of the input norm of layer `layer` alone, offset included; empty where the family has no such norm.
+    ///
+    /// # Errors
+    /// As [`LayerTensors::load`].
+    pub fn load_input_norm(source: &ModelSource, arch: &Architecture, layer: usize) -> Result<Vec<f32>, RuntimeError> {
+        Loader { source, arch, layer }.optional_norm("input_norm")
+    }
+
     /// Read layer `layer` of a checkpoint. Factors on the residual stream are folded into what is added to it.
     ///
     /// # Errors

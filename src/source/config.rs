@@ -18,13 +18,16 @@ pub(super) fn read_config(dir: &Path) -> Result<Value, SourceError> {
         return Err(SourceError::NoConfig { dir: dir.to_owned() });
     }
     let content = read_small(dir, "config.json", MAX_CONFIG_BYTES)?;
-    let value: Value = serde_json::from_slice(&content)
-        .map_err(|e| SourceError::Config { path: path.clone(), reason: format!("not JSON: {e}") })?;
-    if value.is_object() {
-        Ok(value)
-    } else {
-        Err(SourceError::Config { path, reason: "expected a JSON object".to_owned() })
-    }
+    parse(&content).map_err(|reason| SourceError::Config { path, reason })
+}
+
+/// Reads the content of a `config.json`.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn parse(content: &[u8]) -> Result<Value, String> {
+    let value: Value = serde_json::from_slice(content).map_err(|e| format!("not JSON: {e}"))?;
+    if value.is_object() { Ok(value) } else { Err("expected a JSON object".to_owned()) }
 }
 
 /// Whether the config declares FP8 in blocks of 128 x 128, as DeepSeek-V3 stores it, which is read like any other dtype.
@@ -37,7 +40,7 @@ fn is_block_fp8(config: &Value) -> bool {
 
 /// Refuses quantised weights, told by the config or, where the config is silent, by the names of the tensors. Block-scaled
 /// FP8 is read.
-pub(super) fn refuse_quantised(config: &Value, tensors: &TensorDirectory) -> Result<(), SourceError> {
+pub(crate) fn refuse_quantised(config: &Value, tensors: &TensorDirectory) -> Result<(), SourceError> {
     let text = config.get("text_config");
     if is_block_fp8(config) || text.is_some_and(is_block_fp8) {
         return Ok(());

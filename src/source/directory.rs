@@ -1,13 +1,21 @@
-//! All tensors of a checkpoint by name, mapped into memory.
+//! All tensors of a checkpoint by name, read from their files when they are asked for.
+//!
+//! Nothing is mapped: a file that another program truncates is an error here and not a signal, the memory a tensor takes
+//! ends with its last use, and a checkpoint may be larger than the address space a job was given.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use memmap2::Mmap;
+use fs_err as fs;
 
 use super::path::{Impostor, impostor, open_regular};
-use super::{Dtype, Header, SourceError, TensorView, hash::Sha256Stream};
+use super::{Dtype, Header, HeaderError, MAX_HEADER_BYTES, SourceError, TensorView, hash::Sha256Stream};
+
+/// Bytes that [`TensorDirectory::for_each_piece`] reads at once; a multiple of every element size.
+const PIECE: usize = 16 << 20;
 
 /// Where a tensor lies and how to read it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +38,15 @@ impl TensorInfo {
     pub fn bytes(&self) -> u64 {
         self.end - self.begin
     }
+
+    /// Bytes of some rows within the tensor, `None` for all. Rows that it has not are left out.
+    fn byte_range(&self, rows: Option<Range<usize>>) -> Range<u64> {
+        let all = self.shape.first().copied().unwrap_or(1);
+        let rows = rows.unwrap_or(0..all);
+        let width = self.bytes().checked_div(all as u64).unwrap_or(0);
+        let (first, end) = (rows.start.min(all), rows.end.min(all));
+        first as u64 * width..end.max(first) as u64 * width
+    }
 }
 
 /// Identity of one weight file, for provenance. The hash covers the header (the length field and the JSON), which
@@ -42,46 +59,108 @@ pub struct WeightFingerprint {
     pub bytes: u64,
     /// SHA-256 of the first `8 + header length` bytes, in hexadecimal.
     pub header_sha256: String,
+    /// Nanoseconds since 1970 UTC at which the file was modified last, where the system tells.
+    #[serde(skip)]
+    pub modified: Option<u128>,
 }
 
-/// One weight file, opened and mapped.
+/// One weight file, open for reading.
 #[derive(Debug)]
 pub(super) struct Shard {
     /// Name in the model folder (the link, not the blob).
     pub(super) name: String,
     /// Path in the model folder.
     path: PathBuf,
-    map: Mmap,
+    file: fs::File,
+    bytes: u64,
+    /// Bytes that take no room on the disk: holes, which read as zeros.
+    holes: u64,
     modified: Option<SystemTime>,
     header_sha256: String,
     pub(super) header: Header,
 }
 
 impl Shard {
-    /// Opens, maps and validates the regular file at `real`, known as `dir/name`.
+    /// Opens and validates the regular file at `real`, known as `dir/name`.
     pub(super) fn open(dir: &Path, name: &str, real: &Path) -> Result<Self, SourceError> {
         let path = dir.join(name);
         let file = open_regular(real)?;
-        let modified = file.metadata()?.modified().ok();
-        // SAFETY: the map is private to this struct and only read. Another process that truncates the file while it
-        // is mapped makes reads fail with SIGBUS; the same holds for every tool that maps checkpoints, and
-        // `check_unchanged` reports changes that do not. The content is treated as untrusted bytes.
-        let map = unsafe { Mmap::map(file.file()) }
-            .map_err(|e| std::io::Error::new(e.kind(), format!("cannot map `{}`: {e}", path.display())))?;
-        let header = Header::parse(&map).map_err(|source| match impostor(&map) {
-            Some(Impostor::Lfs) => SourceError::LfsPointer { path: path.clone() },
-            Some(Impostor::Html) => SourceError::HtmlPage { path: path.clone() },
-            None => SourceError::Header { path: path.clone(), source },
-        })?;
-        let header_sha256 = hash_header(&map, header.data_start);
-        Ok(Shard { name: name.to_owned(), path, map, modified, header_sha256, header })
+        let meta = file.metadata()?;
+        let (bytes, modified) = (meta.len(), meta.modified().ok());
+        let bad = |source| SourceError::Header { path: path.clone(), source };
+        let header = read_header(&file, bytes)?.and_then(|h| Ok((Header::parse_parts(&h, bytes)?, h)));
+        let (header, stored) = match header {
+            Ok(both) => both,
+            Err(source) => {
+                let mut start = vec![0; bytes.min(256) as usize];
+                read_at(&file, &mut start, 0)?;
+                return Err(match impostor(&start) {
+                    Some(Impostor::Lfs) => SourceError::LfsPointer { path },
+                    Some(Impostor::Html) => SourceError::HtmlPage { path },
+                    None => bad(source),
+                });
+            }
+        };
+        let header_sha256 = sha256(&stored);
+        let holes = holes(&meta);
+        Ok(Shard { name: name.to_owned(), path, file, bytes, holes, modified, header_sha256, header })
     }
 }
 
-fn hash_header(map: &[u8], data_start: u64) -> String {
+#[cfg(unix)]
+fn holes(meta: &std::fs::Metadata) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    meta.len().saturating_sub(meta.blocks().saturating_mul(512))
+}
+
+#[cfg(not(unix))]
+fn holes(_: &std::fs::Metadata) -> u64 {
+    0
+}
+
+/// Length field and JSON of a weight file of `bytes` bytes. Never more than the format allows is read.
+fn read_header(file: &fs::File, bytes: u64) -> Result<Result<Vec<u8>, HeaderError>, SourceError> {
+    if bytes < 8 {
+        return Ok(Err(HeaderError::TooShort { bytes }));
+    }
+    let mut length = [0; 8];
+    read_at(file, &mut length, 0)?;
+    let length = u64::from_le_bytes(length);
+    if length > MAX_HEADER_BYTES {
+        return Ok(Err(HeaderError::TooLong { length }));
+    }
+    if 8 + length > bytes {
+        return Ok(Err(HeaderError::PastEnd { length, bytes }));
+    }
+    let mut header = vec![0; 8 + length as usize];
+    read_at(file, &mut header, 0)?;
+    Ok(Ok(header))
+}
+
+fn sha256(bytes: &[u8]) -> String {
     let mut hash = Sha256Stream::default();
-    hash.update(&map[..data_start as usize]);
+    hash.update(bytes);
     hash.finish().sha256
+}
+
+/// Fills `buffer` from byte `offset` of a file.
+#[cfg(unix)]
+fn read_at(file: &fs::File, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    file.file().read_exact_at(buffer, offset)
+}
+
+/// Fills `buffer` from byte `offset` of a file.
+#[cfg(windows)]
+fn read_at(file: &fs::File, mut buffer: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+    use std::os::windows::fs::FileExt;
+    while !buffer.is_empty() {
+        match file.file().seek_read(buffer, offset)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            n => (buffer, offset) = (&mut buffer[n..], offset + n as u64),
+        }
+    }
+    Ok(())
 }
 
 /// Every tensor of a checkpoint, by name.
@@ -152,39 +231,123 @@ impl TensorDirectory {
         self.total_bytes
     }
 
-    /// The tensor in place, without copying.
-    ///
-    /// # Errors
-    /// [`SourceError::MissingTensor`], with a few near names.
-    pub fn view(&self, name: &str) -> Result<TensorView<'_>, SourceError> {
-        let Some((name, info)) = self.tensors.get_key_value(name) else {
-            return Err(SourceError::MissingTensor { name: name.to_owned(), near: self.near(name) });
-        };
-        // In bounds: `Header::parse` proved that the ranges tile the data of this very map.
-        let bytes = &self.shards[info.shard].map[info.begin as usize..info.end as usize];
-        Ok(TensorView { name, dtype: info.dtype, shape: &info.shape, bytes })
+    /// Bytes of the weight files that take no room on the disk, because they were never written and read as zeros.
+    pub fn hole_bytes(&self) -> u64 {
+        self.shards.iter().map(|s| s.holes).sum()
     }
 
-    /// Tells the system that the pages of this tensor will not be needed soon, so that streaming a large checkpoint
-    /// does not count as memory in use. Only a hint: reading the tensor again works, from the file.
-    pub fn advise_dontneed(&self, name: &str) {
-        #[cfg(unix)]
-        if let Some(info) = self.tensors.get(name)
-            && info.end > info.begin
-        {
-            let map = &self.shards[info.shard].map;
-            // SAFETY: the map is a shared, read-only map of a file. Dropping its pages cannot lose data: the next
-            // access reads the same bytes from the file again, also for neighbours on the first and last page.
-            let _ = unsafe {
-                map.unchecked_advise_range(
-                    memmap2::UncheckedAdvice::DontNeed,
-                    info.begin as usize,
-                    (info.end - info.begin) as usize,
-                )
-            };
+    /// Reads a tensor.
+    ///
+    /// # Errors
+    /// [`SourceError::MissingTensor`], with a few near names; [`SourceError::Changed`] when the file became shorter.
+    pub fn view(&self, name: &str) -> Result<TensorView<'_>, SourceError> {
+        let (name, info) = self.find(name)?;
+        let mut bytes = vec![0; info.bytes() as usize];
+        self.read(info, 0, &mut bytes)?;
+        Ok(TensorView { name, dtype: info.dtype, shape: &info.shape, bytes: Cow::Owned(bytes) })
+    }
+
+    /// Reads some rows of a tensor, `None` for all. Rows that it has not are left out; the shape is that of the whole.
+    ///
+    /// # Errors
+    /// As [`TensorDirectory::view`].
+    pub fn rows(&self, name: &str, rows: Option<Range<usize>>) -> Result<TensorView<'_>, SourceError> {
+        let (name, info) = self.find(name)?;
+        let range = info.byte_range(rows);
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        self.read(info, range.start, &mut bytes)?;
+        Ok(TensorView { name, dtype: info.dtype, shape: &info.shape, bytes: Cow::Owned(bytes) })
+    }
+
+    /// Reads one row of a tensor: index `row` of its first dimension.
+    ///
+    /// # Errors
+    /// As [`TensorDirectory::view`].
+    ///
+    /// # Panics
+    /// If the tensor has no dimension, or not that many rows.
+    pub fn row(&self, name: &str, row: usize) -> Result<TensorView<'_>, SourceError> {
+        let (name, info) = self.find(name)?;
+        assert!(row < info.shape[0], "row {row} of tensor `{name}` of shape {:?}", info.shape);
+        let width = info.bytes() / info.shape[0] as u64;
+        let mut bytes = vec![0; width as usize];
+        self.read(info, row as u64 * width, &mut bytes)?;
+        Ok(TensorView { name, dtype: info.dtype, shape: &info.shape[1..], bytes: Cow::Owned(bytes) })
+    }
+
+    /// Hands a tensor's bytes to `f` in order, some megabytes of whole elements at a time.
+    ///
+    /// # Errors
+    /// As [`TensorDirectory::view`], and what `f` returns.
+    pub fn for_each_piece<E: From<SourceError>>(
+        &self,
+        name: &str,
+        f: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.for_each_piece_of_rows(name, None, f)
+    }
+
+    /// The same for some rows of a tensor, `None` for all. Rows that it has not are left out.
+    ///
+    /// # Errors
+    /// As [`TensorDirectory::view`], and what `f` returns.
+    pub fn for_each_piece_of_rows<E: From<SourceError>>(
+        &self,
+        name: &str,
+        rows: Option<Range<usize>>,
+        mut f: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (_, info) = self.find(name)?;
+        let Range { start: mut done, end } = info.byte_range(rows);
+        let mut buffer = vec![0; PIECE.min((end - done) as usize)];
+        while done < end {
+            let piece = &mut buffer[..PIECE.min((end - done) as usize)];
+            self.read(info, done, piece)?;
+            f(piece)?;
+            done += piece.len() as u64;
         }
-        #[cfg(not(unix))]
-        let _ = name;
+        Ok(())
+    }
+
+    /// Whether two tensors hold the same bytes.
+    ///
+    /// # Errors
+    /// As [`TensorDirectory::view`].
+    pub fn same_bytes(&self, a: &str, b: &str) -> Result<bool, SourceError> {
+        let (_, other) = self.find(b)?;
+        if self.find(a)?.1.bytes() != other.bytes() {
+            return Ok(false);
+        }
+        let (mut same, mut done, mut buffer) = (true, 0, Vec::new());
+        self.for_each_piece(a, |piece| {
+            if same {
+                buffer.resize(piece.len(), 0);
+                self.read(other, done, &mut buffer)?;
+                same = buffer == piece;
+                done += piece.len() as u64;
+            }
+            Ok::<(), SourceError>(())
+        })?;
+        Ok(same)
+    }
+
+    fn find(&self, name: &str) -> Result<(&str, &TensorInfo), SourceError> {
+        match self.tensors.get_key_value(name) {
+            Some((name, info)) => Ok((name, info)),
+            None => Err(SourceError::MissingTensor { name: name.to_owned(), near: self.near(name) }),
+        }
+    }
+
+    /// Fills `buffer` from byte `offset` of a tensor.
+    fn read(&self, info: &TensorInfo, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
+        let shard = &self.shards[info.shard];
+        read_at(&shard.file, buffer, info.begin + offset).map_err(|e| match e.kind() {
+            // In bounds when it was opened: `Header::parse_parts` proved that the ranges tile the data.
+            std::io::ErrorKind::UnexpectedEof => {
+                SourceError::Changed { path: shard.path.clone(), what: "it became shorter" }
+            }
+            kind => std::io::Error::new(kind, format!("cannot read `{}`: {e}", shard.path.display())).into(),
+        })
     }
 
     /// Identity of every weight file, in the order of the file names.
@@ -194,8 +357,9 @@ impl TensorDirectory {
             .iter()
             .map(|s| WeightFingerprint {
                 file: s.name.clone(),
-                bytes: s.map.len() as u64,
+                bytes: s.bytes,
                 header_sha256: s.header_sha256.clone(),
+                modified: s.modified.and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok()).map(|d| d.as_nanos()),
             })
             .collect();
         list.sort_by(|a, b| a.file.cmp(&b.file));
@@ -210,13 +374,15 @@ impl TensorDirectory {
         for s in &self.shards {
             let changed = |what| SourceError::Changed { path: s.path.clone(), what };
             let meta = fs_err::metadata(&s.path)?;
-            if meta.len() != s.map.len() as u64 {
+            if meta.len() != s.bytes {
                 return Err(changed("its size"));
             }
             if meta.modified().ok() != s.modified {
                 return Err(changed("its modification time"));
             }
-            if hash_header(&s.map, s.header.data_start) != s.header_sha256 {
+            let mut header = vec![0; s.header.data_start as usize];
+            read_at(&s.file, &mut header, 0)?;
+            if sha256(&header) != s.header_sha256 {
                 return Err(changed("its header"));
             }
         }

@@ -198,7 +198,8 @@ pub enum SourceError {
 
     /// Index and shards disagree. At most 20 differences are listed.
     #[error("`{}` and the weight files disagree:\n  - {}{}", path.display(), problems.join("\n  - "),
-            if *more > 0 { format!("\n  ... and {more} more") } else { String::new() })]
+            if *more > 0 { format!("\n  ... and {more} more") } else { String::new() }.to_owned()
+            + "\n\nhint: download the files named here and the index again, all of the same revision")]
     Index {
         /// Path of the index.
         path: PathBuf,

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Dtype, TensorView};
+use super::{Dtype, SourceError, TensorDirectory, TensorView};
 
 /// Values that are not finite in one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,27 +20,69 @@ const CHUNK: usize = 1 << 16;
 
 /// Counts the values of `view` that are NaN or infinite; `None` when there are none. Integer and boolean tensors are
 /// always finite. FP8 follows the OCP formats: E4M3 has NaN (`S.1111.111`) and no infinity.
-pub fn find_non_finite(view: TensorView<'_>) -> Option<NonFinite> {
-    let b = view.bytes;
-    let (count, first) = match view.dtype {
-        Dtype::Bf16 => scan::<2>(b, |x| u16::from_le_bytes(x) & 0x7f80 == 0x7f80),
-        Dtype::F16 => scan::<2>(b, |x| u16::from_le_bytes(x) & 0x7c00 == 0x7c00),
-        Dtype::F32 => scan::<4>(b, |x| u32::from_le_bytes(x) & 0x7f80_0000 == 0x7f80_0000),
-        Dtype::F64 => scan::<8>(b, |x| u64::from_le_bytes(x) & (0x7ff << 52) == 0x7ff << 52),
-        Dtype::F8E5M2 => scan::<1>(b, |x| x[0] & 0x7c == 0x7c),
-        Dtype::F8E4M3 => scan::<1>(b, |x| x[0] & 0x7f == 0x7f),
-        _ => return None,
+pub fn find_non_finite(view: &TensorView<'_>) -> Option<NonFinite> {
+    let mut scan = Scan::new(view.dtype);
+    scan.add(&view.bytes);
+    scan.finish(view.shape)
+}
+
+/// As [`find_non_finite`], for a stored tensor of any size: a few megabytes of it are in memory at a time.
+///
+/// # Errors
+/// A tensor that is not there or cannot be read.
+pub fn scan_non_finite(tensors: &TensorDirectory, name: &str) -> Result<Option<NonFinite>, SourceError> {
+    let Some(info) = tensors.get(name) else {
+        return Err(tensors.view(name).err().unwrap_or(SourceError::MissingTensor { name: name.into(), near: vec![] }));
     };
-    let first = first?;
-    let mut index = vec![0; view.shape.len()];
-    let mut rest = first;
-    for (i, &dim) in index.iter_mut().zip(view.shape).rev() {
-        *i = rest % dim.max(1);
-        rest /= dim.max(1);
+    let mut scan = Scan::new(info.dtype);
+    tensors.for_each_piece(name, |piece| {
+        scan.add(piece);
+        Ok::<(), SourceError>(())
+    })?;
+    Ok(scan.finish(&info.shape))
+}
+
+/// What was found in the pieces of a tensor so far.
+struct Scan {
+    dtype: Dtype,
+    elements: usize,
+    count: u64,
+    /// Position and value of the first.
+    first: Option<(usize, &'static str)>,
+}
+
+impl Scan {
+    fn new(dtype: Dtype) -> Self {
+        Scan { dtype, elements: 0, count: 0, first: None }
     }
-    let size = view.dtype.size();
-    let value = describe(view.dtype, &b[first * size..(first + 1) * size]);
-    Some(NonFinite { count, first_index: index, value })
+
+    fn add(&mut self, b: &[u8]) {
+        let (count, first) = match self.dtype {
+            Dtype::Bf16 => scan::<2>(b, |x| u16::from_le_bytes(x) & 0x7f80 == 0x7f80),
+            Dtype::F16 => scan::<2>(b, |x| u16::from_le_bytes(x) & 0x7c00 == 0x7c00),
+            Dtype::F32 => scan::<4>(b, |x| u32::from_le_bytes(x) & 0x7f80_0000 == 0x7f80_0000),
+            Dtype::F64 => scan::<8>(b, |x| u64::from_le_bytes(x) & (0x7ff << 52) == 0x7ff << 52),
+            Dtype::F8E5M2 => scan::<1>(b, |x| x[0] & 0x7c == 0x7c),
+            Dtype::F8E4M3 => scan::<1>(b, |x| x[0] & 0x7f == 0x7f),
+            _ => (0, None),
+        };
+        let size = self.dtype.size();
+        if let (None, Some(at)) = (self.first, first) {
+            self.first = Some((self.elements + at, describe(self.dtype, &b[at * size..(at + 1) * size])));
+        }
+        self.count += count;
+        self.elements += b.len() / size;
+    }
+
+    fn finish(self, shape: &[usize]) -> Option<NonFinite> {
+        let (mut rest, value) = self.first?;
+        let mut index = vec![0; shape.len()];
+        for (i, &dim) in index.iter_mut().zip(shape).rev() {
+            *i = rest % dim.max(1);
+            rest /= dim.max(1);
+        }
+        Some(NonFinite { count: self.count, first_index: index, value: value.to_owned() })
+    }
 }
 
 /// Count and first position of the elements of `N` bytes for which `bad` holds.
@@ -58,7 +100,7 @@ fn scan<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool + Sync + Sen
 }
 
 /// `NaN`, `inf` or `-inf`, from the bits of a value known not to be finite.
-fn describe(dtype: Dtype, le: &[u8]) -> String {
+fn describe(dtype: Dtype, le: &[u8]) -> &'static str {
     let mut wide = [0u8; 8];
     wide[..le.len()].copy_from_slice(le);
     let bits = u64::from_le_bytes(wide);
@@ -70,14 +112,13 @@ fn describe(dtype: Dtype, le: &[u8]) -> String {
         Dtype::F8E5M2 => (7, 0x3),
         _ => (7, 0x7),
     };
-    let text = if bits & mantissa != 0 {
+    if bits & mantissa != 0 {
         "NaN"
     } else if bits >> sign & 1 == 1 {
         "-inf"
     } else {
         "inf"
-    };
-    text.to_owned()
+    }
 }
 
 #[cfg(test)]
@@ -86,7 +127,7 @@ mod tests {
     use half::{bf16, f16};
 
     fn view<'a>(dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> TensorView<'a> {
-        TensorView { name: "t", dtype, shape, bytes }
+        TensorView { name: "t", dtype, shape, bytes: bytes.into() }
     }
 
     #[test]
@@ -96,7 +137,7 @@ mod tests {
             for (dtype, x) in
                 [(Dtype::Bf16, bf16::from_bits(bits).to_f32()), (Dtype::F16, f16::from_bits(bits).to_f32())]
             {
-                let found = find_non_finite(view(dtype, &[1], &bytes));
+                let found = find_non_finite(&view(dtype, &[1], &bytes));
                 assert_eq!(found.is_some(), !x.is_finite(), "{dtype} {bits:#x}");
                 if let Some(f) = found {
                     assert_eq!(f.value, x.to_string(), "{dtype} {bits:#x}");
@@ -113,17 +154,17 @@ mod tests {
         values[2 * CHUNK + 5] = f32::NAN;
         values[6 * CHUNK - 1] = f32::INFINITY;
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let found = find_non_finite(view(Dtype::F32, &shape, &bytes)).unwrap();
+        let found = find_non_finite(&view(Dtype::F32, &shape, &bytes)).unwrap();
         // 2 CHUNK + 5 = 1 * (2 CHUNK) + 2 * 2 + 1
         assert_eq!(found, NonFinite { count: 3, first_index: vec![1, 2, 1], value: "NaN".to_owned() });
     }
 
     #[test]
     fn scalars_integers_and_empty() {
-        assert_eq!(find_non_finite(view(Dtype::I32, &[1], &[0xff; 4])), None);
-        assert_eq!(find_non_finite(view(Dtype::F32, &[0, 4], &[])), None);
-        let found = find_non_finite(view(Dtype::F64, &[], &f64::NAN.to_le_bytes())).unwrap();
+        assert_eq!(find_non_finite(&view(Dtype::I32, &[1], &[0xff; 4])), None);
+        assert_eq!(find_non_finite(&view(Dtype::F32, &[0, 4], &[])), None);
+        let found = find_non_finite(&view(Dtype::F64, &[], &f64::NAN.to_le_bytes())).unwrap();
         assert_eq!((found.count, found.first_index), (1, vec![]));
-        assert_eq!(find_non_finite(view(Dtype::F8E4M3, &[2], &[0x7e, 0x7f])).unwrap().first_index, [1]);
+        assert_eq!(find_non_finite(&view(Dtype::F8E4M3, &[2], &[0x7e, 0x7f])).unwrap().first_index, [1]);
     }
 }

@@ -152,9 +152,18 @@ impl Header {
         if length > MAX_HEADER_BYTES {
             return Err(HeaderError::TooLong { length });
         }
-        let Some((json, data)) = rest.split_at_checked(length as usize) else {
+        if rest.len() < length as usize {
             return Err(HeaderError::PastEnd { length, bytes });
+        }
+        Self::parse_parts(&file[..8 + length as usize], bytes)
+    }
+
+    /// As [`Header::parse`], given only the length field and the JSON of a file of `bytes` bytes.
+    pub(super) fn parse_parts(header: &[u8], bytes: u64) -> Result<Self, HeaderError> {
+        let Some((_, json)) = header.split_first_chunk::<8>() else {
+            return Err(HeaderError::TooShort { bytes });
         };
+        let data_start = header.len() as u64;
         let raw = parse_json(json)?;
         let mut tensors = raw.tensors;
         tensors.sort_by(|a, b| (a.begin, a.end, &a.name).cmp(&(b.begin, b.end, &b.name)));
@@ -163,11 +172,11 @@ impl Header {
             check_range(t, expected)?;
             expected = t.end;
         }
-        let found = data.len() as u64;
+        let found = bytes.saturating_sub(data_start);
         if expected != found {
             return Err(HeaderError::DataLength { expected, found });
         }
-        Ok(Header { tensors, metadata: raw.metadata, data_start: 8 + length })
+        Ok(Header { tensors, metadata: raw.metadata, data_start })
     }
 }
 

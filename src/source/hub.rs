@@ -1,10 +1,12 @@
 //! Fetching a model from the hub into the local cache, and checking what came.
 //!
-//! The client neither checks sizes nor knows `HF_HUB_OFFLINE`, and a body cut short without a transport error would
-//! enter its cache; so every file is compared here with what the hub announces before it is used.
+//! The client neither checks sizes nor knows `HF_HUB_OFFLINE`, it waits for ever for a server that says nothing, and a body
+//! cut short without a transport error would enter its cache; so downloads are watched here, and every file is compared
+//! with what the hub announces before it is used.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use fs_err as fs;
 use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
@@ -31,19 +33,40 @@ struct Target {
     revision: String,
 }
 
+/// Why a request gave nothing.
+enum Failure {
+    Client(HFError),
+    /// No byte came for this long.
+    Stalled(Duration),
+}
+
+impl From<HFError> for Failure {
+    fn from(e: HFError) -> Self {
+        Failure::Client(e)
+    }
+}
+
+/// How often an observer hears from a download at which nothing happens: it may want to end it.
+const TICK: Duration = Duration::from_millis(200);
+/// How long nothing may happen, where neither options nor `HF_HUB_DOWNLOAD_TIMEOUT` say.
+const STALL: Duration = Duration::from_secs(60);
+
 impl Target {
     fn repo(&self) -> String {
         format!("{}/{}", self.owner, self.name)
     }
 
-    fn error(&self, file: Option<&str>, e: &HFError) -> SourceError {
-        SourceError::Hub {
-            repo: self.repo(),
-            revision: self.revision.clone(),
-            file: file.map(str::to_owned),
-            reason: without_queries(&e.to_string()),
-            hint: hint(e).to_owned(),
-        }
+    fn error(&self, file: Option<&str>, e: impl Into<Failure>) -> SourceError {
+        let (reason, hint) = match e.into() {
+            Failure::Client(e) => (without_queries(&e.to_string()), hint(&e)),
+            Failure::Stalled(after) => (
+                format!("the server sent nothing for {} seconds", after.as_secs_f64()),
+                "check the network and try again: files that are whole are not fetched again; HF_HUB_DOWNLOAD_TIMEOUT sets \
+                 how many seconds to wait",
+            ),
+        };
+        let (revision, file) = (self.revision.clone(), file.map(str::to_owned));
+        SourceError::Hub { repo: self.repo(), revision, file, reason, hint: hint.to_owned() }
     }
 }
 
@@ -82,9 +105,9 @@ pub(super) fn fetch(spec: &str, options: &OpenOptions, observer: &dyn Observer) 
     if let Some(endpoint) = &options.hub_endpoint {
         builder = builder.endpoint(endpoint.trim_end_matches('/'));
     }
-    let client = builder.build().map_err(|e| target.error(None, &e))?;
+    let client = builder.build().map_err(|e| target.error(None, e))?;
     let cache = client.cache_dir().to_owned();
-    let client = HFClientSync::from_inner(client).map_err(|e| target.error(None, &e))?;
+    let client = HFClientSync::from_inner(client).map_err(|e| target.error(None, e))?;
     let repo = client.model(owner, name);
 
     if options.hub_offline.unwrap_or_else(offline_by_environment) {
@@ -96,16 +119,20 @@ pub(super) fn fetch(spec: &str, options: &OpenOptions, observer: &dyn Observer) 
 
     // By the revision as typed, so that the client records which commit it stands for: that is what makes the model
     // found later when off line. Everything else is fetched by commit, so that a push in between cannot mix files.
-    let config = with_progress(observer, "config.json", |progress| {
-        repo.download_file().filename("config.json").revision(revision).progress(progress).send()
-    })
-    .map_err(|e| target.error(Some("config.json"), &e))?;
+    let stall = options.hub_stall.unwrap_or_else(stall_by_environment);
+    let watch = Watch { observer, stall };
+    let (own, wanted) = (repo.clone(), revision.to_owned());
+    let config = watch.run("config.json", move |progress| {
+        own.download_file().filename("config.json").revision(wanted).progress(progress).send()
+    });
+    let config = config.map_err(|e| target.error(Some("config.json"), e))?;
     let snapshot = snapshot_of(&config).ok_or_else(not_found)?;
 
-    let listing = repo.list_tree().revision(&snapshot.commit).send().map_err(|e| target.error(None, &e))?;
-    let wanted = choose(listing);
-    for file in &wanted {
-        fetch_file(&repo, &target, &snapshot, file, observer)?;
+    let (own, commit) = (repo.clone(), snapshot.commit.clone());
+    let listing = watch.run("the list of files", move |_| own.list_tree().revision(commit).send());
+    let listing = listing.map_err(|e| target.error(None, e))?;
+    for file in &choose(listing) {
+        fetch_file(&repo, &target, &snapshot, file, &watch)?;
     }
     Ok(snapshot)
 }
@@ -150,7 +177,7 @@ fn fetch_file(
     target: &Target,
     snapshot: &Snapshot,
     file: &Remote,
-    observer: &dyn Observer,
+    watch: &Watch<'_>,
 ) -> Result<(), SourceError> {
     let place = snapshot.dir.join(&file.name);
     let cached = fs::metadata(&place).is_ok_and(|m| m.len() == file.size);
@@ -159,11 +186,11 @@ fn fetch_file(
     }
     // Present with another size: left by an interrupted run of some tool. Fetch it anew.
     let force = fs::symlink_metadata(&place).is_ok() && !cached;
-    let path = with_progress(observer, &file.name, |progress| {
-        let request = repo.download_file().filename(&file.name).revision(&snapshot.commit);
-        request.force_download(force).progress(progress).send()
-    })
-    .map_err(|e| target.error(Some(&file.name), &e))?;
+    let (own, name, commit) = (repo.clone(), file.name.clone(), snapshot.commit.clone());
+    let path = watch.run(&file.name, move |progress| {
+        own.download_file().filename(name).revision(commit).force_download(force).progress(progress).send()
+    });
+    let path = path.map_err(|e| target.error(Some(&file.name), e))?;
     if let Err(fault) = check(&path, file) {
         discard(&path);
         let (expected, found) = fault?;
@@ -213,25 +240,39 @@ fn snapshot_of(config: &Path) -> Option<Snapshot> {
     Some(Snapshot { dir: dir.to_owned(), commit })
 }
 
-/// Runs `download` on a thread of its own and hands its progress to `observer` on this one: the client wants a
-/// handler that outlives everything, an observer is only borrowed and is promised one caller at a time.
-fn with_progress<T: Send>(
-    observer: &dyn Observer,
-    file: &str,
-    download: impl FnOnce(Forward) -> Result<T, HFError> + Send,
-) -> Result<T, HFError> {
-    let (sender, events) = mpsc::channel();
-    std::thread::scope(|scope| {
-        let worker = scope.spawn(move || download(Forward(sender)));
-        let mut last = None;
-        for (done, total) in events {
-            if last != Some((done, total)) {
-                last = Some((done, total));
-                observer.event(Event::Download { file: file.to_owned(), done, total: (total > 0).then_some(total) });
+/// Watches downloads.
+struct Watch<'a> {
+    observer: &'a dyn Observer,
+    stall: Duration,
+}
+
+impl Watch<'_> {
+    /// Runs `download` on a thread of its own and hands its progress to the observer on this one: the client wants a
+    /// handler that outlives everything, an observer is only borrowed and is promised one caller at a time. A download at
+    /// which nothing happens is left to itself.
+    fn run<T: Send + 'static>(
+        &self,
+        file: &str,
+        download: impl FnOnce(Forward) -> Result<T, HFError> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let (sender, events) = mpsc::channel();
+        let worker = std::thread::spawn(move || download(Forward(sender)));
+        let (mut counts, mut since) = ((0, 0), Instant::now());
+        loop {
+            match events.recv_timeout(TICK) {
+                Ok(next) if next != counts => (counts, since) = (next, Instant::now()),
+                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
             }
+            if since.elapsed() > self.stall {
+                return Err(Failure::Stalled(self.stall));
+            }
+            let (done, total) = counts;
+            let total = (total > 0).then_some(total);
+            self.observer.event(Event::Download { file: file.to_owned(), done, total });
         }
-        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+        Ok(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
+    }
 }
 
 /// Sends `(done, total)` bytes along.
@@ -253,6 +294,11 @@ impl ProgressHandler for Forward {
             let _ = self.0.send(counts);
         }
     }
+}
+
+fn stall_by_environment() -> Duration {
+    let seconds = std::env::var("HF_HUB_DOWNLOAD_TIMEOUT").ok().and_then(|v| v.parse().ok());
+    seconds.and_then(|s| Duration::try_from_secs_f64(s).ok()).filter(|d| !d.is_zero()).unwrap_or(STALL)
 }
 
 fn offline_by_environment() -> bool {

@@ -98,19 +98,9 @@ fn no_weights_hint(dir: &Path) -> Result<String, SourceError> {
 fn open_sharded(dir: &Path) -> Result<(TensorDirectory, Vec<String>), SourceError> {
     let path = dir.join(INDEX);
     let content = read_small(dir, INDEX, MAX_INDEX_BYTES)?;
-    let bad = |reason: String| SourceError::BadIndex { path: path.clone(), reason };
-    let index: Index = serde_json::from_slice(&content).map_err(|e| bad(e.to_string()))?;
+    let index = parse(&content).map_err(|reason| SourceError::BadIndex { path: path.clone(), reason })?;
     let weight_map = index.weight_map.0;
-    if weight_map.is_empty() {
-        return Err(bad("`weight_map` is empty".to_owned()));
-    }
     let files: BTreeSet<&str> = weight_map.values().map(String::as_str).collect();
-    for file in &files {
-        if !plain_file_name(file) || !file.ends_with(".safetensors") {
-            let shown: String = file.chars().take(120).collect();
-            return Err(bad(format!("shard {shown:?} is not the name of a .safetensors file in the model folder")));
-        }
-    }
 
     let mut problems = Problems::default();
     let mut shards = Vec::new();
@@ -165,6 +155,24 @@ fn open_sharded(dir: &Path) -> Result<(TensorDirectory, Vec<String>), SourceErro
     Ok((TensorDirectory::new(shards), warnings))
 }
 
+/// Reads an index; every shard it names is a file name within the model folder.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn parse(content: &[u8]) -> Result<Index, String> {
+    let index: Index = serde_json::from_slice(content).map_err(|e| e.to_string())?;
+    if index.weight_map.0.is_empty() {
+        return Err("`weight_map` is empty".to_owned());
+    }
+    for file in index.weight_map.0.values() {
+        if !plain_file_name(file) || !file.ends_with(".safetensors") {
+            let shown: String = file.chars().take(120).collect();
+            return Err(format!("shard {shown:?} is not the name of a .safetensors file in the model folder"));
+        }
+    }
+    Ok(index)
+}
+
 /// The first shard that a numbering `PREFIX-XXXXX-of-NNNNN.safetensors` shared by all files should have and has not.
 fn missing_number(files: &BTreeSet<&str>) -> Option<String> {
     let mut numbers = BTreeSet::new();
@@ -202,9 +210,17 @@ impl Problems {
     }
 }
 
-struct Index {
+/// Content of an index.
+pub(crate) struct Index {
     weight_map: WeightMap,
     total_size: Option<f64>,
+}
+
+impl Index {
+    /// Every shard named.
+    pub(crate) fn shards(&self) -> impl Iterator<Item = &str> {
+        self.weight_map.0.values().map(String::as_str)
+    }
 }
 
 impl<'de> de::Deserialize<'de> for Index {

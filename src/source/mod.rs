@@ -1,10 +1,10 @@
-//! From a folder or hub id to a validated directory of memory-mapped tensors.
+//! From a folder or hub id to a validated directory of tensors.
 //!
 //! Knows files and formats; knows nothing of attention. Nothing that is read here is trusted: every length, offset,
 //! name and path is checked before it is used, and no code shipped with a model is ever executed.
 
 mod chat;
-mod config;
+pub(crate) mod config;
 mod directory;
 mod dtype;
 mod error;
@@ -13,7 +13,7 @@ mod hash;
 mod header;
 #[cfg(feature = "hub")]
 mod hub;
-mod index;
+pub(crate) mod index;
 mod open;
 mod path;
 mod side;
@@ -25,7 +25,7 @@ pub use chat::{ChatTemplate, Message, end_tokens};
 pub use directory::{TensorDirectory, TensorInfo, WeightFingerprint};
 pub use dtype::Dtype;
 pub use error::SourceError;
-pub use finite::{NonFinite, find_non_finite};
+pub use finite::{NonFinite, find_non_finite, scan_non_finite};
 pub use hash::{FileDigest, sha256_file};
 pub use header::{Header, HeaderEntry, HeaderError, MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_TENSORS};
 pub use open::{ModelSource, OpenOptions};

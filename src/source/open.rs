@@ -20,6 +20,8 @@ pub struct OpenOptions {
     pub hub_cache: Option<PathBuf>,
     /// Address of the hub. `None`: `HF_ENDPOINT`, else the public hub.
     pub hub_endpoint: Option<String>,
+    /// How long the hub may say nothing during a download. `None`: `HF_HUB_DOWNLOAD_TIMEOUT` seconds, else a minute.
+    pub hub_stall: Option<std::time::Duration>,
     /// Open quantised weights too, where they are only looked at: a converted model with FP8 blocks, say.
     pub allow_quantised: bool,
 }
@@ -49,7 +51,7 @@ impl ModelSource {
     ///
     /// A download takes only `config.json`, safetensors weights with their index, and the tokenizer and generation
     /// files; every file is checked against the size (and for large files the hash) the hub announces.
-    /// `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` are honoured.
+    /// `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and `HF_HUB_DOWNLOAD_TIMEOUT` are honoured.
     ///
     /// # Errors
     /// Anything missing, malformed, quantised or unreachable; see [`SourceError`].

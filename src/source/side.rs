@@ -21,51 +21,46 @@ pub struct SideFile {
 /// Larger files next to a model are data or media, not settings.
 const MAX_SIDE_BYTES: u64 = 256 << 20;
 
-/// Extensions of weights and archives, of code, and of media: never copied.
-const NOT_COPIED: [&str; 29] = [
-    "safetensors",
-    "bin",
-    "pt",
-    "pth",
-    "ckpt",
-    "gguf",
-    "ggml",
-    "onnx",
-    "onnx_data",
-    "h5",
-    "msgpack",
-    "ot",
-    "npz",
-    "npy",
-    "pkl",
-    "pickle",
-    "joblib",
-    "tflite",
-    "mlmodel",
-    "zip",
-    "tar",
-    "gz",
-    "7z",
-    "py",
-    "ipynb",
-    "so",
-    "png",
-    "jpg",
-    "mp4",
+/// Files of a model beside its weights: tokenizers of every make, templates, settings of generation.
+const COPIED: [&str; 20] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "qwen.tiktoken",
+    "tiktoken.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "SYSTEM_PROMPT.txt",
 ];
+
+/// Beginnings of the names of files that say what may be done with a model; they go where it goes.
+const TERMS: [&str; 8] =
+    ["LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "THIRD_PARTY", "ACCEPTABLE_USE", "ATTRIBUTION"];
 
 /// Files this program writes itself, or that describe weights it replaces.
 const REPLACED: [&str; 5] = ["config.json", "README.md", "manifest.json", "conversion.json", "params.json"];
 
-/// Whether a top-level file called `name` belongs with a converted model.
+/// Whether a top-level file called `name` belongs with a converted model. Anything that is not known to does not: a folder
+/// may hold data, code and other formats of the same weights.
 pub(super) fn wanted(name: &str) -> bool {
-    let lower = name.to_ascii_lowercase();
-    let extension = Path::new(&lower).extension().and_then(|e| e.to_str());
-    !name.starts_with('.')
-        && !REPLACED.contains(&name)
-        && !lower.ends_with(".index.json")
-        && !extension.is_some_and(|e| NOT_COPIED.contains(&e))
-        && !name.chars().any(char::is_control)
+    let upper = name.to_ascii_uppercase();
+    let text = |ending: &str| ending.is_empty() || [".TXT", ".MD", ".RST", ".PDF"].contains(&ending);
+    let terms = |start: &&str| {
+        upper.strip_prefix(start).is_some_and(|rest| text(&rest[rest.find('.').unwrap_or(rest.len())..]))
+    };
+    COPIED.contains(&name) || (TERMS.iter().any(terms) && !name.chars().any(char::is_control))
 }
 
 /// Side files of `dir` sorted by name, and the names of regular files that are left behind (weights, `config.json`
@@ -108,7 +103,10 @@ mod tests {
             "added_tokens.json",
             "LICENSE",
             "LICENSE.txt",
+            "LICENSE-MIT",
+            "license.md",
             "NOTICE",
+            "USE_POLICY.md",
             "tekken.json",
             "tokenizer.model",
             "spiece.model",
@@ -128,6 +126,11 @@ mod tests {
             "tf_model.h5",
             "flax_model.msgpack",
             "modeling_x.py",
+            "license.py",
+            "golden.json",
+            "training_args.json",
+            "trainer_state.json",
+            "notes.txt",
             ".gitattributes",
             "PYTORCH_MODEL.BIN",
         ] {

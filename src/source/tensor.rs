@@ -1,12 +1,14 @@
-//! One stored tensor, viewed in place.
+//! One stored tensor, as bytes.
+
+use std::borrow::Cow;
 
 use half::f16;
 use rayon::prelude::*;
 
 use super::Dtype;
 
-/// A tensor as it lies in its file: borrowed bytes, little endian, row-major.
-#[derive(Debug, Clone, Copy)]
+/// A tensor as it lies in its file: little endian, row-major.
+#[derive(Debug, Clone)]
 pub struct TensorView<'a> {
     /// Name in the checkpoint.
     pub name: &'a str,
@@ -15,7 +17,7 @@ pub struct TensorView<'a> {
     /// Shape, outermost first; `[out, in]` for the weight of a linear layer.
     pub shape: &'a [usize],
     /// `shape.product() * dtype.size()` bytes.
-    pub bytes: &'a [u8],
+    pub bytes: Cow<'a, [u8]>,
 }
 
 impl TensorView<'_> {
@@ -46,7 +48,7 @@ impl TensorView<'_> {
     }
 
     fn map<T: Send + Copy + Default>(&self, f: impl Fn(f64) -> T + Sync + Send + Copy) -> Vec<T> {
-        let b = self.bytes;
+        let b = &*self.bytes;
         match self.dtype {
             Dtype::F32 => decode(b, |x| f(f64::from(f32::from_le_bytes(x)))),
             // A bf16 is the upper half of an f32; said this way the loop becomes a shift over whole vectors, where
@@ -94,7 +96,7 @@ mod tests {
         let bytes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
         let shape = [256, 256];
         for dtype in [Dtype::Bf16, Dtype::F16] {
-            let view = TensorView { name: "t", dtype, shape: &shape, bytes: &bytes };
+            let view = TensorView { name: "t", dtype, shape: &shape, bytes: Cow::Borrowed(&bytes) };
             let (narrow, wide) = (view.to_f32(), view.to_f64());
             assert_eq!(narrow.len(), view.len());
             for bits in 0..=u16::MAX {
@@ -118,12 +120,12 @@ mod tests {
         let values: Vec<f64> = (0..40_001).map(|i| f64::from(i) * 0.1 - 7.0).collect();
         let shape = [values.len()];
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let view = TensorView { name: "t", dtype: Dtype::F64, shape: &shape, bytes: &bytes };
+        let view = TensorView { name: "t", dtype: Dtype::F64, shape: &shape, bytes: Cow::Borrowed(&bytes) };
         assert_eq!(view.to_f64(), values);
         let narrow: Vec<f32> = values.iter().map(|&x| x as f32).collect();
         assert_eq!(view.to_f32(), narrow);
         let bytes: Vec<u8> = narrow.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let view = TensorView { name: "t", dtype: Dtype::F32, shape: &shape, bytes: &bytes };
+        let view = TensorView { name: "t", dtype: Dtype::F32, shape: &shape, bytes: Cow::Borrowed(&bytes) };
         assert_eq!(view.to_f32(), narrow);
     }
 }

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use super::SourceError;
 use super::path::read_small;
 
-/// Largest `tokenizer.json` read; the largest in the field are about 35 MB.
-const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
+/// Largest `tokenizer.json` read; the largest in the field are about 35 MB, and a hostile one takes some twenty times its
+/// size to be read.
+const MAX_TOKENIZER_BYTES: u64 = 48 << 20;
 
 /// Text to token ids and back, as `tokenizer.json` says: what `tok(text)` gives in transformers by default.
 ///
@@ -42,12 +43,21 @@ impl Tokenizer {
             return Err(SourceError::Tokenizer { path, reason: "no such file".to_owned(), hint });
         }
         let content = read_small(dir, "tokenizer.json", MAX_TOKENIZER_BYTES)?;
+        Self::from_bytes(&content, path)
+    }
+
+    /// Reads the content of a `tokenizer.json`; `path` is what errors name.
+    ///
+    /// # Errors
+    /// [`SourceError::Tokenizer`] when it is not understood.
+    pub fn from_bytes(content: &[u8], path: PathBuf) -> Result<Self, SourceError> {
         let bad = |reason: String| SourceError::Tokenizer {
             path: path.clone(),
             reason,
             hint: "download the file again; if it is intact it needs a newer version of this program",
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&content).map_err(|e| bad(e.to_string()))?;
+        let read = contained(|| tokenizers::Tokenizer::from_bytes(content));
+        let mut inner = read.map_err(|e| bad(e.to_owned()))?.map_err(|e| bad(e.to_string()))?;
         // A file may carry the truncation and padding of its training; `tok(text)` in transformers switches both off.
         inner.with_truncation(None).map_err(|e| bad(e.to_string()))?;
         inner.with_padding(None);
@@ -70,7 +80,8 @@ impl Tokenizer {
     /// As [`Tokenizer::encode`].
     pub fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SourceError> {
         // `encode_fast` skips the offsets into the text, which nobody reads here; the ids are the same.
-        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(|e| self.failed(e))?;
+        let encoding = contained(|| self.inner.encode_fast(text, add_special_tokens));
+        let encoding = encoding.map_err(|e| self.failed(e))?.map_err(|e| self.failed(e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -79,7 +90,7 @@ impl Tokenizer {
     /// # Errors
     /// [`SourceError::Tokenizer`] when the decoder fails. Ids outside the vocabulary are left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String, SourceError> {
-        self.inner.decode(ids, false).map_err(|e| self.failed(e))
+        self.decode_with(ids, false)
     }
 
     /// Text of `ids` without special tokens, for people to read.
@@ -87,7 +98,11 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::decode`].
     pub fn decode_plain(&self, ids: &[u32]) -> Result<String, SourceError> {
-        self.inner.decode(ids, true).map_err(|e| self.failed(e))
+        self.decode_with(ids, true)
+    }
+
+    fn decode_with(&self, ids: &[u32], plain: bool) -> Result<String, SourceError> {
+        contained(|| self.inner.decode(ids, plain)).map_err(|e| self.failed(e))?.map_err(|e| self.failed(e))
     }
 
     /// Number of tokens, added ones included. The embedding of the model may have more rows (padding).
@@ -100,11 +115,17 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
-    fn failed(&self, e: tokenizers::Error) -> SourceError {
+    fn failed(&self, e: impl std::fmt::Display) -> SourceError {
         SourceError::Tokenizer {
             path: self.path.clone(),
             reason: e.to_string(),
             hint: "check that the tokenizer belongs to the model",
         }
     }
+}
+
+/// Runs a call into the tokenizer library, which panics on some files that contradict themselves. Nothing of what it worked
+/// on is used afterwards.
+fn contained<T>(f: impl FnOnce() -> T) -> Result<T, &'static str> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).map_err(|_| "the file contradicts itself")
 }

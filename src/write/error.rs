@@ -87,8 +87,8 @@ pub enum WriteError {
 
     /// Another run writes to the same output.
     #[error(
-        "`{}` is being written by process {pid} on host `{host}` since {started}\n\nhint: wait for it, or if it is \
-         gone remove `{}`", output.display(), lock.display()
+        "`{}` is being written by process {pid} on host `{host}` since {}\n\nhint: wait for it, or if it is \
+         gone remove `{}`", output.display(), date(*started), lock.display()
     )]
     Locked {
         /// Output folder.
@@ -101,6 +101,41 @@ pub enum WriteError {
         host: String,
         /// When it began, seconds since 1970 UTC.
         started: u64,
+    },
+
+    /// An earlier run for the same output did not finish, and what it did can be used.
+    #[error(
+        "an unfinished conversion to `{}` lies in `{}` ({finished} steps of it are done)\n\nhint: the same command with \
+         --resume goes on with it, with --restart it is removed and all begins anew", output.display(), folder.display()
+    )]
+    Unfinished {
+        /// Output folder.
+        output: PathBuf,
+        /// Its staging folder.
+        folder: PathBuf,
+        /// Steps in its journal.
+        finished: usize,
+    },
+
+    /// The unfinished run is not the one that was asked for.
+    #[error(
+        "the unfinished conversion in `{}` cannot be resumed: {field} {change}\n\nhint: repeat the \
+         command it was begun with, or begin anew with --restart", folder.display()
+    )]
+    DifferentRun {
+        /// Staging folder of the unfinished run.
+        folder: PathBuf,
+        /// What differs.
+        field: String,
+        /// What it was, and what it is now.
+        change: String,
+    },
+
+    /// Hidden states that were put on the disk are not there as they were.
+    #[error("`{}` is not what was written to it\n\nhint: the disk or another program changed it; start again", path.display())]
+    LostState {
+        /// The file.
+        path: PathBuf,
     },
 
     /// A lock file that cannot be understood.
@@ -190,12 +225,44 @@ pub enum WriteError {
     },
 }
 
+/// A time as `2026-01-31 23:59:59 UTC`.
+fn date(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days from civil, backwards: eras of 400 years begin on a first of March, so that leap days come last.
+    let shifted = days + 719_468;
+    let (era, day) = (shifted / 146_097, shifted % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (day - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let year = era * 400 + year + u64::from(month <= 2);
+    format!("{year}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
 impl From<io::Error> for WriteError {
     fn from(source: io::Error) -> Self {
         use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
         match source.kind() {
             StorageFull | QuotaExceeded | FileTooLarge => WriteError::Full { source },
             _ => WriteError::Io(source),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::date;
+
+    #[test]
+    fn dates() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_399, "2000-02-28 23:59:59 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (1_709_251_199, "2024-02-29 23:59:59 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+        ] {
+            assert_eq!(date(seconds), text);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use fs_err as fs;
 use serde::{Deserialize, Serialize};
 
-use super::WriteError;
+use super::{WriteError, ops};
 
 /// Content of a lock file: who holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +21,7 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    fn this() -> Self {
+    pub(super) fn this() -> Self {
         let pid = std::process::id();
         Owner {
             pid,
@@ -32,8 +32,13 @@ impl Owner {
     }
 
     /// Whether the owner certainly does not run any more. Only known on its own host.
-    fn is_dead(&self) -> bool {
+    pub(super) fn is_dead(&self) -> bool {
         self.host == host() && !(alive(self.pid) && self.process_start == process_start(self.pid))
+    }
+
+    /// Whether the owner is certainly another process that still runs.
+    pub(super) fn is_alive(&self) -> bool {
+        self.host == host() && self.pid != std::process::id() && !self.is_dead()
     }
 }
 
@@ -45,14 +50,13 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Takes the lock at `path` for `output`. The second value is the pid of a dead owner it was taken from.
-    pub(super) fn take(path: PathBuf, output: &Path) -> Result<(Self, Option<u32>), WriteError> {
+    /// Takes the lock at `path` for `output`; from a dead owner, if there is one.
+    pub(super) fn take(path: PathBuf, output: &Path) -> Result<Self, WriteError> {
         let owner = Owner::this();
-        let mut taken_from = None;
         // A second round follows when the lock of a dead process was removed; a third only if others race for it.
         for _ in 0..3 {
             if create(&path, &owner)? {
-                return Ok((Lock { path, owner }, taken_from));
+                return Ok(Lock { path, owner });
             }
             let Some(holder) = read(&path)? else { continue };
             if !holder.is_dead() {
@@ -60,7 +64,6 @@ impl Lock {
                 return Err(WriteError::Locked { output: output.to_owned(), lock: path, pid, host, started });
             }
             remove_stale(&path, &holder)?;
-            taken_from = Some(holder.pid);
         }
         Err(WriteError::BadLock { lock: path, reason: "other runs keep taking it".to_owned() })
     }
@@ -70,7 +73,7 @@ impl Drop for Lock {
     fn drop(&mut self) {
         // Only our own: someone may have judged it stale from another host and removed it by hand.
         if matches!(read(&self.path), Ok(Some(owner)) if owner == self.owner) {
-            let _ = fs::remove_file(&self.path);
+            let _ = ops::remove_file(&self.path);
         }
     }
 }
@@ -82,11 +85,16 @@ impl Drop for Lock {
 fn create(path: &Path, owner: &Owner) -> Result<bool, WriteError> {
     let text = serde_json::to_vec(owner).map_err(io::Error::from)?;
     let draft = unique_sibling(path, "draft");
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).open(&draft)?;
-    let written = file.write_all(&text).and_then(|()| file.sync_all());
+    let mut file = ops::create_file(&draft)?;
+    let written = ops::write(&mut file, &text).and_then(|()| ops::sync(&file));
     drop(file);
-    let linked = written.and_then(|()| fs::hard_link(&draft, path));
-    fs::remove_file(&draft)?;
+    let linked = written.and_then(|()| ops::hard_link(&draft, path));
+    if let Err(e) = ops::remove_file(&draft) {
+        if linked.is_ok() {
+            let _ = ops::remove_file(path);
+        }
+        return Err(e.into());
+    }
     match linked {
         Ok(()) => Ok(true),
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
@@ -126,7 +134,7 @@ fn read(path: &Path) -> Result<Option<Owner>, WriteError> {
 /// put back when it turns out to be another, live one that was created in between.
 fn remove_stale(path: &Path, holder: &Owner) -> Result<(), WriteError> {
     let aside = unique_sibling(path, "stale");
-    match fs::rename(path, &aside) {
+    match ops::rename(path, &aside) {
         Ok(()) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(e.into()),
@@ -134,7 +142,7 @@ fn remove_stale(path: &Path, holder: &Owner) -> Result<(), WriteError> {
     if read(&aside)?.as_ref() != Some(holder) {
         let _ = fs::hard_link(&aside, path);
     }
-    fs::remove_file(&aside)?;
+    ops::remove_file(&aside)?;
     Ok(())
 }
 
@@ -145,6 +153,24 @@ pub(super) fn unique_sibling(path: &Path, what: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{what}-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
     PathBuf::from(name)
+}
+
+/// A new name for a staging folder: `hidden` with `.partial-<host>-<pid>-<n>` appended, the host as eight digits of a hash.
+pub(super) fn staging_folder(hidden: &Path) -> PathBuf {
+    unique_sibling(hidden, &format!("partial-{}", host_digits()))
+}
+
+/// Whether a folder whose name ends in `maker` (`<host>-<pid>-<n>`) was made on this host by a process that is gone.
+pub(super) fn made_by_the_dead(maker: &str) -> bool {
+    let mut parts = maker.split('-');
+    let (host, pid) = (parts.next(), parts.next().and_then(|p| p.parse().ok()));
+    host == Some(&host_digits()) && pid.is_some_and(|pid| !alive(pid))
+}
+
+fn host_digits() -> String {
+    let mut hash = crate::source::Sha256Stream::default();
+    hash.update(host().as_bytes());
+    hash.finish().sha256[..8].to_owned()
 }
 
 fn host() -> String {
@@ -180,11 +206,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_folder_tells_who_made_it() {
+        let path = staging_folder(Path::new("/x/.out"));
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let maker = name.strip_prefix(".out.partial-").unwrap();
+        assert!(!made_by_the_dead(maker), "this process lives");
+        let of = |pid: &str| format!("{}-{pid}-0", host_digits());
+        // Above what Linux gives out.
+        assert!(made_by_the_dead(&of("2147483646")));
+        assert!(!made_by_the_dead("00000000-2147483646-0"), "another host");
+        assert!(!made_by_the_dead(&of("x")) && !made_by_the_dead(""));
+    }
+
+    #[test]
     fn second_taker_is_told_who_holds_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(".out.lock");
-        let (lock, from) = Lock::take(path.clone(), dir.path()).unwrap();
-        assert_eq!(from, None);
+        let lock = Lock::take(path.clone(), dir.path()).unwrap();
         match Lock::take(path.clone(), dir.path()) {
             Err(WriteError::Locked { pid, host: h, .. }) => {
                 assert_eq!(pid, std::process::id());
@@ -203,9 +241,7 @@ mod tests {
         // Our own pid with another start time: a reused pid.
         let reused = Owner { process_start: Some(1), ..Owner::this() };
         assert!(create(&path, &reused).unwrap());
-        let (lock, from) = Lock::take(path.clone(), dir.path()).unwrap();
-        assert_eq!(from, Some(std::process::id()));
-        drop(lock);
+        drop(Lock::take(path.clone(), dir.path()).unwrap());
         let foreign = Owner { host: "elsewhere".to_owned(), ..reused };
         assert!(create(&path, &foreign).unwrap());
         assert!(matches!(Lock::take(path.clone(), dir.path()), Err(WriteError::Locked { .. })));

@@ -97,12 +97,20 @@ fn read(path: &PathBuf) -> Result<Manifest, WriteError> {
     if !meta.is_file() || meta.len() > MAX_MANIFEST_BYTES {
         return Err(bad("not a small regular file".to_owned()));
     }
-    let manifest: Manifest = serde_json::from_slice(&fs::read(path)?).map_err(|e| bad(e.to_string()))?;
+    parse(&fs::read(path)?).map_err(bad)
+}
+
+/// Reads the content of a manifest; every file it names lies in its folder.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn parse(content: &[u8]) -> Result<Manifest, String> {
+    let manifest: Manifest = serde_json::from_slice(content).map_err(|e| e.to_string())?;
     if manifest.version != 1 {
-        return Err(bad(format!("version {} is not known, expected 1", manifest.version)));
+        return Err(format!("version {} is not known, expected 1", manifest.version));
     }
-    if let Some(name) = manifest.files.keys().find(|n| !plain_file_name(n)) {
-        return Err(bad(format!("{name:?} is not a plain file name")));
+    match manifest.files.keys().find(|n| !plain_file_name(n)) {
+        Some(name) => Err(format!("{name:?} is not a plain file name")),
+        None => Ok(manifest),
     }
-    Ok(manifest)
 }

@@ -2,12 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use fs_err as fs;
-
-use super::WriteError;
 use super::lock::unique_sibling;
 use super::manifest::Manifest;
 use super::staging::{Existing, Staging, check_replaceable};
+use super::{WriteError, ops};
 
 /// A published model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,28 +14,32 @@ pub struct Published {
     pub path: PathBuf,
     /// Every file with its size and hash, `manifest.json` itself excepted.
     pub manifest: Manifest,
-    /// The folder that was replaced, where removing it failed.
+    /// What could not be removed afterwards: the folder that was replaced, or the staging folder.
     pub left_behind: Option<PathBuf>,
 }
 
-/// Renames the staging folder, whose files are complete and synced, to the output.
+/// Renames the staged model, whose files are complete and synced, to the output.
 pub(super) fn publish(mut staging: Staging, manifest: Manifest) -> Result<Published, WriteError> {
-    sync_folder(&staging.dir)?;
+    ops::sync_folder(staging.dir())?;
     let output = staging.output.clone();
     let replaced = match check_replaceable(&output, staging.overwrite)? {
         // Renaming a folder is refused when the target is a file, a link or a folder that holds anything, so this
         // cannot clobber what another program put there since the check.
         Existing::Nothing | Existing::EmptyFolder => {
-            fs::rename(&staging.dir, &output)?;
+            ops::rename(staging.dir(), &output)?;
             None
         }
-        Existing::Model => Some(swap(&staging.dir, &output)?),
+        Existing::Model => Some(swap(staging.dir(), &output)?),
     };
-    staging.published = true;
+    // From here on the staging folder holds nothing of worth but, perhaps, the model that was replaced.
+    staging.keep(true);
     let parent = output.parent().unwrap_or(Path::new("/"));
-    sync_folder(parent).map_err(|source| WriteError::NotSynced { path: output.clone(), source })?;
+    ops::sync_folder(parent).map_err(|source| WriteError::NotSynced { path: output.clone(), source })?;
     // Only now: until the new model is safe on disk the old one is kept.
-    let left_behind = replaced.filter(|old| fs::remove_dir_all(old).is_err());
+    let mut left_behind = replaced.filter(|old| ops::remove_dir_all(old).is_err());
+    if staging.clear().is_err() {
+        left_behind.get_or_insert_with(|| staging.root().to_owned());
+    }
     Ok(Published { path: output, manifest, left_behind })
 }
 
@@ -47,6 +49,7 @@ fn swap(new: &Path, old: &Path) -> Result<PathBuf, WriteError> {
     {
         use rustix::fs::{CWD, RenameFlags, renameat_with};
         // One step: at no moment is the output missing.
+        ops::point("exchange")?;
         if renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE).is_ok() {
             return Ok(new.to_owned());
         }
@@ -54,19 +57,10 @@ fn swap(new: &Path, old: &Path) -> Result<PathBuf, WriteError> {
     let mut hidden = std::ffi::OsString::from(".");
     hidden.push(old.file_name().unwrap_or_default());
     let aside = unique_sibling(&old.with_file_name(hidden), "old");
-    fs::rename(old, &aside)?;
-    if let Err(e) = fs::rename(new, old) {
-        fs::rename(&aside, old)?;
+    ops::rename(old, &aside)?;
+    if let Err(e) = ops::rename(new, old) {
+        ops::rename(&aside, old)?;
         return Err(e.into());
     }
     Ok(aside)
-}
-
-/// Makes the entries of a folder durable. Windows has no such call.
-fn sync_folder(path: &Path) -> std::io::Result<()> {
-    #[cfg(unix)]
-    fs::File::open(path)?.sync_all()?;
-    #[cfg(not(unix))]
-    let _ = path;
-    Ok(())
 }

@@ -1,21 +1,25 @@
 //! Streams planned tensors and side files into a staging folder.
 
 use std::collections::BTreeMap;
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use fs_err as fs;
 
+use super::leftover::COMPLETE;
 use super::manifest::{MANIFEST, Manifest};
 use super::plan::{INDEX, PlacedTensor, ShardPlan};
 use super::publish::{Published, publish};
-use super::{Staging, WriteError};
+use super::resume::Mark;
+use super::{Staging, WriteError, ops};
 use crate::source::{FileDigest, Sha256Stream, plain_file_name};
 
 /// Small tensors are gathered up to this many bytes before they are written.
 const BUFFER: usize = 4 << 20;
 /// From this size on, hashing and writing a piece run side by side.
 const PARALLEL: usize = 1 << 20;
+/// Blocks of this many bytes that are all zero are not written but skipped: they read as zeros and take no room.
+const HOLE: usize = 1 << 16;
 
 /// Writes one model into a [`Staging`] folder: tensors in the order of the plan, then any other file, then
 /// [`StagedWriter::finish`]. Dropped before that, it leaves nothing behind.
@@ -26,6 +30,8 @@ pub struct StagedWriter {
     plan: ShardPlan,
     /// Shard and tensor within it that come next.
     next: (usize, usize),
+    /// Bytes of that tensor that were written already.
+    written: u64,
     files: BTreeMap<String, FileDigest>,
     poisoned: bool,
     staging: Staging,
@@ -34,7 +40,17 @@ pub struct StagedWriter {
 impl StagedWriter {
     /// A writer of the shards of `plan` into `staging`.
     pub fn new(staging: Staging, plan: ShardPlan) -> Self {
-        StagedWriter { current: None, plan, next: (0, 0), files: BTreeMap::new(), poisoned: false, staging }
+        Self::at(staging, plan, None, (0, 0), BTreeMap::new())
+    }
+
+    pub(super) fn at(
+        staging: Staging,
+        plan: ShardPlan,
+        current: Option<HashedFile>,
+        next: (usize, usize),
+        files: BTreeMap<String, FileDigest>,
+    ) -> Self {
+        StagedWriter { current, plan, next, written: 0, files, poisoned: false, staging }
     }
 
     /// The tensor that has to be written next; `None` when all are.
@@ -52,12 +68,53 @@ impl StagedWriter {
         &self.staging
     }
 
+    /// As [`StagedWriter::staging`], to write its journal.
+    pub fn staging_mut(&mut self) -> &mut Staging {
+        &mut self.staging
+    }
+
+    /// Waits until everything written is on the disk, and tells how far that is.
+    ///
+    /// # Errors
+    /// I/O errors; [`WriteError::Incomplete`] within a tensor.
+    pub fn mark(&mut self) -> Result<Mark, WriteError> {
+        if self.written > 0 {
+            return Err(self.incomplete());
+        }
+        let mut open = None;
+        self.guarded(|w| {
+            if let Some(file) = &mut w.current {
+                open = Some(file.flush()?);
+            }
+            Ok(ops::sync_folder(w.staging.dir())?)
+        })?;
+        Ok(Mark { tensors: self.count(), files: self.files.clone(), open })
+    }
+
+    /// Tensors written.
+    fn count(&self) -> usize {
+        self.plan.shards()[..self.next.0].iter().map(|s| s.tensors.len()).sum::<usize>() + self.next.1
+    }
+
+    fn incomplete(&self) -> WriteError {
+        let first = self.next_tensor().map_or_else(String::new, |t| t.name.clone());
+        WriteError::Incomplete { missing: self.plan.tensors().count() - self.count(), first }
+    }
+
     /// Writes the next tensor of the plan: little endian, row-major.
     ///
     /// # Errors
     /// [`WriteError::OutOfOrder`] or [`WriteError::WrongSize`] when it is not the one planned; I/O errors.
     pub fn write_tensor(&mut self, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
         self.guarded(|w| w.write_tensor_inner(name, bytes))
+    }
+
+    /// Writes a piece of the next tensor of the plan; the tensor ends with the piece that fills it.
+    ///
+    /// # Errors
+    /// As [`StagedWriter::write_tensor`].
+    pub fn write_piece(&mut self, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
+        self.guarded(|w| w.write_piece_inner(name, bytes))
     }
 
     /// Writes a small file, such as `config.json`, at the top level of the model.
@@ -82,7 +139,7 @@ impl StagedWriter {
                 return Err(WriteError::BadFile { name: name.to_owned(), reason: "its source is no regular file" });
             }
             let mut from = fs::File::open(path)?;
-            let mut to = HashedFile::create(&w.staging.dir.join(name))?;
+            let mut to = HashedFile::create(&w.staging.dir().join(name))?;
             let mut buffer = vec![0; 1 << 16];
             loop {
                 match from.read(&mut buffer) {
@@ -106,17 +163,18 @@ impl StagedWriter {
         if self.poisoned {
             return Err(WriteError::Poisoned);
         }
-        if let Some(next) = self.next_tensor() {
-            let first = next.name.clone();
-            let written: usize =
-                self.plan.shards()[..self.next.0].iter().map(|s| s.tensors.len()).sum::<usize>() + self.next.1;
-            return Err(WriteError::Incomplete { missing: self.plan.tensors().count() - written, first });
+        if self.next_tensor().is_some() {
+            return Err(self.incomplete());
         }
         if let Some(index) = self.plan.index() {
             self.store(INDEX, &index)?;
         }
         let manifest = Manifest::new(std::mem::take(&mut self.files));
-        self.store(MANIFEST, &manifest.to_bytes()?)?;
+        let mut own = HashedFile::create(&self.staging.dir().join(MANIFEST))?;
+        own.write(&manifest.to_bytes()?)?;
+        let digest = own.finish()?;
+        // So that a run that dies right after publishing is not taken for one that did not.
+        self.staging.append(&serde_json::json!({ COMPLETE: digest.sha256 }))?;
         publish(self.staging, manifest)
     }
 
@@ -131,26 +189,40 @@ impl StagedWriter {
     }
 
     fn write_tensor_inner(&mut self, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
+        match self.next_tensor() {
+            Some(t) if t.name == name && t.end - t.begin != bytes.len() as u64 => {
+                Err(wrong_size(t, bytes.len() as u64))
+            }
+            _ => self.write_piece_inner(name, bytes),
+        }
+    }
+
+    fn write_piece_inner(&mut self, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
         let next = self.next_tensor();
         let Some(planned) = next.filter(|t| t.name == name) else {
             let expected = next.map(|t| t.name.clone());
             return Err(WriteError::OutOfOrder { expected, found: name.to_owned() });
         };
-        let (expected, found) = (planned.end - planned.begin, bytes.len() as u64);
-        if expected != found {
-            let (shape, dtype) = (planned.shape.clone(), planned.dtype);
-            return Err(WriteError::WrongSize { name: name.to_owned(), shape, dtype, expected, found });
+        let (expected, found) = (planned.end - planned.begin, self.written + bytes.len() as u64);
+        if found > expected {
+            return Err(wrong_size(planned, found));
         }
         let shard = &self.plan.shards()[self.next.0];
         let mut file = match self.current.take() {
             Some(file) => file,
             None => {
-                let mut file = HashedFile::create(&self.staging.dir.join(&shard.file))?;
+                let mut file = HashedFile::create(&self.staging.dir().join(&shard.file))?;
                 file.write(&shard.header)?;
                 file
             }
         };
         file.write(bytes)?;
+        self.written = found;
+        if found < expected {
+            self.current = Some(file);
+            return Ok(());
+        }
+        self.written = 0;
         self.next.1 += 1;
         if self.next.1 == shard.tensors.len() {
             self.files.insert(shard.file.clone(), file.finish()?);
@@ -176,43 +248,103 @@ impl StagedWriter {
     }
 
     fn store(&mut self, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
-        let mut file = HashedFile::create(&self.staging.dir.join(name))?;
+        let mut file = HashedFile::create(&self.staging.dir().join(name))?;
         file.write(bytes)?;
         self.files.insert(name.to_owned(), file.finish()?);
         Ok(())
     }
 }
 
+fn wrong_size(t: &PlacedTensor, found: u64) -> WriteError {
+    let (name, shape, dtype) = (t.name.clone(), t.shape.clone(), t.dtype);
+    WriteError::WrongSize { name, shape, dtype, expected: t.end - t.begin, found }
+}
+
 /// A file that is hashed while it is written.
 #[derive(Debug)]
-struct HashedFile {
+pub(super) struct HashedFile {
     file: BufWriter<fs::File>,
     hash: Sha256Stream,
+    /// Bytes skipped at the end of what was written so far.
+    hole: u64,
 }
 
 impl HashedFile {
-    /// Creates a file that must not exist; mode 0666 less the umask, as any program does.
-    fn create(path: &Path) -> Result<Self, WriteError> {
-        let file = fs::OpenOptions::new().write(true).create_new(true).open(path)?;
-        Ok(HashedFile { file: BufWriter::with_capacity(BUFFER, file), hash: Sha256Stream::default() })
+    /// Creates a file that must not exist.
+    pub(super) fn create(path: &Path) -> Result<Self, WriteError> {
+        Ok(Self::new(ops::create_file(path)?, Sha256Stream::default()))
+    }
+
+    /// Goes on behind the first `bytes` bytes of a file, whose hash so far is `hash`.
+    pub(super) fn reopen(path: &Path, bytes: u64, hash: Sha256Stream) -> Result<Self, WriteError> {
+        let mut file = fs::OpenOptions::new().write(true).open(path)?;
+        ops::truncate(&file, bytes)?;
+        file.seek(SeekFrom::End(0))?;
+        Ok(Self::new(file, hash))
+    }
+
+    fn new(file: fs::File, hash: Sha256Stream) -> Self {
+        HashedFile { file: BufWriter::with_capacity(BUFFER, file), hash, hole: 0 }
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
-        let HashedFile { file, hash } = self;
+        let HashedFile { file, hash, hole } = self;
         if bytes.len() < PARALLEL {
             hash.update(bytes);
-            file.write_all(bytes)?;
+            put(file, hole, bytes)?;
         } else {
-            rayon::join(|| hash.update(bytes), || file.write_all(bytes)).1?;
+            // Faults are injected by thread, so that this one is met here and not on a worker.
+            ops::point("write")?;
+            rayon::join(|| hash.update(bytes), || put_sparsely(file, hole, bytes)).1?;
         }
         Ok(())
     }
 
-    /// Writes what is buffered and waits until it is on the disk: the last moment at which a network file system or a
-    /// quota can report that it is not.
-    fn finish(self) -> Result<FileDigest, WriteError> {
-        let file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
-        file.sync_all()?;
-        Ok(self.hash.finish())
+    /// Writes what is buffered and waits until it is on the disk; length and hash so far.
+    fn flush(&mut self) -> Result<FileDigest, WriteError> {
+        ops::point("write")?;
+        self.file.flush()?;
+        if self.hole > 0 {
+            let end = self.file.get_mut().stream_position()? + self.hole;
+            ops::truncate(self.file.get_ref(), end)?;
+        }
+        ops::sync(self.file.get_ref())?;
+        Ok(self.hash.clone().finish())
     }
+
+    fn finish(mut self) -> Result<FileDigest, WriteError> {
+        self.flush()
+    }
+}
+
+/// Writes `bytes` behind a hole.
+fn put(file: &mut BufWriter<fs::File>, hole: &mut u64, bytes: &[u8]) -> io::Result<()> {
+    if *hole > 0 {
+        file.seek(SeekFrom::Current(*hole as i64))?;
+        *hole = 0;
+    }
+    ops::write(file, bytes)
+}
+
+/// As [`put`], making holes of blocks that are all zero.
+fn put_sparsely(file: &mut BufWriter<fs::File>, hole: &mut u64, bytes: &[u8]) -> io::Result<()> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let zero = |block: &&[u8]| block.len() == HOLE && is_zero(block);
+        let skipped = rest.chunks(HOLE).take_while(zero).count() * HOLE;
+        *hole += skipped as u64;
+        rest = &rest[skipped..];
+        let kept = rest.chunks(HOLE).take_while(|b| !zero(b)).map(<[u8]>::len).sum();
+        if kept > 0 {
+            put(file, hole, &rest[..kept])?;
+        }
+        rest = &rest[kept..];
+    }
+    Ok(())
+}
+
+/// Whether all bytes are zero; words at a time.
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, tail) = bytes.as_chunks::<64>();
+    words.iter().all(|w| w.iter().fold(0, |a, b| a | b) == 0) && tail.iter().all(|b| *b == 0)
 }

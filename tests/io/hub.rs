@@ -19,6 +19,21 @@ struct Served {
     announced: u64,
     etag: String,
     body: Vec<u8>,
+    manner: Manner,
+}
+
+/// How a file is sent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Manner {
+    Plain,
+    /// From another place, as large files are.
+    Redirected,
+    /// Half of it, and then nothing more.
+    Stalled,
+    /// With a `content-length` that is this much off.
+    Claimed(i64),
+    /// In circles.
+    Circling,
 }
 
 #[derive(Clone)]
@@ -39,7 +54,7 @@ impl Hub {
             let large = name.ends_with(".safetensors");
             let digest = gqa2mla::source::sha256_file(&entry.path()).unwrap().sha256;
             let etag = if large { digest } else { digest[..40].to_owned() };
-            (name, Served { announced: body.len() as u64, etag, body })
+            (name, Served { announced: body.len() as u64, etag, body, manner: Manner::Plain })
         });
         let hub = Hub {
             endpoint: format!("http://{}", listener.local_addr().unwrap()),
@@ -86,19 +101,39 @@ impl Hub {
             let mut r = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n".to_vec();
             r.extend(body);
             r
-        } else if let Some(file) = path
+        } else if let Some((name, file)) = path
             .strip_prefix("/org/pico/resolve/")
             .and_then(|rest| rest.split_once('/'))
-            .and_then(|(_, name)| files.get(name))
+            .and_then(|(_, name)| files.get_key_value(name))
         {
+            let place = match file.manner {
+                Manner::Redirected => format!("location: {}/cdn/{name}\r\n", self.endpoint),
+                Manner::Circling => format!("location: {}{path}\r\n", self.endpoint),
+                Manner::Claimed(off) if method == "GET" => {
+                    format!("content-length: {}\r\n", file.body.len() as i64 + off)
+                }
+                _ => String::new(),
+            };
+            let status = if place.starts_with("location") { "302 Found" } else { "200 OK" };
             let mut r = format!(
-                "HTTP/1.1 200 OK\r\netag: \"{}\"\r\nx-repo-commit: {COMMIT}\r\nx-linked-size: {}\r\nconnection: close\r\n\r\n",
+                "HTTP/1.1 {status}\r\netag: \"{0}\"\r\nx-linked-etag: \"{0}\"\r\nx-repo-commit: {COMMIT}\r\n\
+                 x-linked-size: {1}\r\n{place}connection: close\r\n\r\n",
                 file.etag, file.announced
             )
             .into_bytes();
-            if method == "GET" {
+            if method == "GET" && status == "200 OK" {
                 r.extend(&file.body);
             }
+            if method == "GET" && file.manner == Manner::Stalled {
+                r.truncate(r.len() - file.body.len() / 2);
+                stream.write_all(&r).ok()?;
+                std::thread::sleep(std::time::Duration::from_secs(30));
+                return None;
+            }
+            r
+        } else if let Some(file) = path.strip_prefix("/cdn/").and_then(|name| files.get(name)) {
+            let mut r = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n".to_vec();
+            r.extend(&file.body);
             r
         } else {
             b"HTTP/1.1 404 Not Found\r\nx-error-code: RepoNotFound\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -217,4 +252,90 @@ fn damaged_downloads_are_refused_and_fetched_anew() {
     fs_err::write(&cached, &good.body[..10]).unwrap();
     open().unwrap();
     assert_eq!(fs_err::read(&cached).unwrap(), good.body);
+}
+
+/// The second weight file, and the model opened from the hub.
+fn a_shard(hub: &Hub) -> String {
+    let files = hub.files.lock().unwrap();
+    files.keys().find(|n| n.starts_with("model-00002-of-") && n.ends_with(".safetensors")).unwrap().clone()
+}
+
+#[test]
+fn redirects_are_followed_and_circles_end() {
+    let (root, hub) = setup();
+    let shard = a_shard(&hub);
+    hub.change(&shard, |f| f.manner = Manner::Redirected);
+    let source = ModelSource::open("org/pico", &hub.options(&root.path().join("a")), &Silent).unwrap();
+    assert_eq!(source.tensors.len(), samples().len());
+    assert!(hub.requests.lock().unwrap().iter().any(|r| r.contains(&format!("/cdn/{shard}"))));
+    hub.change(&shard, |f| f.manner = Manner::Circling);
+    let error = ModelSource::open("org/pico", &hub.options(&root.path().join("b")), &Silent).unwrap_err();
+    assert!(matches!(error, SourceError::Hub { .. }), "{error:?}");
+}
+
+#[test]
+fn a_server_that_says_nothing_is_given_up() {
+    let (root, hub) = setup();
+    let shard = a_shard(&hub);
+    hub.change(&shard, |f| f.manner = Manner::Stalled);
+    let mut options = hub.options(&root.path().join("cache"));
+    options.hub_stall = Some(std::time::Duration::from_secs(1));
+    let start = std::time::Instant::now();
+    let error = ModelSource::open("org/pico", &options, &Silent).unwrap_err();
+    assert!(start.elapsed() < std::time::Duration::from_secs(10), "{:?}", start.elapsed());
+    let text = error.to_string();
+    assert!(text.contains(&shard) && text.contains("sent nothing for 1 seconds"), "{text}");
+    // What came whole is not asked for again, and half a file is not taken for one.
+    hub.change(&shard, |f| f.manner = Manner::Plain);
+    hub.requests.lock().unwrap().clear();
+    options.hub_cache = Some(root.path().join("cache"));
+    // The download that was given up still holds the client's lock on the file; another process would not meet it.
+    let again = ModelSource::open("org/pico", &options, &Silent);
+    let requests = hub.requests.lock().unwrap().clone();
+    assert!(!requests.iter().any(|r| r.starts_with("GET") && r.contains("model-00001-of-")), "{requests:?}");
+    if let Ok(source) = again {
+        assert_eq!(source.tensors.len(), samples().len());
+    }
+}
+
+#[test]
+fn lengths_that_are_lies_are_found_out() {
+    let (root, hub) = setup();
+    let shard = a_shard(&hub);
+    for (n, off) in [-1, 1, 1 << 40].into_iter().enumerate() {
+        hub.change(&shard, |f| f.manner = Manner::Claimed(off));
+        let options = hub.options(&root.path().join(format!("a{n}")));
+        let error = ModelSource::open("org/pico", &options, &Silent).unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, SourceError::Hub { .. } | SourceError::Download { .. }), "{off}: {error:?}");
+        assert!(text.contains(&shard), "{off}: {text}");
+    }
+    // The listing lies: the file is whole, but not what was announced.
+    hub.change(&shard, |f| f.manner = Manner::Plain);
+    for (n, announced) in [0, 1 << 50, u64::MAX].into_iter().enumerate() {
+        hub.change(&shard, |f| f.announced = announced);
+        let error =
+            ModelSource::open("org/pico", &hub.options(&root.path().join(format!("b{n}"))), &Silent).unwrap_err();
+        assert!(matches!(error, SourceError::Hub { .. } | SourceError::Download { .. }), "{announced}: {error:?}");
+    }
+}
+
+#[test]
+fn pages_in_place_of_files_are_refused() {
+    for name in ["config.json", "tokenizer.json", "model.safetensors.index.json"] {
+        let (root, hub) = setup();
+        let page = b"<!DOCTYPE html><html><body>Please log in</body></html>".to_vec();
+        // With the length of the page announced too: as a proxy that answers everything itself.
+        for announced in [None, Some(page.len() as u64)] {
+            hub.change(name, |f| {
+                f.body = page.clone();
+                f.announced = announced.unwrap_or(f.announced);
+            });
+            let options = hub.options(&root.path().join(format!("cache-{}", announced.is_some())));
+            let opened = ModelSource::open("org/pico", &options, &Silent);
+            let opened = opened.and_then(|source| source.tokenizer().map(|_| ()));
+            let text = opened.expect_err(name).to_string();
+            assert!(text.contains(name), "{name}: {text}");
+        }
+    }
 }

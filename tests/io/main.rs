@@ -41,7 +41,7 @@ fn samples() -> Vec<Sample> {
 fn write(output: &Path, samples: &[Sample], max: u64, overwrite: bool) -> Result<Published, WriteError> {
     let planned: Vec<_> = samples.iter().map(|s| s.0.clone()).collect();
     let plan = ShardPlan::new(&planned, max)?;
-    let options = StagingOptions { overwrite, source: None, needed_bytes: plan.file_bytes() };
+    let options = StagingOptions { overwrite, needed_bytes: plan.file_bytes(), ..StagingOptions::default() };
     let mut writer = StagedWriter::new(Staging::create(output, &options)?, plan);
     for (tensor, bytes) in samples {
         writer.write_tensor(&tensor.name, bytes)?;

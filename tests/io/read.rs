@@ -128,6 +128,28 @@ proptest::proptest! {
     }
 }
 
+#[test]
+fn headers_as_large_as_the_format_allows_are_read_or_refused_at_once() {
+    // More tensors than anybody has, in as few bytes as they take; and one name after another that is the same.
+    let start = std::time::Instant::now();
+    let mut many = String::from("{");
+    for n in 0..1_000_001 {
+        many += &format!("\"{n:x}\":{{\"dtype\":\"I8\",\"shape\":[],\"data_offsets\":[{n},{}]}},", n + 1);
+    }
+    many.pop();
+    many.push('}');
+    assert!(
+        matches!(Header::parse(&file(&many, 0)), Err(HeaderError::Json { message }) if message.contains("more than"))
+    );
+    let deep = format!("{{\"a\":{}", "[".repeat(90_000_000));
+    assert!(matches!(Header::parse(&file(&deep, 0)), Err(HeaderError::Json { .. })));
+    let numbers = format!("{{\"a\":{{\"shape\":[{}1]", "1,".repeat(40_000_000));
+    assert!(matches!(Header::parse(&file(&numbers, 0)), Err(HeaderError::Json { .. })));
+    let text = format!("{{\"{}\":", "x".repeat(90_000_000));
+    assert!(matches!(Header::parse(&file(&text, 0)), Err(HeaderError::Json { .. })));
+    assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?} for four headers", start.elapsed());
+}
+
 /// Two shards with an index, as `write` makes them; returns the folder.
 fn sharded(root: &TempDir) -> PathBuf {
     let out = root.path().join("out");

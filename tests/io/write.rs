@@ -39,12 +39,10 @@ fn round_trip_through_the_reference_crate_and_our_reader() {
         assert_eq!(source.tensors.total_bytes(), samples.iter().map(|s| s.1.len() as u64).sum::<u64>());
         for (tensor, bytes) in &samples {
             let view = source.tensors.view(&tensor.name).unwrap();
-            assert_eq!((view.dtype, view.shape, view.bytes), (tensor.dtype, &tensor.shape[..], &bytes[..]));
+            assert_eq!((view.dtype, view.shape, &*view.bytes), (tensor.dtype, &tensor.shape[..], &bytes[..]));
             let (_, shape, data) = &seen[&tensor.name];
             assert_eq!((shape, data), (&tensor.shape, bytes), "{}", tensor.name);
-            assert_eq!(find_non_finite(view), None);
-            source.tensors.advise_dontneed(&tensor.name);
-            assert_eq!(source.tensors.view(&tensor.name).unwrap().bytes, &bytes[..], "reads again after the advice");
+            assert_eq!(find_non_finite(&view), None);
         }
         let order: Vec<_> = source.tensors.in_file_order().map(|(n, _)| n.to_owned()).collect();
         let mut sorted = order.clone();
@@ -166,7 +164,7 @@ fn which_outputs_are_accepted() {
     let root = TempDir::new().unwrap();
     let at = |name: &str| root.path().join(name);
     let create = |path: &Path, overwrite: bool, source: Option<PathBuf>| {
-        Staging::create(path, &StagingOptions { overwrite, source, needed_bytes: 0 }).map(|_| ())
+        Staging::create(path, &StagingOptions { overwrite, source, ..StagingOptions::default() }).map(|_| ())
     };
     assert!(matches!(create(&at("no/such"), false, None), Err(WriteError::NoParent { .. })));
     assert!(matches!(create(Path::new("/"), false, None), Err(WriteError::BadOutput { .. })));

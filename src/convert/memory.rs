@@ -1,0 +1,104 @@
+//! How much memory a conversion takes, before it takes it.
+//!
+//! The bytes per value below were fitted to the allocator's own count on 59 models of other shapes (`tests/memory.rs` holds
+//! the plan against what the system measures). They count the layer at work in f32 and f64, its moments, and what every
+//! calibration token carries through a layer; nothing in them grows with the number of layers.
+
+use super::{ConvertError, Job, Method};
+
+/// The program itself, its threads and buffers.
+const BASE: u64 = 55_000_000;
+/// Room that matrix products keep for a packed operand, at most.
+const PACKED: u64 = 64 << 20;
+/// What the allocator holds beyond what is asked of it, in percent.
+const SLACK: u64 = 5;
+/// Bytes that a tokenizer takes, per byte of its file.
+const TOKENIZER: u64 = 18;
+
+/// Resident memory of a conversion, in bytes, by what can wait on the disk and what cannot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Need {
+    /// Hidden states between layers.
+    hidden: u64,
+    /// Everything at its peak.
+    total: u64,
+}
+
+impl Need {
+    /// What the job needs with `tokens` calibration tokens.
+    pub fn of(job: &Job<'_>, tokens: usize) -> Self {
+        let (arch, geometry) = (job.arch, job.spec.geometry);
+        let wide = |n: usize| n as u64;
+        let (t, d, i) = (wide(tokens), wide(arch.hidden), wide(arch.intermediate));
+        let heads = wide(arch.heads);
+        let (q, kv) = (heads * wide(job.shape.head_dim), wide(job.shape.kv_heads * job.shape.head_dim));
+        let (rank, rope) = (wide(geometry.kv_lora_rank), wide(geometry.qk_rope_head_dim));
+        let (nope, value) = (wide(geometry.qk_nope_head_dim), wide(geometry.v_head_dim));
+        let attention = 2 * (q + kv) * d;
+        let mlp = 3 * i * d;
+        // Queries of the output, through a latent where they have one.
+        let latent = wide(geometry.q_lora_rank.unwrap_or(0));
+        let queries = heads * (nope + rope) * latent.max(d) + latent * d;
+        let (streams, working) = match job.settings.method {
+            Method::Exact => {
+                let made = queries + (rank + rope) * d + heads * (nope + value) * rank + q * d;
+                (0, 8 * attention + 16 * made + 12 * queries)
+            }
+            Method::AttentionAware => {
+                let weights = 4 * attention + 4 * mlp + 34 * d * d + 24 * latent * d;
+                (2, weights + t * (17 * d + 18 * q + 13 * kv + 4 * (rank + rope)) + heads * rope * (d + t / 2))
+            }
+            Method::Transmla | Method::Care => {
+                let weights = 43 * attention + 4 * mlp + 28 * d * d + t * (6 * d + 6 * kv) + 24 * latent * d;
+                let states = 12 * attention + 4 * mlp + t * (16 * d + 8 * q + 6 * kv);
+                (1, weights.max(states))
+            }
+        };
+        let packed = if streams == 0 { 0 } else { (4 * i * d).min(PACKED) * 5 / 4 };
+        let working = working + working * SLACK / 100 + packed;
+        let tokenizer = match streams {
+            0 => 0,
+            _ => job.source.files.iter().filter(|f| f.name == "tokenizer.json").map(|f| f.size * TOKENIZER).sum(),
+        };
+        // Text becomes tokens before a layer is touched.
+        Need { hidden: (streams * t * d * 4).min(working), total: BASE + working.max(tokenizer) }
+    }
+
+    /// Most memory at any time; with `spill`, hidden states wait on the disk while a layer is factorised.
+    pub fn peak(&self, spill: bool) -> u64 {
+        self.total - if spill { self.hidden } else { 0 }
+    }
+
+    /// Whether hidden states have to wait on the disk to stay within `limit`.
+    ///
+    /// # Errors
+    /// A limit that not even that can keep.
+    pub fn spill(&self, limit: Option<u64>) -> Result<bool, ConvertError> {
+        let Some(limit) = limit.filter(|l| *l < self.peak(false)) else { return Ok(false) };
+        if self.hidden > 0 && self.peak(true) <= limit {
+            return Ok(true);
+        }
+        let megabytes = |bytes: u64| bytes.div_ceil(1_000_000);
+        Err(ConvertError::refused(
+            format!(
+                "--max-memory allows {} MB, the conversion needs {} MB even with hidden states on the disk",
+                limit / 1_000_000,
+                megabytes(self.peak(true))
+            ),
+            "allow more, or calibrate on fewer tokens (`--calib-samples`, `--calib-seq-len`)",
+        ))
+    }
+}
+
+/// Gives memory that was freed back to the system, which allocators put off: what is resident should be what is used.
+pub(super) fn give_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        unsafe extern "C" {
+            /// glibc's `malloc_trim(3)`.
+            fn malloc_trim(pad: usize) -> i32;
+        }
+        // SAFETY: it takes no pointer, may be called at any time from any thread, and touches only free memory.
+        unsafe { malloc_trim(0) };
+    }
+}

@@ -1,0 +1,100 @@
+//! One function per thing that is read from outside: what it holds for any bytes, a fuzzer can look for the bytes for which
+//! it does not. Used by `fuzz/` and by `tests/fuzz.rs`; no part of the library's interface.
+
+use std::path::PathBuf;
+
+use crate::arch::{Architecture, Family};
+use crate::convert::checkpoint::Saved;
+use crate::source::{Header, Sha256Stream, TensorDirectory, Tokenizer, config as config_file, index as index_file};
+use crate::source::{MAX_NAME_CHARS, plain_file_name};
+use crate::write::{JournalRecord, manifest as manifest_file};
+
+/// Most layers for which names are spelled out here; a config may claim a million.
+const MAX_LAYERS: usize = 256;
+
+/// The header of a weight file. The bytes are tried as a whole file, and as the JSON of one whose length fields are right.
+pub fn header(data: &[u8]) {
+    check_header(data);
+    let mut file = (data.len() as u64).to_le_bytes().to_vec();
+    file.extend_from_slice(data);
+    // The size that would make it whole, as far as the text tells: the largest number in it.
+    let numbers = data.split(|b| !b.is_ascii_digit()).filter(|d| !d.is_empty() && d.len() < 6);
+    let most = numbers.filter_map(|d| std::str::from_utf8(d).ok()?.parse::<usize>().ok()).max().unwrap_or(0);
+    file.resize(file.len() + most, 0);
+    check_header(&file);
+}
+
+fn check_header(file: &[u8]) {
+    let Ok(header) = Header::parse(file) else { return };
+    let mut end = 0;
+    for t in &header.tensors {
+        assert!(t.begin == end && t.end >= t.begin, "{t:?}");
+        assert_eq!(t.shape.iter().product::<usize>() * t.dtype.size(), (t.end - t.begin) as usize, "{t:?}");
+        assert!(!t.name.is_empty() && t.name.chars().count() <= MAX_NAME_CHARS);
+        assert!(!t.name.chars().any(char::is_control), "{:?}", t.name);
+        end = t.end;
+    }
+    assert_eq!(header.data_start + end, file.len() as u64);
+}
+
+/// `model.safetensors.index.json`.
+pub fn index(data: &[u8]) {
+    if let Ok(index) = index_file::parse(data) {
+        for shard in index.shards() {
+            assert!(plain_file_name(shard), "{shard:?}");
+        }
+    }
+}
+
+/// `config.json`.
+pub fn config(data: &[u8]) {
+    let Ok(config) = config_file::parse(data) else { return };
+    let _ = config_file::refuse_quantised(&config, &TensorDirectory::default());
+    let Ok(arch) = Architecture::from_config(&config) else { return };
+    assert!(arch.heads > 0 && arch.hidden > 0 && arch.layers > 0 && arch.vocab > 0, "{arch:?}");
+    assert!(arch.rope.inv_freq.iter().all(|f| f.is_finite()), "{:?}", arch.rope);
+    assert!(arch.norm_eps.is_finite() && arch.cache_values() > 0);
+    if arch.layers <= MAX_LAYERS {
+        assert!(arch.expected_tensors().len() > arch.layers);
+    }
+}
+
+/// A family description.
+pub fn family(data: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(data) {
+        let _ = Family::parse("fuzz", text);
+    }
+}
+
+/// A journal. The bytes are tried as they are, and as lines whose hashes are right.
+pub fn journal(data: &[u8]) {
+    let mut lines = Vec::new();
+    for json in data.split(|b| *b == b'\n') {
+        let mut hash = Sha256Stream::default();
+        hash.update(json);
+        lines.extend_from_slice(hash.finish().sha256.as_bytes());
+        lines.push(b' ');
+        lines.extend_from_slice(json);
+        lines.push(b'\n');
+    }
+    for bytes in [data, &lines] {
+        let Some(record) = JournalRecord::parse(bytes) else { continue };
+        assert!(record.finished() <= record.entries.len());
+        assert_eq!(record.difference(&record.identity), None);
+        assert!(Saved::read(&record).layers() <= record.entries.len());
+    }
+}
+
+/// `manifest.json`.
+pub fn manifest(data: &[u8]) {
+    if let Ok(manifest) = manifest_file::parse(data) {
+        assert!(manifest.files.keys().all(|n| plain_file_name(n)));
+    }
+}
+
+/// `tokenizer.json`.
+pub fn tokenizer(data: &[u8]) {
+    let Ok(tokenizer) = Tokenizer::from_bytes(data, PathBuf::from("tokenizer.json")) else { return };
+    let Ok(ids) = tokenizer.encode("One two, 3.\n\tZażółć 日本 <|x|>") else { return };
+    let _ = tokenizer.decode(&ids);
+}
