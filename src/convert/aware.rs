@@ -68,8 +68,10 @@ pub(super) fn closed_form(inputs: &Inputs<'_>) -> Result<Draft, ConvertError> {
 pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertError> {
     let Draft { mut layer, rank_loss, rope_loss } = closed_form(inputs)?;
     let mut notes = Vec::new();
-    refit_scores(&mut layer, &inputs.pass.qkv, inputs.x, inputs.windows, &inputs.steps)
-        .map_err(ConvertError::layer(inputs.index))?;
+    if let Some(scores) = &inputs.pass.scores {
+        refit_scores(&mut layer, scores, inputs.x, inputs.windows, &inputs.steps)
+            .map_err(ConvertError::layer(inputs.index))?;
+    }
     let heads = refit_values(inputs, &mut layer, &mut notes)?;
     if inputs.steps.output_refit {
         refit_output(inputs, &mut layer, &heads, &mut notes)?;

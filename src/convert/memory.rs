@@ -4,7 +4,7 @@
 //! the plan against what the system measures). They count the layer at work in f32 and f64, its moments, and what every
 //! calibration token carries through a layer; nothing in them grows with the number of layers.
 
-use super::{ConvertError, Job, Method};
+use super::{ConvertError, Job, Method, scores};
 
 /// The program itself, its threads and buffers.
 const BASE: u64 = 55_000_000;
@@ -46,7 +46,11 @@ impl Need {
             }
             Method::AttentionAware => {
                 let weights = 4 * attention + 4 * mlp + 34 * d * d + 24 * latent * d;
-                (2, weights + t * (17 * d + 18 * q + 13 * kv + 4 * (rank + rope)) + heads * rope * (d + t / 2))
+                // Queries and keys of the refits on scores wait for them; what they make of both is gone before the others.
+                let seen = t.min(wide(scores::TOKENS));
+                let refits = t * (17 * d + 18 * q + 13 * kv + 4 * (rank + rope)) + heads * rope * (d + t / 2);
+                let on_scores = t * (24 * d + 4 * q) + seen * (8 * d + 28 * heads * (nope + rope));
+                (2, weights + 4 * seen * (q + kv) + refits.max(on_scores))
             }
             Method::Transmla | Method::Care => {
                 let weights = 43 * attention + 4 * mlp + 28 * d * d + t * (6 * d + 6 * kv) + 24 * latent * d;

@@ -18,7 +18,7 @@ use crate::methods::MlaLayer;
 use crate::runtime::{Qkv, Rotation};
 
 /// Tokens that the refits look at, at most.
-const TOKENS: usize = 12288;
+pub(super) const TOKENS: usize = 12288;
 /// Conjugate gradient steps for the queries: the first brings most of the gain.
 const QUERY_STEPS: usize = 2;
 /// Conjugate gradient steps for the keys.
@@ -41,8 +41,8 @@ struct Scores<'a> {
     rotation: Rotation,
 }
 
-/// Refit queries and keys as `steps` ask. `source` are the source's queries and keys on its own stream, `x` `[T, D]` the
-/// normed inputs of the converted layer for the same tokens.
+/// Refit queries and keys as `steps` ask. `source` are the source's queries and keys on its own stream ([`of_chosen`]), `x`
+/// `[T, D]` the normed inputs of the converted layer for all tokens of `windows`.
 ///
 /// # Errors
 /// [`FactorError`] when a moment matrix cannot be factorised.
@@ -58,17 +58,12 @@ pub(super) fn refit_scores(
     }
     let chosen = choose(windows);
     let lengths: Vec<usize> = chosen.iter().map(Range::len).collect();
-    let pick = |a: &Array2<f32>| -> Array2<f32> {
-        let parts: Vec<_> = chosen.iter().map(|rows| a.slice(s![rows.clone(), ..])).collect();
-        concatenate(Axis(0), &parts).unwrap_or_else(|_| Array2::zeros((0, a.ncols())))
-    };
-    let x = pick(x);
-    let source = Qkv { q: pick(&source.q), k: pick(&source.k), v: Array2::zeros((x.nrows(), 0)), v_dim: 0, ..*source };
+    let x = pick(x, &chosen);
     let mut moments = Moments::new(x.ncols());
     moments.add(x.view());
     let ones = Array2::ones((x.nrows(), 1));
     let scores = Scores {
-        target: ScoreTarget::new(&source, &lengths, layer.score_scale),
+        target: ScoreTarget::new(source, &lengths, layer.score_scale),
         windows: &lengths,
         x: concatenate![Axis(1), x, ones],
         moment: moments.augmented(),
@@ -81,6 +76,19 @@ pub(super) fn refit_scores(
         scores.refit_keys(layer)?;
     }
     Ok(())
+}
+
+/// Some rows, in order.
+fn pick(a: &Array2<f32>, rows: &[Range<usize>]) -> Array2<f32> {
+    let parts: Vec<_> = rows.iter().map(|rows| a.slice(s![rows.clone(), ..])).collect();
+    concatenate(Axis(0), &parts).unwrap_or_else(|_| Array2::zeros((0, a.ncols())))
+}
+
+/// Queries and keys of the windows that the refits look at.
+pub(super) fn of_chosen(qkv: &Qkv, windows: &[usize]) -> Qkv {
+    let chosen = choose(windows);
+    let (q, k) = (pick(&qkv.q, &chosen), pick(&qkv.k, &chosen));
+    Qkv { v: Array2::zeros((q.nrows(), 0)), q, k, v_dim: 0, ..*qkv }
 }
 
 /// Rows of evenly spread windows of [`TOKENS`] tokens together, one window at least.

@@ -5,7 +5,7 @@ use faer::c64;
 use ndarray::{Array2, ArrayView2, s};
 
 use super::head_norms::{Explained, HeadNorms};
-use super::{ConvertError, Job};
+use super::{ConvertError, Job, scores};
 use crate::arch::{AttentionSource, load_attention_source};
 use crate::calibrate::{LatentAttention, attend};
 use crate::factor::linalg::matmul_f32;
@@ -23,8 +23,8 @@ pub(super) struct Stream {
 
 /// What the source's attention does on a stream.
 pub(super) struct SourcePass {
-    /// Queries and keys after RoPE; the values are not kept.
-    pub qkv: Qkv,
+    /// Queries and keys after RoPE of the windows that [`scores::choose`] names, without values; if asked for.
+    pub scores: Option<Qkv>,
     /// Normed input, `[T, D]`.
     pub x: Array2<f32>,
     /// Head outputs before the output projection, `[T, H d]`.
@@ -87,11 +87,12 @@ impl<'b> SourceLayer<'b> {
     /// The source's attention on a stream.
     pub fn attend(&self, stream: &Stream, profile: bool) -> Result<SourcePass, ConvertError> {
         let x = self.layer.attention_input(stream.hidden.view())?;
-        let mut qkv = self.layer.project_qkv(x.view(), &stream.windows)?;
+        let qkv = self.layer.project_qkv(x.view(), &stream.windows)?;
         let (heads, distances) = attend(&qkv, &stream.windows, profile);
-        qkv.v = Array2::zeros((0, 0));
+        let scores = profile.then(|| scores::of_chosen(&qkv, &stream.windows));
+        drop(qkv);
         let output = self.layer.output_projection(heads.view())?;
-        Ok(SourcePass { qkv, x, heads, output, phases: distances.map(|d| d.phases(&self.attention.inv_freq)) })
+        Ok(SourcePass { scores, x, heads, output, phases: distances.map(|d| d.phases(&self.attention.inv_freq)) })
     }
 
     /// Attention output with the source's own values and a layer's keys that lost rotations (`rotated`, whose latent is

@@ -1,11 +1,11 @@
 //! Matrix products over ndarray views: by faer, and by dot products where there are few rows.
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::Accum;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 use super::simd::{self, Rows};
+use crate::factor::linalg;
 
 /// Up to this many rows, a product is bound by reading the weight, and dot products beat a packed gemm.
 const FEW_ROWS: usize = 16;
@@ -14,23 +14,9 @@ const THIN: usize = 1 << 17;
 /// Output tile per task of a wide product. Fixed, so that sums are cut the same way for any number of threads.
 const TILE: (usize, usize) = (256, 512);
 
-fn reference<'a>(view: &ArrayView2<'a, f32>) -> MatRef<'a, f32> {
-    let (rows, columns) = view.dim();
-    let [row_stride, column_stride] = [view.strides()[0], view.strides()[1]];
-    // SAFETY: pointer, extents and strides are those of a live view, which outlives the returned one by `'a`.
-    unsafe { MatRef::from_raw_parts(view.as_ptr(), rows, columns, row_stride, column_stride) }
-}
-
-fn mutable<'a>(mut view: ArrayViewMut2<'a, f32>) -> MatMut<'a, f32> {
-    let (rows, columns) = view.dim();
-    let [row_stride, column_stride] = [view.strides()[0], view.strides()[1]];
-    // SAFETY: as above; the view is consumed, so the borrow stays exclusive.
-    unsafe { MatMut::from_raw_parts_mut(view.as_mut_ptr(), rows, columns, row_stride, column_stride) }
-}
-
 /// `out = scale * a b` on the calling thread.
 pub(super) fn serial(out: ArrayViewMut2<'_, f32>, a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, scale: f32) {
-    matmul(mutable(out), Accum::Replace, reference(&a), reference(&b), scale, Par::Seq);
+    linalg::gemm(out, Accum::Replace, a, b, scale);
 }
 
 /// `x W^T`: `x [T, in]`, `weight [out, in]`, both in standard layout, to `[T, out]`.
