@@ -17,6 +17,7 @@ pub mod factor;
 pub mod fuzzing;
 pub mod methods;
 pub mod observe;
+mod random;
 pub mod refine;
 pub mod report;
 pub mod runtime;

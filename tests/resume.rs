@@ -1,6 +1,9 @@
 //! Runs that are stopped, and the runs that go on with them: the output is absent or whole, and the bytes are those of a run
 //! that nothing stopped.
 
+#[path = "common/random.rs"]
+mod random;
+
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,6 +14,7 @@ use gqa2mla::convert::{Budget, CalibrationSettings, ConvertError, ConvertSetting
 use gqa2mla::observe::{Event, Observer, Silent};
 use gqa2mla::source::{ModelSource, OpenOptions};
 use gqa2mla::write::{Leftover, WriteError, verify_manifest};
+use random::split_mix;
 
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico-trained")
@@ -292,14 +296,6 @@ fn command(to: &Path, more: &[&str]) -> Command {
     command
 }
 
-/// SplitMix64.
-fn random(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 #[cfg(unix)]
 #[test]
 fn killed_at_random_moments_it_is_absent_or_whole_and_ends_the_same() {
@@ -319,7 +315,7 @@ fn killed_at_random_moments_it_is_absent_or_whole_and_ends_the_same() {
         loop {
             let mut child = command(&to, &resumed_run).spawn().expect("starts");
             // The whole length, so that some runs end: the last steps are where the output appears.
-            let wait = length.mul_f64((random(&mut seed) % 1000) as f64 / 1000.0);
+            let wait = length.mul_f64((split_mix(&mut seed) % 1000) as f64 / 1000.0);
             std::thread::sleep(wait.max(Duration::from_millis(5)));
             let ended = child.try_wait().expect("known").is_some();
             child.kill().expect("killed");

@@ -20,7 +20,7 @@ pub use family::{Family, QkNormScope, known_families};
 pub(crate) use rope::base_power;
 pub use rope::{LongRope, Rope, RopeLayout};
 pub use tensors::{ExpectedTensor, LayerNames, Part, TensorNames, check_tensors};
-pub use weights::{SCALE_SUFFIX, StoredPart};
+pub use weights::{BLOCK, SCALE_SUFFIX, StoredPart};
 pub use wrapper::language_config;
 
 use crate::source::Dtype;

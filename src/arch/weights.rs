@@ -8,7 +8,7 @@ use crate::source::{Dtype, ModelSource, SourceError, TensorDirectory, TensorView
 /// What follows `.weight` in the name of the scales of a block-quantised weight.
 pub const SCALE_SUFFIX: &str = "_scale_inv";
 /// Side of the blocks that share a scale (DeepSeek-V3's format, algorithms.md 6.2).
-pub(crate) const BLOCK: usize = 128;
+pub const BLOCK: usize = 128;
 
 /// Rows of a stored weight.
 #[derive(Debug, Clone)]

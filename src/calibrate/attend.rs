@@ -4,7 +4,7 @@ use ndarray::{Array2, ArrayView2, s};
 
 use super::DistanceProfile;
 use crate::factor::linalg::matmul_f32_sequential;
-use crate::runtime::Qkv;
+use crate::runtime::{Qkv, Span};
 
 /// Head outputs `[T, H d_V]` before the output projection and, if asked, how far back each head looks.
 pub fn attend(qkv: &Qkv, windows: &[usize], profile: bool) -> (Array2<f32>, Option<DistanceProfile>) {
@@ -24,20 +24,30 @@ pub fn attend(qkv: &Qkv, windows: &[usize], profile: bool) -> (Array2<f32>, Opti
             }
         },
     );
-    let mut out = Array2::zeros((windows.iter().sum(), qkv.heads * width));
     let mut total = profile.then(|| DistanceProfile::new(qkv.heads, longest));
-    let mut start = 0;
-    for (window, &length) in windows.iter().enumerate() {
-        for head in 0..qkv.heads {
-            let (part, distances) = &parts[window * qkv.heads + head];
-            out.slice_mut(s![start..start + length, head * width..(head + 1) * width]).assign(part);
-            if let (Some(t), Some(d)) = (&mut total, distances) {
-                t.add_head(head, d);
-            }
+    for (index, (_, distances)) in parts.iter().enumerate() {
+        if let (Some(t), Some(d)) = (&mut total, distances) {
+            t.add_head(index % qkv.heads, d);
         }
-        start += length;
     }
-    (out, total)
+    (side_by_side(parts.iter().map(|(out, _)| out), windows, qkv.heads, width), total)
+}
+
+/// Parts `[length, width]` of every (window, head), heads of a window one after the other as
+/// [`Qkv::fold_probabilities`] gives them, as `[T, heads * width]`.
+pub(super) fn side_by_side<'a>(
+    parts: impl Iterator<Item = &'a Array2<f32>>,
+    windows: &[usize],
+    heads: usize,
+    width: usize,
+) -> Array2<f32> {
+    let mut out = Array2::zeros((windows.iter().sum(), heads * width));
+    let places =
+        Span::of_windows(windows).into_iter().flat_map(|span| (0..heads).map(move |h| (span.queries.clone(), h)));
+    for (part, (rows, head)) in parts.zip(places) {
+        out.slice_mut(s![rows, head * width..(head + 1) * width]).assign(part);
+    }
+    out
 }
 
 /// What one head pools: `sum_n p_mn values_n` for every token, `[T, width]`. `q` and `k` are that head's, after RoPE.

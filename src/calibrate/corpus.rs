@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::convert::CalibrationSettings;
+use crate::random::split_mix;
 use crate::source::{SourceError, Tokenizer};
 
 /// Bundled calibration text of this project's own writing.
@@ -146,12 +147,7 @@ fn shuffled(n: usize, mut seed: u64) -> Vec<usize> {
 /// Fisher-Yates over SplitMix64, whose state moves on.
 pub(crate) fn shuffle(items: &mut [usize], state: &mut u64) {
     for i in (1..items.len()).rev() {
-        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = *state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        items.swap(i, ((u128::from(z) * (i as u128 + 1)) >> 64) as usize);
+        items.swap(i, ((u128::from(split_mix(state)) * (i as u128 + 1)) >> 64) as usize);
     }
 }
 

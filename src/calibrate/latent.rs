@@ -22,8 +22,8 @@ pub struct LatentAttention<'a> {
     cap: Option<f64>,
 }
 
-/// `x W^T + b` in f32.
-fn project(x: ArrayView2<'_, f32>, weight: &Array2<f64>, bias: Option<&Array1<f64>>) -> Array2<f32> {
+/// `x W^T + b` in f32, `x` `[T, D]`, `weight` `[out, D]`.
+pub(crate) fn project(x: ArrayView2<'_, f32>, weight: &Array2<f64>, bias: Option<&Array1<f64>>) -> Array2<f32> {
     let w = weight.mapv(|v| v as f32);
     let mut out = matmul_f32(&x, &w.t());
     if let Some(b) = bias {

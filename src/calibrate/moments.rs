@@ -3,12 +3,21 @@
 //! Everything a method calibrates on is linear in the layer's normed input `x`, so one Gram matrix of `x^ = [x; 1]` holds
 //! it all: `E[y z^T] = W^_y E[x^ x^T] W^_z^T` (algorithms.md 0.5).
 
-use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
 use crate::factor::linalg::{matmul, matmul_f32, symmetrise};
 
 /// Rows per f32 product: each product's rounding stays that of a few hundred additions, sums run on in f64.
 const BLOCK: usize = 512;
+
+/// `sum += a^T b` for tokens in rows: `a` `[T, A]`, `b` `[T, B]`, `sum` `[A, B]`. Products in f32, sums in f64, in row order
+/// whatever the thread count.
+pub(crate) fn add_products(mut sum: ArrayViewMut2<'_, f64>, a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) {
+    for (a, b) in a.axis_chunks_iter(Axis(0), BLOCK).zip(b.axis_chunks_iter(Axis(0), BLOCK)) {
+        let product = matmul_f32(&a.t(), &b);
+        ndarray::Zip::from(&mut sum).and(&product).par_for_each(|s, &p| *s += f64::from(p));
+    }
+}
 
 /// Second moments of a layer's input, `[D + 1, D + 1]`, the last row and column belonging to the constant 1.
 #[derive(Debug, Clone)]
@@ -26,10 +35,8 @@ impl Moments {
     /// Add tokens, one per row of `x` `[T, D]`. Products in f32, sums in f64, in row order whatever the thread count.
     pub fn add(&mut self, x: ArrayView2<'_, f32>) {
         let hidden = x.ncols();
+        add_products(self.sum.slice_mut(s![..hidden, ..hidden]), x, x);
         for block in x.axis_chunks_iter(Axis(0), BLOCK) {
-            let product = matmul_f32(&block.t(), &block);
-            let mut gram = self.sum.slice_mut(s![..hidden, ..hidden]);
-            ndarray::Zip::from(&mut gram).and(&product).par_for_each(|g, &p| *g += f64::from(p));
             let mut mean = Array1::<f64>::zeros(hidden);
             for row in block.rows() {
                 ndarray::Zip::from(&mut mean).and(&row).for_each(|m, &v| *m += f64::from(v));
@@ -120,15 +127,11 @@ impl PooledMoments {
     /// Add tokens: features `[T, F]`, targets `[T, Y]`.
     pub fn add(&mut self, features: ArrayView2<'_, f32>, targets: ArrayView2<'_, f32>) {
         let (f, rows) = (features.ncols(), features.nrows());
+        add_products(self.gram.slice_mut(s![..f, ..f]), features, features);
+        add_products(self.cross.slice_mut(s![.., ..f]), targets, features);
         for start in (0..rows).step_by(BLOCK) {
             let range = start..(start + BLOCK).min(rows);
             let (x, y) = (features.slice(s![range.clone(), ..]), targets.slice(s![range, ..]));
-            let gram = matmul_f32(&x.t(), &x);
-            let cross = matmul_f32(&y.t(), &x);
-            let mut g = self.gram.slice_mut(s![..f, ..f]);
-            ndarray::Zip::from(&mut g).and(&gram).par_for_each(|a, &b| *a += f64::from(b));
-            let mut c = self.cross.slice_mut(s![.., ..f]);
-            ndarray::Zip::from(&mut c).and(&cross).par_for_each(|a, &b| *a += f64::from(b));
             let sum = x.fold_axis(Axis(0), 0.0_f64, |a, &b| a + f64::from(b));
             for i in 0..f {
                 self.gram[[i, f]] += sum[i];

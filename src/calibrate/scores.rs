@@ -14,8 +14,9 @@
 
 use ndarray::{Array2, ArrayView1, Axis, s};
 
+use super::attend::side_by_side;
 use crate::factor::linalg::{matmul_f32_sequential, symmetrise};
-use crate::runtime::{ProbabilityTile, Qkv};
+use crate::runtime::{ProbabilityTile, Qkv, Span};
 
 /// Share `u` of uniform weight (measured flat between 0.1 and 0.6, docs/methods.md).
 const UNIFORM: f32 = 0.3;
@@ -87,16 +88,14 @@ impl<'a> ScoreTarget<'a> {
             },
         );
         let mut out = vec![Array2::<f64>::zeros((width, width)); heads];
-        let mut start = 0;
-        for (window, &length) in self.windows.iter().enumerate() {
+        for (window, span) in Span::of_windows(self.windows).into_iter().enumerate() {
             for (head, out) in out.iter_mut().enumerate() {
                 let (received, pooled) = &parts[window * heads + head];
-                let keys = k.slice(s![start..start + length, head * width..(head + 1) * width]).to_owned();
+                let keys = k.slice(s![span.keys.clone(), head * width..(head + 1) * width]);
                 let weighted = &keys * &ArrayView1::from(received).insert_axis(Axis(1));
-                let moment = matmul_f32_sequential(weighted.t(), keys.view()) - pooled;
+                let moment = matmul_f32_sequential(weighted.t(), keys) - pooled;
                 *out += &moment.mapv(f64::from);
             }
-            start += length;
         }
         out.iter().map(symmetrise).collect()
     }
@@ -132,18 +131,8 @@ impl<'a> ScoreTarget<'a> {
                 }
             },
         );
-        let mut out = Array2::zeros((self.windows.iter().sum(), heads * width));
-        let mut error = 0.0;
-        let mut start = 0;
-        for (window, &length) in self.windows.iter().enumerate() {
-            for head in 0..heads {
-                let (rows, e) = &parts[window * heads + head];
-                out.slice_mut(s![start..start + length, head * width..(head + 1) * width]).assign(rows);
-                error += e;
-            }
-            start += length;
-        }
-        ScoreGradient { rows: out, error }
+        let rows = side_by_side(parts.iter().map(|(rows, _)| rows), self.windows, heads, width);
+        ScoreGradient { rows, error: parts.iter().map(|(_, error)| error).sum() }
     }
 
     fn source_scores(&self, tile: &ProbabilityTile<'_>) -> Array2<f32> {

@@ -11,7 +11,7 @@ use gqa2mla::runtime::{Backend, Case, Device, Model, Resident, Trial};
 use super::devices::DeviceOption;
 use super::exit::ExitStatus;
 use super::model::{self, OpenModel};
-use super::output::width;
+use super::output::{width, write_with_plot};
 use super::{Context, values};
 
 /// Measure prefill and decoding speed, and the bytes of the caches, of models side by side.
@@ -54,9 +54,7 @@ impl BenchArgs {
         let models: Vec<OpenModel> = self.models.iter().map(|m| model::open(m, context)).collect::<Result<_, _>>()?;
         let report = self.measure(&models, &device, context)?;
         if let Some(dir) = &self.output {
-            fs_err::create_dir_all(dir)?;
-            fs_err::write(dir.join("bench.json"), format!("{}\n", serde_json::to_string_pretty(&report)?))?;
-            fs_err::write(dir.join("bench.svg"), report.svg())?;
+            write_with_plot(dir, "bench", &report, &report.svg())?;
         }
         context.show(&report, |r| r.text(width()))?;
         Ok(ExitStatus::Done)

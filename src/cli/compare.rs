@@ -14,7 +14,7 @@ use super::exit::ExitStatus;
 use super::measure::{self, Windows};
 use super::model::{self, OpenModel};
 use super::options::{self, CalibrationOptions, TextOptions};
-use super::output::width;
+use super::output::{width, write_with_plot};
 use super::{Context, command_line, convert};
 
 /// Convert with several methods and budgets, evaluate each, print one table.
@@ -88,8 +88,7 @@ impl CompareArgs {
             document.rows.push(MethodRow { method: name, budget: budget_name, figures, error });
         }
         if let Some(dir) = &self.output {
-            fs_err::write(dir.join("compare.json"), format!("{}\n", serde_json::to_string_pretty(&document)?))?;
-            fs_err::write(dir.join("compare.svg"), document.svg())?;
+            write_with_plot(dir, "compare", &document, &document.svg())?;
         }
         context.show(&document, |d| d.table().render(width()))?;
         let failed = document.rows.iter().any(|r| r.figures.is_none());

@@ -1,6 +1,7 @@
 //! The one place that writes to stdout and stderr.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 
 use serde::Serialize;
 
@@ -28,6 +29,16 @@ pub fn show<T: Serialize>(format: Format, document: &T, text: impl FnOnce(&T) ->
         Format::Human => print(&text(document)),
         Format::Json => print(&format!("{}\n", serde_json::to_string_pretty(document)?)),
     }
+}
+
+/// Write a document and its plot as `<name>.json` and `<name>.svg` into a folder, which is made where it is not there.
+///
+/// # Errors
+/// Files that cannot be written.
+pub fn write_with_plot<T: Serialize>(dir: &Path, name: &str, document: &T, svg: &str) -> anyhow::Result<()> {
+    fs_err::create_dir_all(dir)?;
+    fs_err::write(dir.join(format!("{name}.json")), format!("{}\n", serde_json::to_string_pretty(document)?))?;
+    Ok(fs_err::write(dir.join(format!("{name}.svg")), svg)?)
 }
 
 /// Write text to stdout as it is, escaped where a terminal would obey it.

@@ -14,7 +14,7 @@ use super::state::{self, StateFile};
 use super::survey::Survey;
 use super::{ConvertError, Job, LayerReport, PlannedGeometry};
 use crate::observe::{Event, Observer};
-use crate::source::{Sha256Stream, sha256_file};
+use crate::source::{sha256, sha256_file};
 use crate::write::{JournalRecord, Mark, Progress, ShardPlan, Staging, verify_marks};
 
 /// What the survey settled.
@@ -198,10 +198,4 @@ fn flatten(name: &str, value: &Value, add: &mut impl FnMut(String, String)) {
         }
         other => add(format!("setting `{name}`"), other.to_string()),
     }
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    let mut hash = Sha256Stream::default();
-    hash.update(bytes);
-    hash.finish().sha256
 }

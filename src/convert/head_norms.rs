@@ -9,7 +9,7 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 use super::streams::{SourceLayer, Stream};
 use super::{ConvertError, Job};
 use crate::arch::{AttentionSource, QkNormScope};
-use crate::calibrate::PooledMoments;
+use crate::calibrate::{PooledMoments, project};
 use crate::factor::refit::refit;
 use crate::observe::{Event, Observer};
 use crate::runtime::Device;
@@ -73,15 +73,8 @@ impl HeadNorms {
         x: ArrayView2<'_, f32>,
     ) -> Result<Explained, super::super::methods::MethodError> {
         let d = attention.head_dim;
-        let project = |w: &Array2<f64>, b: &Option<ndarray::Array1<f64>>| {
-            let mut y = crate::factor::linalg::matmul_f32(&x, &w.mapv(|v| v as f32).t());
-            if let Some(b) = b {
-                y += &b.mapv(|v| v as f32);
-            }
-            y
-        };
         let fit = |w: &mut Array2<f64>, b: &mut Option<ndarray::Array1<f64>>, gain: &[f32]| {
-            let mut y = project(w, b);
+            let mut y = project(x, w, b.as_ref());
             self.apply(&mut y, gain, d);
             let mut moments = PooledMoments::new(x.ncols(), y.ncols());
             moments.add(x, y.view());
@@ -90,7 +83,7 @@ impl HeadNorms {
             if b.is_some() {
                 *b = Some(found.offset);
             }
-            let error = &project(w, b) - &y;
+            let error = &project(x, w, b.as_ref()) - &y;
             let energy = |m: &Array2<f32>, h: usize| {
                 m.slice(s![.., h * d..(h + 1) * d]).iter().map(|v| f64::from(*v).powi(2)).sum::<f64>()
             };

@@ -17,6 +17,7 @@ mod sink;
 mod state;
 mod streams;
 mod survey;
+mod widths;
 
 pub use error::ConvertError;
 pub use plan::{ConversionReport, LayerReport, Plan, PlannedGeometry};

@@ -10,12 +10,12 @@ use std::ops::Range;
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 
 use super::Steps;
-use crate::calibrate::{At, Moments, ScoreGradient, ScoreTarget};
+use crate::calibrate::{At, Moments, ScoreGradient, ScoreTarget, add_products};
 use crate::factor::FactorError;
 use crate::factor::conjugate::conjugate_gradients;
 use crate::factor::linalg::{matmul, matmul_f32, solve_right_spd, symmetrise};
 use crate::methods::MlaLayer;
-use crate::runtime::{Qkv, Rotation};
+use crate::runtime::{Qkv, Rotation, Span};
 
 /// Tokens that the refits look at, at most.
 pub(super) const TOKENS: usize = 12288;
@@ -27,8 +27,6 @@ const KEY_STEPS: usize = 1;
 const RIDGE: f64 = 0.01;
 /// Ridge of the preconditioner's two factors, as a share of their mean diagonal.
 const PRECONDITIONER_RIDGE: f64 = 1e-3;
-/// Rows per f32 product, as in [`Moments`].
-const BLOCK: usize = 512;
 
 /// What the refits of one layer share.
 struct Scores<'a> {
@@ -95,12 +93,7 @@ pub(super) fn of_chosen(qkv: &Qkv, windows: &[usize]) -> Qkv {
 fn choose(windows: &[usize]) -> Vec<Range<usize>> {
     let total: usize = windows.iter().sum();
     let every = total.div_ceil(TOKENS).max(1);
-    let mut start = 0;
-    let rows = windows.iter().map(|&length| {
-        start += length;
-        start - length..start
-    });
-    rows.step_by(every).collect()
+    Span::of_windows(windows).into_iter().map(|span| span.queries).step_by(every).collect()
 }
 
 /// `[W, b]`, `[rows, D + 1]`, or `W` alone where there is no bias to refit.
@@ -109,6 +102,17 @@ fn augmented(weight: &Array2<f64>, bias: Option<&Array1<f64>>) -> Array2<f64> {
         Some(b) => concatenate![Axis(1), weight.view(), b.view().insert_axis(Axis(1))],
         None => weight.clone(),
     }
+}
+
+/// Both query projections with their biases, `[H n, D]` and `[H r, D]`, or a column more.
+fn query_weights(layer: &MlaLayer) -> (Array2<f64>, Array2<f64>) {
+    let q = &layer.query;
+    (augmented(&q.nope, q.nope_bias.as_ref()), augmented(&q.rope, q.rope_bias.as_ref()))
+}
+
+/// The projection of the rotated key with its bias, `[r, D]` or a column more.
+fn rotated_key(layer: &MlaLayer) -> Array2<f64> {
+    augmented(&layer.k_rope, layer.k_rope_bias.as_ref())
 }
 
 /// Add a solution of [`augmented`] shape to a weight and its bias.
@@ -175,13 +179,21 @@ impl Scores<'_> {
         out
     }
 
+    /// Queries of every head, `[T, H (n + r)]`, from their projections.
+    fn queries(&self, nope: &Array2<f64>, rope: &Array2<f64>, heads: usize) -> Array2<f32> {
+        join(&self.project(nope), &self.rotated(rope), heads, rope.nrows() / heads)
+    }
+
+    /// Keys of every head, `[T, H (n + r)]`, from latents `c` `[T, r]`, their up-projection and the projection of the rotated
+    /// key.
+    fn keys(&self, c: &Array2<f32>, up: &Array2<f64>, rope: &Array2<f64>, heads: usize) -> Array2<f32> {
+        join(&matmul_f32(c, &up.mapv(|v| v as f32).t()), &self.rotated(rope), heads, rope.nrows())
+    }
+
     /// `sum g^T x^` over tokens, `[G, columns]`.
     fn against(&self, g: &Array2<f32>, features: ArrayView2<'_, f32>) -> Array2<f64> {
         let mut out = Array2::<f64>::zeros((g.ncols(), features.ncols()));
-        for (g, x) in g.axis_chunks_iter(Axis(0), BLOCK).zip(features.axis_chunks_iter(Axis(0), BLOCK)) {
-            let product = matmul_f32(&g.t(), &x);
-            ndarray::Zip::from(&mut out).and(&product).par_for_each(|o, &p| *o += f64::from(p));
-        }
+        add_products(out.view_mut(), g.view(), features);
         out
     }
 
@@ -191,15 +203,10 @@ impl Scores<'_> {
     }
 
     fn refit_queries(&self, layer: &mut MlaLayer) -> Result<(), FactorError> {
-        let (heads, n, r) = (layer.heads, layer.nope_dim(), layer.rope_dim());
-        let (latent, k_rope) = (&layer.latent, augmented(&layer.k_rope, layer.k_rope_bias.as_ref()));
-        let up = layer.k_up.mapv(|v| v as f32);
-        let k = join(&matmul_f32(&self.project(latent), &up.t()), &self.rotated(&k_rope), heads, r);
-
-        let query = &layer.query;
-        let nope = augmented(&query.nope, query.nope_bias.as_ref());
-        let rope = augmented(&query.rope, query.rope_bias.as_ref());
-        let q = join(&self.project(&nope), &self.rotated(&rope), heads, r);
+        let (heads, n) = (layer.heads, layer.nope_dim());
+        let (nope, rope) = query_weights(layer);
+        let q = self.queries(&nope, &rope, heads);
+        let k = self.keys(&self.project(&layer.latent), &layer.k_up, &rotated_key(layer), heads);
         let collect = |gradient: ScoreGradient| -> Vec<Array2<f64>> {
             let (g_nope, mut g_rope) = split(&gradient.rows, heads, n);
             self.rotation.turn_windows(&mut g_rope, self.windows, true);
@@ -218,7 +225,7 @@ impl Scores<'_> {
 
         let b = collect(self.target.residual(&q, &k, At::Keys(&k))).into_iter().map(|g| -g).collect();
         let apply = |p: &[Array2<f64>]| {
-            let q = join(&self.project(&p[0]), &self.rotated(&p[1]), heads, r);
+            let q = self.queries(&p[0], &p[1], heads);
             let mut out = collect(self.target.curvature(&q, &k, At::Keys(&k)));
             out[0].scaled_add(RIDGE, &curvature(&by_head, &p[0], &c));
             out[1].scaled_add(RIDGE, &scale_rows(matmul(&p[1], &c), &pairs));
@@ -236,16 +243,12 @@ impl Scores<'_> {
     }
 
     fn refit_keys(&self, layer: &mut MlaLayer) -> Result<(), FactorError> {
-        let (heads, n, r) = (layer.heads, layer.nope_dim(), layer.rope_dim());
-        let query = &layer.query;
-        let nope = augmented(&query.nope, query.nope_bias.as_ref());
-        let rope = augmented(&query.rope, query.rope_bias.as_ref());
-        let q = join(&self.project(&nope), &self.rotated(&rope), heads, r);
-
-        let k_rope = augmented(&layer.k_rope, layer.k_rope_bias.as_ref());
+        let (heads, n) = (layer.heads, layer.nope_dim());
+        let (nope, rope) = query_weights(layer);
+        let k_rope = rotated_key(layer);
         let c = self.project(&layer.latent);
-        let up = |weight: &Array2<f64>| matmul_f32(&c, &weight.mapv(|v| v as f32).t());
-        let k = join(&up(&layer.k_up), &self.rotated(&k_rope), heads, r);
+        let q = self.queries(&nope, &rope, heads);
+        let k = self.keys(&c, &layer.k_up, &k_rope, heads);
         let collect = |gradient: ScoreGradient| -> Vec<Array2<f64>> {
             let (g_nope, g_rope) = split(&gradient.rows, heads, n);
             // One rotated key serves all heads.
@@ -273,7 +276,7 @@ impl Scores<'_> {
 
         let b = collect(self.target.residual(&q, &k, At::Queries(&q))).into_iter().map(|g| -g).collect();
         let apply = |p: &[Array2<f64>]| {
-            let k = join(&up(&p[0]), &self.rotated(&p[1]), heads, r);
+            let k = self.keys(&c, &p[0], &p[1], heads);
             let mut out = collect(self.target.curvature(&q, &k, At::Queries(&q)));
             out[0].scaled_add(RIDGE, &curvature(&by_head, &p[0], &latent_moment));
             out[1].scaled_add(RIDGE, &scale_rows(matmul(&p[1], &moment), &pairs));

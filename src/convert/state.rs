@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ConvertError;
 use super::streams::Stream;
-use crate::source::Sha256Stream;
+use crate::source::sha256;
 use crate::write::{WriteError, ops};
 
 /// Bytes hashed on their own; the hash of a file is that of its pieces' hashes, so that all threads can take part.
@@ -86,12 +86,6 @@ pub(super) fn load(folder: &Path, saved: &StateFile) -> Result<Option<Array2<f32
         return Ok(None);
     }
     Ok(Array2::from_shape_vec(saved.shape, values).ok())
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    let mut hash = Sha256Stream::default();
-    hash.update(bytes);
-    hash.finish().sha256
 }
 
 /// A stream of hidden states between two uses: in memory, or in the file it was saved to.

@@ -7,8 +7,7 @@ use ndarray::{Array2, ArrayView2, s};
 use super::head_norms::{Explained, HeadNorms};
 use super::{ConvertError, Job, scores};
 use crate::arch::{AttentionSource, load_attention_source};
-use crate::calibrate::{LatentAttention, attend};
-use crate::factor::linalg::matmul_f32;
+use crate::calibrate::{LatentAttention, attend, project};
 use crate::methods::MlaLayer;
 use crate::runtime::{Device, Layer, LayerTensors, Model, Qkv};
 
@@ -104,10 +103,7 @@ impl<'b> SourceLayer<'b> {
         windows: &[usize],
     ) -> Result<Array2<f32>, ConvertError> {
         let (d, n) = (self.attention.head_dim, self.attention.group());
-        let mut values = matmul_f32(x, &self.attention.wv.mapv(|v| v as f32).t());
-        if let Some(b) = &self.attention.bv {
-            values += &b.mapv(|v| v as f32);
-        }
+        let values = project(x.view(), &self.attention.wv, self.attention.bv.as_ref());
         let attention = LatentAttention::new(rotated, x.view(), windows).capped(self.attention.score_softcap);
         let mut heads = Array2::zeros((x.nrows(), rotated.heads * d));
         for h in 0..rotated.heads {

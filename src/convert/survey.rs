@@ -5,8 +5,8 @@ use ndarray::{Array2, ArrayView2};
 
 use super::aware::{Inputs, convert_layer};
 use super::head_norms::survey_norms;
-use super::prepare::folds;
 use super::streams::{SourceLayer, Stream};
+use super::widths::folds;
 use super::{ConvertError, Job, Method, RopeGrid};
 use crate::arch::AttentionSource;
 use crate::calibrate::{LatentAttention, Moments, output_projection, relative_error};

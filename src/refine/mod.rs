@@ -19,6 +19,7 @@ use ndarray::{Array2, ArrayView2, s};
 use crate::calibrate::{relative_error, shuffle};
 use crate::factor::linalg::matmul_f32;
 use crate::methods::MlaLayer;
+use crate::runtime::Span;
 use adam::{Adam, rms, schedule};
 use backward::backward;
 use forward::{Batch, Block, forward};
@@ -157,11 +158,7 @@ impl<'a> Data<'a> {
     fn new(layer: &MlaLayer, x: ArrayView2<'a, f32>, target: ArrayView2<'a, f32>, windows: &[usize]) -> Self {
         let longest = windows.iter().copied().max().unwrap_or(0);
         let query = layer.query.down.as_ref().map(|down| matmul_f32(&x, &down.mapv(|v| v as f32).t()));
-        let mut start = 0;
-        let spans = windows.iter().map(|&n| {
-            start += n;
-            start - n..start
-        });
+        let spans = Span::of_windows(windows).into_iter().map(|span| span.queries);
         let spans = spans.filter(|span| !span.is_empty()).collect();
         Self { block: Block::new(layer, longest), x, query, target, spans }
     }

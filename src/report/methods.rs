@@ -103,23 +103,15 @@ impl MethodComparison {
 
     /// Perplexity against cache, one line per method, as SVG.
     pub fn svg(&self) -> String {
-        let mut series: Vec<Series> = Vec::new();
-        for row in &self.rows {
-            let Some(f) = &row.figures else { continue };
-            let point = (f.cache_values_per_token_per_layer as f64, f.perplexity);
-            match series.iter_mut().find(|s| s.name == row.method) {
-                Some(s) => s.points.push(point),
-                None => series.push(Series { name: row.method.clone(), points: vec![point] }),
-            }
-        }
-        for s in &mut series {
-            s.points.sort_by(|a, b| a.0.total_cmp(&b.0));
-        }
+        let points = self.rows.iter().filter_map(|row| {
+            let f = row.figures.as_ref()?;
+            Some((row.method.clone(), (f.cache_values_per_token_per_layer as f64, f.perplexity)))
+        });
         Plot {
             title: format!("{}: perplexity against cache", self.source),
             x_label: "cached values per token and layer".to_owned(),
             y_label: "perplexity".to_owned(),
-            series,
+            series: Series::gather(points),
             level: Some((format!("source ({} values)", self.source_cache_values_per_token_per_layer), self.ppl_source)),
         }
         .render()

@@ -168,26 +168,18 @@ impl BenchReport {
     /// Decoding speed against context, one line per model and batch, as SVG.
     pub fn svg(&self) -> String {
         let batches = self.rows.windows(2).any(|w| w[0].batch != w[1].batch);
-        let mut series: Vec<Series> = Vec::new();
-        for row in &self.rows {
+        let points = self.rows.iter().map(|row| {
             let name = match batches {
                 true => format!("{}, batch {}", row.model, row.batch),
                 false => row.model.clone(),
             };
-            let point = (row.context as f64, row.decode.tokens_per_second);
-            match series.iter_mut().find(|s| s.name == name) {
-                Some(s) => s.points.push(point),
-                None => series.push(Series { name, points: vec![point] }),
-            }
-        }
-        for s in &mut series {
-            s.points.sort_by(|a, b| a.0.total_cmp(&b.0));
-        }
+            (name, (row.context as f64, row.decode.tokens_per_second))
+        });
         Plot {
             title: format!("decoding speed against context ({})", self.device),
             x_label: "tokens in the cache".to_owned(),
             y_label: "tokens/s".to_owned(),
-            series,
+            series: Series::gather(points),
             level: None,
         }
         .render()

@@ -11,6 +11,23 @@ pub struct Series {
     pub points: Vec<(f64, f64)>,
 }
 
+impl Series {
+    /// Named points as lines: one per name, in the order names first come, points in order of `x`.
+    pub fn gather(points: impl IntoIterator<Item = (String, (f64, f64))>) -> Vec<Self> {
+        let mut series: Vec<Self> = Vec::new();
+        for (name, point) in points {
+            match series.iter_mut().find(|s| s.name == name) {
+                Some(s) => s.points.push(point),
+                None => series.push(Self { name, points: vec![point] }),
+            }
+        }
+        for s in &mut series {
+            s.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        }
+        series
+    }
+}
+
 /// A line plot. The vertical axis turns logarithmic where values span more than a factor of 20.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plot {

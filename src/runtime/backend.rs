@@ -7,6 +7,9 @@ use ndarray::{Array2, ArrayView2};
 use super::{Cpu, Rotation, RuntimeError};
 use crate::arch::Activation;
 
+/// Up to this many rows, gathering them one by one on a device beats the way to the host and back.
+const FEW_ROWS: usize = 16;
+
 /// Columns of a matrix that belong to heads: head `h` owns columns `start + h stride .. start + h stride + width`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadColumns {
@@ -240,7 +243,14 @@ pub trait Backend: Sync {
     /// # Errors
     /// As [`Backend::download`].
     fn gather_rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor, RuntimeError> {
-        Ok(self.upload(self.copy_to_host(x)?.select(ndarray::Axis(0), rows)))
+        if rows.len() > FEW_ROWS {
+            return Ok(self.upload(self.copy_to_host(x)?.select(ndarray::Axis(0), rows)));
+        }
+        let mut out = self.zeros(rows.len(), self.shape(x).1);
+        for (to, &from) in rows.iter().enumerate() {
+            self.write_rows(&mut out, &[to], &self.rows(x, from..from + 1));
+        }
+        Ok(out)
     }
 
     /// `into[rows[i]] += weights[i] * y[i]`; a row may occur once.

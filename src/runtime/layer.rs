@@ -80,7 +80,7 @@ impl<'b, B: Backend> Layer<'b, B> {
         if self.input_norm.is_none() {
             return Ok(hidden.to_owned());
         }
-        self.by_rows(hidden, |x| Ok(self.normed(&x, &self.input_norm)))
+        self.by_rows(hidden, |x| Ok(self.normed(x, &self.input_norm)))
     }
 
     /// Attention of `x [T, D]` ([`Layer::attention_input`]) with the output projection: `[T, D]`, to be added to the
@@ -101,7 +101,7 @@ impl<'b, B: Backend> Layer<'b, B> {
         self.check(output, self.hidden, None)?;
         match &self.attention_out_norm {
             None => *hidden += &output,
-            Some(_) => *hidden += &self.by_rows(output, |x| Ok(self.normed(&x, &self.attention_out_norm)))?,
+            Some(_) => *hidden += &self.by_rows(output, |x| Ok(self.normed(x, &self.attention_out_norm)))?,
         }
         Ok(())
     }
@@ -169,7 +169,7 @@ impl<'b, B: Backend> Layer<'b, B> {
     pub fn mlp_trace(&self, hidden: ArrayView2<'_, f32>) -> Result<MlpTrace, RuntimeError> {
         self.check(hidden, self.hidden, None)?;
         let b = self.backend;
-        let input = self.normed(&b.upload_view(hidden), &self.post_norm);
+        let input = self.normed(b.upload_view(hidden), &self.post_norm);
         let (activated, output) = match &self.mlp {
             FeedForward::Dense(mlp) => {
                 let activated = mlp.activated(b, &input)?;
@@ -178,7 +178,7 @@ impl<'b, B: Backend> Layer<'b, B> {
             }
             FeedForward::Experts(_) => (Array2::zeros((hidden.nrows(), 0)), self.mlp.apply(b, &input)?),
         };
-        let output = b.download(self.normed(&output, &self.mlp_out_norm))?;
+        let output = b.download(self.normed(output, &self.mlp_out_norm))?;
         Ok(MlpTrace { input: b.download(input)?, activated, output })
     }
 
@@ -194,10 +194,7 @@ impl<'b, B: Backend> Layer<'b, B> {
             let rows = windows.iter().sum::<usize>();
             let mut part = hidden.slice_mut(s![first..first + rows, ..]);
             let mut x = b.upload_view(part.view());
-            let heads = match &self.input_norm {
-                Some(_) => self.heads(&self.normed(&x, &self.input_norm), windows)?,
-                None => self.heads(&x, windows)?,
-            };
+            let heads = self.behind_norm(&x, &self.input_norm, |x| self.heads(x, windows))?;
             self.add_output(&mut x, self.attention.output(b, &heads));
             // Groups of windows may exceed CHUNK when a single window does.
             if rows <= CHUNK {
@@ -251,10 +248,7 @@ impl<'b, B: Backend> Layer<'b, B> {
         step: &Step<'_>,
     ) -> Result<(), RuntimeError> {
         let b = self.backend;
-        let heads = match &self.input_norm {
-            Some(_) => self.attention.decode(b, &self.normed(x, &self.input_norm), cache, step)?,
-            None => self.attention.decode(b, x, cache, step)?,
-        };
+        let heads = self.behind_norm(x, &self.input_norm, |x| self.attention.decode(b, x, cache, step))?;
         self.add_output(x, self.attention.output(b, &heads));
         let out = self.mlp(x)?;
         b.add(x, &out);
@@ -268,29 +262,28 @@ impl<'b, B: Backend> Layer<'b, B> {
     }
 
     fn add_output(&self, x: &mut B::Tensor, output: B::Tensor) {
-        match &self.attention_out_norm {
-            None => self.backend.add(x, &output),
-            Some(_) => self.backend.add(x, &self.normed(&output, &self.attention_out_norm)),
+        self.backend.add(x, &self.normed(output, &self.attention_out_norm));
+    }
+
+    /// RMSNorm where there is a gain; `x` itself where there is none.
+    fn normed(&self, x: B::Tensor, gain: &Option<B::Tensor>) -> B::Tensor {
+        match gain {
+            Some(gain) => self.backend.rms_norm(&x, gain, self.norm_eps),
+            None => x,
         }
     }
 
-    /// RMSNorm where there is a gain; a copy where there is none.
-    fn normed(&self, x: &B::Tensor, gain: &Option<B::Tensor>) -> B::Tensor {
+    /// What `f` makes of `x` behind a norm, where there is a gain, or of `x` itself.
+    fn behind_norm<R>(&self, x: &B::Tensor, gain: &Option<B::Tensor>, f: impl FnOnce(&B::Tensor) -> R) -> R {
         match gain {
-            Some(gain) => self.backend.rms_norm(x, gain, self.norm_eps),
-            None => self.backend.rows(x, 0..self.backend.shape(x).0),
+            Some(gain) => f(&self.backend.rms_norm(x, gain, self.norm_eps)),
+            None => f(x),
         }
     }
 
     fn mlp(&self, x: &B::Tensor) -> Result<B::Tensor, RuntimeError> {
-        let out = match &self.post_norm {
-            Some(_) => self.mlp.apply(self.backend, &self.normed(x, &self.post_norm))?,
-            None => self.mlp.apply(self.backend, x)?,
-        };
-        Ok(match &self.mlp_out_norm {
-            Some(_) => self.normed(&out, &self.mlp_out_norm),
-            None => out,
-        })
+        let out = self.behind_norm(x, &self.post_norm, |x| self.mlp.apply(self.backend, x))?;
+        Ok(self.normed(out, &self.mlp_out_norm))
     }
 
     fn rotation(&self, windows: &[usize]) -> (Rotation, Vec<usize>) {

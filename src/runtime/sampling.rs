@@ -2,6 +2,8 @@
 
 use std::cmp::Ordering;
 
+use crate::random::uniform;
+
 /// How the next token is chosen. Same settings, same logits, same tokens.
 #[derive(Debug, Clone)]
 pub struct Sampler {
@@ -40,7 +42,7 @@ impl Sampler {
             mass += tokens[kept].0;
             kept += 1;
         }
-        let mut left = self.uniform() * mass;
+        let mut left = uniform(&mut self.state) * mass;
         for (weight, token) in &tokens[..kept] {
             left -= weight;
             if left < 0.0 {
@@ -49,16 +51,6 @@ impl Sampler {
         }
         // Rounding may leave a rest behind the last.
         tokens[..kept].last().map_or(0, |t| t.1)
-    }
-
-    /// In `[0, 1)`, 53 bits.
-    fn uniform(&mut self) -> f64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        (z >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 

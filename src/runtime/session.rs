@@ -245,7 +245,7 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
         let logits = match last.is_empty() {
             // Nothing is read, but a device may only fail when it is asked.
             true => b.download(b.rows(&hidden, 0..1)).map(|row| row.slice(s![..0, ..]).to_owned()),
-            false => b.download(head.on_device(&pick(b, hidden, &last))?),
+            false => b.download(head.on_device(&b.gather_rows(&hidden, &last)?)?),
         }?;
         if check_finite(logits.view(), String::new).is_err() {
             return Err(self.first_bad_layer(piece)?);
@@ -270,17 +270,4 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
         }
         Ok(RuntimeError::NotFinite { place: "the output head".into() })
     }
-}
-
-/// Some rows of a matrix under each other.
-fn pick<B: Backend>(backend: &B, x: B::Tensor, rows: &[usize]) -> B::Tensor {
-    let (all, columns) = backend.shape(&x);
-    if rows.len() == all {
-        return x;
-    }
-    let mut out = backend.zeros(rows.len(), columns);
-    for (to, &from) in rows.iter().enumerate() {
-        backend.write_rows(&mut out, &[to], &backend.rows(&x, from..from + 1));
-    }
-    out
 }

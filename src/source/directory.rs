@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use fs_err as fs;
 
 use super::path::{Impostor, impostor, open_regular};
-use super::{Dtype, Header, HeaderError, MAX_HEADER_BYTES, SourceError, TensorView, hash::Sha256Stream};
+use super::{Dtype, Header, HeaderError, MAX_HEADER_BYTES, SourceError, TensorView, hash::sha256};
 
 /// Bytes that [`TensorDirectory::for_each_piece`] reads at once; a multiple of every element size.
 const PIECE: usize = 16 << 20;
@@ -135,12 +135,6 @@ fn read_header(file: &fs::File, bytes: u64) -> Result<Result<Vec<u8>, HeaderErro
     let mut header = vec![0; 8 + length as usize];
     read_at(file, &mut header, 0)?;
     Ok(Ok(header))
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    let mut hash = Sha256Stream::default();
-    hash.update(bytes);
-    hash.finish().sha256
 }
 
 /// Fills `buffer` from byte `offset` of a file.

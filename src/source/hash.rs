@@ -39,6 +39,11 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().flat_map(|b| [DIGITS[usize::from(b >> 4)] as char, DIGITS[usize::from(b & 15)] as char]).collect()
 }
 
+/// SHA-256 of some bytes, 64 lower-case hexadecimal digits.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    hex(Sha256::digest(bytes).as_ref())
+}
+
 /// Size and SHA-256 of the file at `path`, read as a stream.
 ///
 /// # Errors
@@ -68,6 +73,7 @@ mod tests {
         fs_err::write(&path, "abc").unwrap();
         // FIPS 180-4, example of a one-block message.
         let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(sha256(b"abc"), expected);
         assert_eq!(sha256_file(&path).unwrap(), FileDigest { bytes: 3, sha256: expected.to_owned() });
     }
 }

@@ -34,6 +34,6 @@ pub use tensor::TensorView;
 pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;
 
-pub(crate) use hash::Sha256Stream;
+pub(crate) use hash::{Sha256Stream, sha256};
 pub(crate) use header::check_name;
 pub(crate) use path::plain_file_name;

@@ -2,10 +2,9 @@
 
 use rayon::prelude::*;
 
+pub use crate::arch::BLOCK;
 use crate::arch::SCALE_SUFFIX;
 
-/// Side of a block.
-pub const BLOCK: usize = 128;
 /// Largest e4m3 value.
 const LARGEST: f64 = 448.0;
 

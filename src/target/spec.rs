@@ -162,16 +162,7 @@ impl TargetSpec {
         let (heads, nope, rope) = (mla.heads, mla.nope_dim(), mla.rope_dim());
         let remote = self.is_remote();
         let f = if remote { 1.0 } else { mla.score_scale * ((nope + rope) as f64).sqrt() };
-        let interleave = |n: &Array2<f64>, r: &Array2<f64>| {
-            let mut out = Array2::zeros((heads * (nope + rope), n.ncols().max(r.ncols())));
-            for h in 0..heads {
-                let at = h * (nope + rope);
-                out.slice_mut(s![at..at + nope, ..]).assign(&n.slice(s![h * nope..(h + 1) * nope, ..]));
-                out.slice_mut(s![at + nope..at + nope + rope, ..]).assign(&r.slice(s![h * rope..(h + 1) * rope, ..]));
-            }
-            out
-        };
-        let q = interleave(&mla.query.nope, &mla.query.rope) * f;
+        let q = by_head(heads, &mla.query.nope, &mla.query.rope) * f;
         match self.geometry.q_lora_rank {
             None => values.push(flat(&q)),
             Some(_) if remote => {
@@ -184,12 +175,7 @@ impl TargetSpec {
             Some(rank) => self.query_through_latent(mla, q, f, rank, gain, &mut values),
         }
         if self.query_bias {
-            let column = |b: &Option<Array1<f64>>, n: usize| match b {
-                Some(b) => b.clone().insert_axis(Axis(1)),
-                None => Array2::zeros((heads * n, 1)),
-            };
-            let bias = interleave(&column(&mla.query.nope_bias, nope), &column(&mla.query.rope_bias, rope));
-            values.push(flat(&bias));
+            values.push(flat(&query_bias(mla)));
         }
         let scales = match remote {
             true => NormScales { down: 1.0, weight: 1.0, up: 1.0 },
@@ -208,15 +194,7 @@ impl TargetSpec {
         if !remote {
             values.push(vec![scales.weight; r]);
         }
-        let (value, up) = (mla.value_dim(), scales.up);
-        let mut kv_b = Array2::zeros((heads * (nope + value), r));
-        for h in 0..heads {
-            let at = h * (nope + value);
-            kv_b.slice_mut(s![at..at + nope, ..]).assign(&mla.k_up.slice(s![h * nope..(h + 1) * nope, ..]));
-            kv_b.slice_mut(s![at + nope..at + nope + value, ..])
-                .assign(&mla.v_up.slice(s![h * value..(h + 1) * value, ..]));
-        }
-        values.push(flat(&(kv_b * up)));
+        values.push(flat(&(by_head(heads, &mla.k_up, &mla.v_up) * scales.up)));
         values.push(flat(&(&mla.wo * self.stream_scale)));
         if self.bias {
             let bias = mla.wo_bias.clone().unwrap_or_else(|| Array1::zeros(d));
@@ -257,16 +235,7 @@ impl TargetSpec {
         let mut q_b = Array2::zeros((q.nrows(), rank));
         q_b.slice_mut(s![.., ..inner]).assign(&q);
         if self.constant_row {
-            let (nope, rope) = (mla.nope_dim(), mla.rope_dim());
-            for h in 0..mla.heads {
-                let at = h * (nope + rope);
-                for i in 0..nope {
-                    q_b[[at + i, inner]] = mla.query.nope_bias.as_ref().map_or(0.0, |b| b[h * nope + i]) * f;
-                }
-                for i in 0..rope {
-                    q_b[[at + nope + i, inner]] = mla.query.rope_bias.as_ref().map_or(0.0, |b| b[h * rope + i]) * f;
-                }
-            }
+            q_b.column_mut(inner).assign(&(query_bias(mla).column(0).to_owned() * f));
         }
         values.push(flat(&q_b));
     }
@@ -300,6 +269,28 @@ fn split_pairs(mla: &MlaLayer) -> MlaLayer {
     out.k_rope = mla.k_rope.select(Axis(0), &key);
     out.k_rope_bias = mla.k_rope_bias.as_ref().map(|b| b.select(Axis(0), &key));
     out
+}
+
+/// Rows of both matrices head by head: those of `a`, then those of `b`. `a` `[H m, columns]`, `b` `[H n, columns]`.
+fn by_head(heads: usize, a: &Array2<f64>, b: &Array2<f64>) -> Array2<f64> {
+    let (m, n) = (a.nrows() / heads, b.nrows() / heads);
+    let mut out = Array2::zeros((heads * (m + n), a.ncols()));
+    for h in 0..heads {
+        let at = h * (m + n);
+        out.slice_mut(s![at..at + m, ..]).assign(&a.slice(s![h * m..(h + 1) * m, ..]));
+        out.slice_mut(s![at + m..at + m + n, ..]).assign(&b.slice(s![h * n..(h + 1) * n, ..]));
+    }
+    out
+}
+
+/// Biases of the queries, `[H (d_N + d_R), 1]`; zero where there are none.
+fn query_bias(mla: &MlaLayer) -> Array2<f64> {
+    let column = |b: &Option<Array1<f64>>, n: usize| match b {
+        Some(b) => b.clone().insert_axis(Axis(1)),
+        None => Array2::zeros((mla.heads * n, 1)),
+    };
+    let (nope, rope) = (column(&mla.query.nope_bias, mla.nope_dim()), column(&mla.query.rope_bias, mla.rope_dim()));
+    by_head(mla.heads, &nope, &rope)
 }
 
 /// Row-major values.

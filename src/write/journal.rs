@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::lock::Owner;
 use super::{WriteError, ops};
-use crate::source::Sha256Stream;
+use crate::source::sha256;
 
 /// Name of the journal in a staging folder.
 pub(super) const JOURNAL: &str = "journal";
@@ -127,12 +127,6 @@ fn checked(line: &[u8]) -> Option<&[u8]> {
     let (hash, json) = line.split_at_checked(64)?;
     let json = json.strip_prefix(b" ")?;
     (sha256(json).as_bytes() == hash).then_some(json)
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    let mut hash = Sha256Stream::default();
-    hash.update(bytes);
-    hash.finish().sha256
 }
 
 impl Journal {

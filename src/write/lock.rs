@@ -168,9 +168,7 @@ pub(super) fn made_by_the_dead(maker: &str) -> bool {
 }
 
 fn host_digits() -> String {
-    let mut hash = crate::source::Sha256Stream::default();
-    hash.update(host().as_bytes());
-    hash.finish().sha256[..8].to_owned()
+    crate::source::sha256(host().as_bytes())[..8].to_owned()
 }
 
 fn host() -> String {
