@@ -18,6 +18,7 @@ mod inspect;
 mod measure;
 mod model;
 mod options;
+pub mod pages;
 mod plan;
 mod progress;
 mod reference;
