@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
 use super::attention::{AttentionBlock, Cache, LatentPath, Step, vector};
-use super::feed_forward::FeedForward;
+use super::feed_forward::{ExpertLoader, FeedForward};
 use super::tensors::LayerTensors;
 use super::{Backend, HeadColumns, HeadPart, Qkv, Rotation, RuntimeError, Span};
 use crate::arch::{Architecture, Rope};
@@ -16,7 +16,7 @@ const CHUNK: usize = 4096;
 pub struct MlpTrace {
     /// Normed input, `[T, D]`.
     pub input: Array2<f32>,
-    /// `act(gate) * up`, `[T, I]`: the input of `down`. `[T, 0]` in a layer of experts.
+    /// `act(gate) * up` (or `act(up)`), `[T, I]`: the input of `down`. `[T, 0]` in a layer of experts.
     pub activated: Array2<f32>,
     /// Output, `[T, D]`, to be added to the hidden state.
     pub output: Array2<f32>,
@@ -34,7 +34,7 @@ pub struct Layer<'b, B: Backend> {
     attention: AttentionBlock<B::Tensor>,
     attention_out_norm: Option<B::Tensor>,
     post_norm: Option<B::Tensor>,
-    mlp: FeedForward<B::Tensor>,
+    mlp: FeedForward<'b, B::Tensor>,
     mlp_out_norm: Option<B::Tensor>,
 }
 
@@ -50,6 +50,16 @@ impl<'b, B: Backend> Layer<'b, B> {
     /// # Errors
     /// [`RuntimeError::Shape`] or [`RuntimeError::Variant`] when weights and architecture disagree.
     pub fn new(backend: &'b B, arch: &Architecture, tensors: LayerTensors) -> Result<Self, RuntimeError> {
+        Self::with_loader(backend, arch, tensors, None)
+    }
+
+    /// As [`Layer::new`]; with a `loader`, the routed experts are read through it whenever tokens go to them.
+    pub(super) fn with_loader(
+        backend: &'b B,
+        arch: &Architecture,
+        tensors: LayerTensors,
+        loader: Option<ExpertLoader<'b>>,
+    ) -> Result<Self, RuntimeError> {
         let d = arch.hidden;
         let norm = |role: &'static str, gain: Option<Vec<f32>>| match gain {
             None => Ok(None),
@@ -66,7 +76,7 @@ impl<'b, B: Backend> Layer<'b, B> {
             attention,
             attention_out_norm: norm("attention_out_norm", tensors.extras.attention_out_norm)?,
             post_norm: norm("post_norm", some(tensors.post_norm))?,
-            mlp: FeedForward::new(backend, arch, tensors.mlp)?,
+            mlp: FeedForward::new(backend, arch, tensors.mlp, loader)?,
             mlp_out_norm: norm("mlp_out_norm", tensors.extras.mlp_out_norm)?,
         })
     }
@@ -153,7 +163,7 @@ impl<'b, B: Backend> Layer<'b, B> {
         })
     }
 
-    /// Norm and gated MLP of the hidden state after attention: `[T, D]`, to be added to it.
+    /// Norm and MLP of the hidden state after attention: `[T, D]`, to be added to it.
     ///
     /// # Errors
     /// [`RuntimeError::Width`].

@@ -21,6 +21,7 @@ pub mod gpu;
 mod layer;
 mod model;
 mod rotation;
+mod router;
 mod sampling;
 mod session;
 mod statistics;
