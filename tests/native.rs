@@ -1,6 +1,8 @@
 //! Models that were trained with latent attention: what `inspect` says of them, what is read past, how experts are held,
 //! and what is refused. Their logits are held to transformers' in `runtime_golden.rs`.
 
+#![recursion_limit = "256"]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

@@ -50,7 +50,7 @@ pub fn inspect(models: &[InspectedModel], width: usize) -> String {
     });
     line("cache per token", &|m| format!("{} in bf16", units::bytes(m.kv_bytes_per_token)));
     line("cache at full context", &|m| format!("{} in bf16", units::bytes(m.kv_bytes_at_max_position)));
-    let mut out = t.render(width);
+    let mut out = t.render_wrapping(width, 1);
     if models.len() > 1 {
         out.push('\n');
         out += &kv_table::text(models, width);
