@@ -226,3 +226,81 @@ fn what_cannot_be_is_told_and_nothing_is_written() {
         assert!(!dir.path().join("out").exists());
     }
 }
+
+/// The fixture with a tokenizer whose words are `w0`, `w1`, ..., and a text of its first golden sequence.
+fn speaking(name: &str) -> (tempfile::TempDir, PathBuf, String) {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    for file in ["config.json", "model.safetensors"] {
+        fs_err::copy(fixture(name).join(file), dir.path().join(file)).expect("copied");
+    }
+    let vocab: serde_json::Map<String, Value> =
+        (0..open(&fixture(name)).1.vocab).map(|i| (format!("w{i}"), json!(i))).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": { "type": "Whitespace" }, "post_processor": null, "decoder": null,
+        "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "w0" }
+    });
+    fs_err::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).expect("written");
+    let (tokens, _) = golden(name);
+    let words: Vec<String> = tokens.iter().map(|t| format!("w{t}")).collect();
+    let text = dir.path().join("text.txt");
+    fs_err::write(&text, words.join(" ")).expect("written");
+    (dir, text, words.join(" "))
+}
+
+/// The first golden sequence, and the logits `[T, V]` of transformers for it.
+fn golden(name: &str) -> (Vec<usize>, Vec<f32>) {
+    let bytes = fs_err::read(fixture(name).join("golden.safetensors")).expect("read");
+    let file = SafeTensors::deserialize(&bytes).expect("tensors");
+    let (tokens, logits) = (file.tensor("tokens.0").expect("tokens"), file.tensor("logits.0").expect("logits"));
+    (
+        tokens.data().as_chunks::<8>().0.iter().map(|w| i64::from_le_bytes(*w) as usize).collect(),
+        logits.data().as_chunks::<4>().0.iter().map(|w| f32::from_le_bytes(*w)).collect(),
+    )
+}
+
+/// Mean negative log-likelihood of every token but the first, in nats.
+fn golden_nll(name: &str) -> f64 {
+    let (tokens, logits) = golden(name);
+    let vocab = logits.len() / tokens.len();
+    let rows = logits.chunks(vocab).zip(&tokens[1..]);
+    let nll: f64 = rows
+        .map(|(row, next)| {
+            let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
+            sum.ln() - f64::from(row[*next])
+        })
+        .sum();
+    nll / (tokens.len() - 1) as f64
+}
+
+#[test]
+fn every_command_that_runs_models_takes_them() {
+    for name in
+        ["pico-deepseek-v2-groups", "pico-deepseek-v3-moe", "pico-deepseek-v3-fp8", "pico-minicpm3-long", "pico-plm"]
+    {
+        let (dir, text, prompt) = speaking(name);
+        let text = text.display().to_string();
+        let document = |args: &[&str]| -> (Value, String) {
+            let out = run(dir.path(), &[&["--json"], args].concat());
+            let error = String::from_utf8_lossy(&out.stderr).into_owned();
+            assert!(out.status.success(), "{name} {args:?}: {error}");
+            (serde_json::from_slice(&out.stdout).expect("JSON"), error)
+        };
+        let window = ["--text", &text, "--seq-len", "37", "--windows", "1"];
+        let (eval, notes) = document(&[&["eval", "."], &window[..]].concat());
+        let nll = eval["nll_nats_per_token"].as_f64().or(eval["figures"]["nll_nats_per_token"].as_f64());
+        let (nll, expected) = (nll.unwrap_or_else(|| panic!("{eval}")), golden_nll(name));
+        // The logits of both sides are within 1e-5 of their largest.
+        assert!((nll - expected).abs() < 1e-4, "{name}: {nll}, transformers {expected}");
+        assert_eq!(notes.contains("(MTP)"), name == "pico-deepseek-v3-moe", "{notes}");
+        let (verified, _) = document(&[&["verify", ".", "."], &window[..]].concat());
+        assert_eq!(verified["passed"], true, "{verified}");
+        // The likeliest token after the prompt, by transformers.
+        let (tokens, logits) = golden(name);
+        let last = &logits[logits.len() / tokens.len() * (tokens.len() - 1)..];
+        let best = (0..last.len()).max_by(|a, b| last[*a].total_cmp(&last[*b])).expect("a token");
+        let (generated, _) = document(&["generate", ".", "--raw", "--prompt", &prompt, "--max-tokens", "1"]);
+        assert!(generated.to_string().contains(&format!("w{best}\"")), "{name}: {generated}, expected w{best}");
+        document(&["bench", ".", "--contexts", "8", "--steps", "1"]);
+    }
+}
