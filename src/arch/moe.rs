@@ -94,6 +94,9 @@ const SELECTIONS: [(&str, Selection); 3] = [
     ("noaux_tc", Selection::NoauxTc),
 ];
 
+/// Most experts of all layers together: a hundred times those of any model, so that a list of them fits memory.
+const MOST_EXPERTS: usize = 1 << 20;
+
 /// The experts, or `None` where every layer is dense after all.
 pub(super) fn read(
     config: &Config<'_>,
@@ -107,6 +110,11 @@ pub(super) fn read(
     }
     // Classes that can be dense too leave the number out.
     let Some(experts) = config.count(&keys.experts)? else { return Ok(None) };
+    let layers_with = sparse.iter().filter(|s| **s).count();
+    if experts > MOST_EXPERTS / layers_with {
+        let most = MOST_EXPERTS / layers_with;
+        return Err(config.bad(&keys.experts, &format!("at most {most} in each of {layers_with} layers")));
+    }
     config.must_be_neutral(&keys.neutral)?;
     let per_token = config.need_count(&keys.per_token)?;
     if per_token > experts {
@@ -273,6 +281,7 @@ mod tests {
             (("n_group", json!(12)), "each group has 2 experts"),
             (("n_group", Value::from("x")), "`n_group`"),
             (("topk_group", json!(5)), "`topk_group` is 5, expected at most n_group (4)"),
+            (("n_routed_experts", json!(1_048_576)), "expected at most 349525 in each of 3 layers"),
             (("num_experts_per_tok", json!(13)), "expected at most n_routed_experts (12)"),
             (("num_experts_per_tok", json!(7)), "expected at most 6, the experts of 2 groups of 3"),
             (("topk_method", json!("best")), "\"greedy\", \"group_limited_greedy\", \"noaux_tc\""),

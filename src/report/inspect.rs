@@ -120,7 +120,8 @@ impl InspectedExperts {
 
     /// Parameters of the experts that a token does not go to.
     fn idle(&self, hidden: usize) -> u64 {
-        (self.layers * (self.routed - self.per_token)) as u64 * (3 * self.width * hidden) as u64
+        let experts = (self.layers * (self.routed - self.per_token)) as u64;
+        experts.saturating_mul(3 * self.width as u64 * hidden as u64)
     }
 }
 
@@ -189,7 +190,7 @@ impl InspectedModel {
             tied_head: arch.tied_head,
             sliding_window: gqa.and_then(|a| a.sliding_window),
             parameters,
-            active_parameters: parameters - experts.map_or(0, |e| e.idle(arch.hidden)),
+            active_parameters: parameters.saturating_sub(experts.map_or(0, |e| e.idle(arch.hidden))),
             weight_bytes,
             weight_dtype: dtype.name().to_owned(),
             weights_present: stored.is_some(),

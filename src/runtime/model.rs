@@ -89,7 +89,10 @@ impl<'a, B: Backend> Model<'a, B> {
     pub fn layer(&self, index: usize) -> Result<Layer<'a, B>, RuntimeError> {
         let (source, arch) = (self.source, self.arch);
         let bytes = match &arch.moe {
-            Some(moe) if arch.is_sparse(index) => 12 * moe.experts as u64 * moe.width as u64 * arch.hidden as u64,
+            // Three matrices of f32 each.
+            Some(moe) if arch.is_sparse(index) => {
+                (12 * moe.width as u64 * arch.hidden as u64).saturating_mul(moe.experts as u64)
+            }
             _ => 0,
         };
         if bytes <= self.held_experts {
