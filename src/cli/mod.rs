@@ -4,6 +4,7 @@ pub mod exit;
 pub mod interrupt;
 pub mod output;
 
+mod analyze;
 mod bench;
 mod check;
 mod command_line;
@@ -26,6 +27,7 @@ pub mod resume;
 mod values;
 mod verify;
 mod verify_files;
+mod xkv;
 
 use std::path::PathBuf;
 
@@ -89,6 +91,7 @@ enum Command {
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
     Bench(bench::BenchArgs),
+    Analyze(analyze::AnalyzeArgs),
     Compare(compare::CompareArgs),
     Demo(demo::DemoArgs),
     Devices(devices::DevicesArgs),
@@ -183,6 +186,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Eval(args) => args.execute(&context),
         Command::Generate(args) => args.execute(&context),
         Command::Bench(args) => args.execute(&context),
+        Command::Analyze(args) => args.execute(&context),
         Command::Compare(args) => args.execute(&context),
         Command::Demo(args) => args.execute(&context),
         Command::Devices(args) => args.execute(&context),

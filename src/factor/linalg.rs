@@ -125,6 +125,22 @@ pub fn eigh(a: &Array2<f64>, what: &'static str) -> Result<(Array1<f64>, Array2<
     Ok((values, vectors))
 }
 
+/// Eigenvalues of a symmetric matrix, descending, `[n]`: as [`eigh`], at a fraction of its cost.
+///
+/// # Errors
+/// As [`eigh`].
+pub fn eigvalsh(a: &Array2<f64>, what: &'static str) -> Result<Array1<f64>, FactorError> {
+    sequential_solvers();
+    let n = a.nrows();
+    if a.iter().any(|x| !x.is_finite()) {
+        return Err(FactorError::NotFinite { what });
+    }
+    let values =
+        to_faer(a).self_adjoint_eigenvalues(Side::Lower).map_err(|_| FactorError::NoConvergence { what, n })?;
+    // faer orders ascending.
+    Ok(values.into_iter().rev().collect())
+}
+
 /// Eigenvalues (descending) and eigenvectors (columns) of a Hermitian matrix.
 ///
 /// The phase of each eigenvector is fixed: its entry of largest magnitude is real and positive.
@@ -263,6 +279,8 @@ mod tests {
         let gram = matmul(&a.t(), &a);
         let (values, u) = eigh(&gram, "gram").unwrap();
         assert!(values.windows(2).into_iter().all(|w| w[0] >= w[1]));
+        let alone = eigvalsh(&gram, "gram").unwrap();
+        assert!((&alone - &values).iter().all(|x| x.abs() <= 32.0 * f64::EPSILON * values[0]));
         let back = matmul(&(&u * &values), &u.t());
         let tolerance = f64::EPSILON * values[0] * (8.0 * 11.0_f64).sqrt();
         assert!((&back - &gram).iter().all(|x| x.abs() <= tolerance * 4.0));

@@ -1,11 +1,13 @@
 //! One decoder layer, fed and read as host arrays.
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
-use super::attention::{AttentionBlock, Cache, LatentPath, Step, vector};
+use super::attention::{AttentionBlock, Cache, CompressedPrompt, LatentPath, Step, vector};
 use super::feed_forward::{ExpertLoader, FeedForward};
 use super::tensors::LayerTensors;
-use super::{Backend, HeadColumns, HeadPart, Qkv, Rotation, RuntimeError, Span};
+use super::{Backend, Cpu, HeadColumns, HeadPart, Qkv, RawKv, Rotation, RuntimeError, Span};
 use crate::arch::{Architecture, Rope};
 
 /// Tokens that are worked on at once: bounds the MLP's intermediate and the expanded keys and values.
@@ -163,6 +165,16 @@ impl<'b, B: Backend> Layer<'b, B> {
         })
     }
 
+    /// Keys and values before RoPE, or latents before their norm, of `x [T, D]` ([`Layer::attention_input`]). Not chunked:
+    /// holds all `T` rows.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`].
+    pub fn raw_kv(&self, x: ArrayView2<'_, f32>) -> Result<RawKv, RuntimeError> {
+        self.check(x, self.hidden, None)?;
+        self.attention.raw(self.backend, &self.backend.upload_view(x))
+    }
+
     /// Norm and MLP of the hidden state after attention: `[T, D]`, to be added to it.
     ///
     /// # Errors
@@ -243,6 +255,11 @@ impl<'b, B: Backend> Layer<'b, B> {
     /// An empty cache for `capacity` positions.
     pub(super) fn cache(&self, capacity: usize) -> Cache<B::Tensor> {
         self.attention.cache(self.backend, capacity)
+    }
+
+    /// Bytes of an exact cache for `tokens` positions: allocated, measured and dropped.
+    pub(crate) fn cache_bytes(&self, tokens: usize) -> usize {
+        self.cache(tokens).bytes(self.backend)
     }
 
     /// Rotary embedding of this layer.
@@ -337,6 +354,24 @@ impl<'b, B: Backend> Layer<'b, B> {
             first += rows;
         }
         join(parts)
+    }
+}
+
+impl Layer<'_, Cpu> {
+    /// The whole layer in place on rows at `positions` of one sequence, behind a compressed prompt; `tail` holds the rows
+    /// from there on, and gets the new ones. The rotation covers every position from 0 on.
+    pub(super) fn decode_compressed(
+        &self,
+        x: &mut Array2<f32>,
+        prompt: &CompressedPrompt<'_>,
+        tail: &mut Cache<Array2<f32>>,
+        at: (&Rotation, Range<usize>),
+    ) -> Result<(), RuntimeError> {
+        let heads = self.behind_norm(x, &self.input_norm, |x| self.attention.decode_compressed(x, prompt, tail, at))?;
+        self.add_output(x, self.attention.output(self.backend, &heads));
+        let out = self.mlp(x)?;
+        self.backend.add(x, &out);
+        Ok(())
     }
 }
 

@@ -10,9 +10,12 @@ mod perplexity;
 mod rows;
 mod verdict;
 mod windows;
+mod xkv;
 
 pub use compare::{Comparison, compare};
 pub use error::VerifyError;
 pub use perplexity::{Evaluation, perplexity};
 pub use verdict::{Failure, Thresholds, Verdict};
 pub use windows::windows_from_text;
+use windows::windows_of;
+pub use xkv::{XkvEvaluation, xkv_perplexity};

@@ -7,6 +7,7 @@ mod decode;
 mod elementwise;
 mod gemm;
 mod simd;
+mod tiles;
 
 use std::ops::Range;
 
@@ -18,6 +19,7 @@ use crate::arch::Activation;
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
 
 pub(super) use attention::{probability_tile, tile_rows};
+pub(super) use tiles::TiledAttention;
 
 /// Rows per task of elementwise work.
 const ROWS: usize = 16;
