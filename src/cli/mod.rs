@@ -22,6 +22,7 @@ mod plan;
 mod progress;
 mod reference;
 pub mod resume;
+mod rotate;
 mod values;
 mod verify;
 mod verify_files;
@@ -83,6 +84,7 @@ enum Command {
     Check(check::CheckArgs),
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
+    Rotate(rotate::RotateArgs),
     Verify(verify::VerifyArgs),
     VerifyFiles(verify_files::VerifyFilesArgs),
     Eval(eval::EvalArgs),
@@ -177,6 +179,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Check(args) => args.execute(&context),
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
+        Command::Rotate(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),
         Command::VerifyFiles(args) => args.execute(&context),
         Command::Eval(args) => args.execute(&context),

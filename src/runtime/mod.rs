@@ -23,9 +23,11 @@ mod model;
 mod rotation;
 mod sampling;
 mod session;
+mod sliced;
 mod statistics;
 mod tensors;
 
+pub use attention::{RankTensors, Ranks};
 pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, Span};
 pub use bench::{Case, Trial, median};
 pub use cpu::Cpu;
