@@ -23,6 +23,7 @@ mod progress;
 mod reference;
 pub mod resume;
 mod rotate;
+mod sliced;
 mod values;
 mod verify;
 mod verify_files;

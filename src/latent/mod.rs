@@ -6,6 +6,7 @@
 
 mod fold;
 mod rotate;
+mod slicing;
 mod statistics;
 mod turn;
 mod weights;
@@ -14,5 +15,7 @@ pub use fold::{LatentWeights, common_gain};
 pub use rotate::{
     ROTATION_FILE, ROTATION_SCHEMA, RotateSettings, RotationExtras, RotationReport, TurnedLayer, Turns, rotate,
 };
+pub use slicing::{Scores, Sharing, rms_corrections};
 pub use statistics::{LatentMoments, latent_moments, latent_windows};
+pub use weights::{check_slices, need_mla};
 pub use turn::{Transform, Turn, deal, principal};

@@ -37,7 +37,7 @@ impl LatentNames {
 ///
 /// # Errors
 /// [`ConvertError::Refused`] for a GQA model.
-pub(super) fn need_mla<'a>(source: &ModelSource, arch: &'a Architecture) -> Result<&'a MlaShape, ConvertError> {
+pub fn need_mla<'a>(source: &ModelSource, arch: &'a Architecture) -> Result<&'a MlaShape, ConvertError> {
     match &arch.attention {
         Attention::Mla(shape) => Ok(shape),
         Attention::Gqa(_) => Err(refused(
@@ -52,7 +52,10 @@ pub(super) fn refused(message: impl Into<String>, hint: impl Into<String>) -> Co
 }
 
 /// Refuse a number of slices that does not divide the latent.
-pub(super) fn check_slices(rank: usize, slices: usize) -> Result<(), ConvertError> {
+///
+/// # Errors
+/// [`ConvertError::Refused`] naming those that do.
+pub fn check_slices(rank: usize, slices: usize) -> Result<(), ConvertError> {
     if slices > 0 && rank.is_multiple_of(slices) {
         return Ok(());
     }

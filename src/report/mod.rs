@@ -14,6 +14,7 @@ mod check;
 mod devices;
 mod inspect;
 mod methods;
+mod sliced;
 mod speed;
 mod verification;
 
@@ -22,6 +23,7 @@ pub use check::Check;
 pub use devices::DeviceList;
 pub use inspect::{InspectedMla, InspectedModel, TargetOption};
 pub use methods::{MethodComparison, MethodFigures, MethodRow};
+pub use sliced::{SlicedCase, SlicedVerification};
 pub use speed::{BenchReport, BenchRow, GenerationReport, Rate};
 pub use verification::{Evaluation, Verification};
 

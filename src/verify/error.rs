@@ -30,4 +30,15 @@ pub enum VerifyError {
         /// Windows given.
         windows: usize,
     },
+    /// A layer's latent could not be shared out.
+    #[error("layer {layer}: {error}")]
+    Slicing {
+        /// Layer index.
+        layer: usize,
+        /// Why.
+        error: crate::factor::FactorError,
+    },
+    /// Principal directions or fitted scores without calibration.
+    #[error("principal directions and fitted scores need the latents' moments on calibration text\n\nhint: give some with `--calib`")]
+    NoMoments,
 }

@@ -8,11 +8,13 @@ mod compare;
 mod error;
 mod perplexity;
 mod rows;
+mod sliced;
 mod verdict;
 mod windows;
 
 pub use compare::{Comparison, compare};
 pub use error::VerifyError;
 pub use perplexity::{Evaluation, perplexity};
+pub use sliced::{SharedOut, SlicedComparison, SlicedFigures, compare_sliced};
 pub use verdict::{Failure, Thresholds, Verdict};
 pub use windows::windows_from_text;
