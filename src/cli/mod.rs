@@ -23,6 +23,7 @@ mod progress;
 mod reference;
 pub mod resume;
 mod rotate;
+mod shard;
 mod sliced;
 mod values;
 mod verify;
@@ -86,6 +87,7 @@ enum Command {
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
     Rotate(rotate::RotateArgs),
+    Shard(shard::ShardArgs),
     Verify(verify::VerifyArgs),
     VerifyFiles(verify_files::VerifyFilesArgs),
     Eval(eval::EvalArgs),
@@ -181,6 +183,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
         Command::Rotate(args) => args.execute(&context),
+        Command::Shard(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),
         Command::VerifyFiles(args) => args.execute(&context),
         Command::Eval(args) => args.execute(&context),

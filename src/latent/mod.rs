@@ -6,6 +6,7 @@
 
 mod fold;
 mod rotate;
+mod shard;
 mod slicing;
 mod statistics;
 mod turn;
@@ -14,6 +15,9 @@ mod weights;
 pub use fold::{LatentWeights, common_gain};
 pub use rotate::{
     ROTATION_FILE, ROTATION_SCHEMA, RotateSettings, RotationExtras, RotationReport, TurnedLayer, Turns, rotate,
+};
+pub use shard::{
+    Held, RankEntry, SHARDS_FILE, SHARDS_SCHEMA, ShardReport, ShardSettings, ShardedLayer, shard,
 };
 pub use slicing::{Scores, Sharing, rms_corrections};
 pub use statistics::{LatentMoments, latent_moments, latent_windows};

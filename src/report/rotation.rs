@@ -1,9 +1,9 @@
-//! What `rotate` did, as text and as the note in its folder.
+//! What `rotate` and `shard` did, as text and as the note in a rotated folder.
 
 use super::card::{fenced, inline, short_name};
 use super::table::Table;
 use super::units;
-use crate::latent::RotationReport;
+use crate::latent::{RotationReport, ShardReport};
 
 /// For the terminal.
 pub fn text(r: &RotationReport, width: usize) -> String {
@@ -61,4 +61,24 @@ pub fn note(r: &RotationReport, command: &str) -> String {
     }
     out += "\n`rotation.json` holds settings and figures by layer; `manifest.json` the hash of every file.\n";
     out
+}
+
+/// What `shard` did, for the terminal.
+pub fn shards(r: &ShardReport, width: usize) -> String {
+    let mut t = Table::pairs();
+    t.row(["output", &r.output.display().to_string()]);
+    t.row(["transform", &r.transform]);
+    t.row(["slices", &r.order]);
+    let rms = if r.settings.sharing.shared_rms { "the whole latent's" } else { "the slice's own" };
+    t.row(["norm", &format!("by {rms} root mean square; scores: {}", r.settings.sharing.scores)]);
+    for rank in &r.ranks {
+        let (begin, last) = (rank.latent_begin, rank.latent_end - 1);
+        t.row([
+            format!("rank {}", rank.rank),
+            format!("{}  latent {begin} to {last}, {}", rank.file, units::bytes(rank.weight_bytes)),
+        ]);
+    }
+    let share = units::percent(r.cache_values_per_rank as f64 / r.cache_values as f64);
+    t.row(["cache", &format!("{} values per token and layer on a rank, {share} of {}", r.cache_values_per_rank, r.cache_values)]);
+    t.render(width)
 }
