@@ -30,10 +30,11 @@ pub struct RotateArgs {
     /// Folder to write
     #[arg(long, short, value_name = "DIR", help_heading = "Output")]
     output: PathBuf,
-    /// none; hadamard: spread evenly over all coordinates, needs no data; pca: principal directions of each layer's latents
+    /// none; hadamard: spread evenly over all coordinates, needs no data; pca: principal
+    /// directions of what each layer's queries read, most first
     #[arg(long, value_name = "TRANSFORM", default_value = "hadamard", value_parser = transform())]
     transform: Transform,
-    /// Slices the latent will be cut into; has to divide it. pca deals its directions to them
+    /// Slices the latent will be cut into; has to divide it. For the report: the matrices do not depend on it
     #[arg(long, value_name = "T", default_value = "1", value_parser = values::positive)]
     slices: usize,
     #[command(flatten)]

@@ -3,14 +3,14 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use gqa2mla::latent::{self, Scores, ShardSettings, Sharing};
+use gqa2mla::latent::{self, ShardSettings, Sharing};
 use gqa2mla::report::rotation;
 use gqa2mla::runtime::DeviceChoice;
 
 use super::exit::ExitStatus;
 use super::options::CalibrationOptions;
 use super::output::width;
-use super::{Context, model, sliced, values};
+use super::{Context, model, values};
 
 /// Write an MLA model as one weight file per rank of a tensor-parallel group that shares its latents out (TPLA).
 ///
@@ -31,11 +31,10 @@ pub struct ShardArgs {
     /// Every rank computes the whole latent, to norm its slice by the whole's root mean square, and caches its slice
     #[arg(long)]
     shared_rms: bool,
-    /// slice: a rank's scores are its slice's share, as published; fitted: the whole score as the slice predicts it best on
-    /// calibration text
-    #[arg(long, value_name = "SCORES", default_value = "slice", value_parser = sliced::scores())]
-    scores: Scores,
-    /// Calibrate the size of slices that are normed by themselves; --calib and --scores fitted do so too
+    /// Factor on the part of a rank's scores that comes from its slice, folded into its kv_b_proj
+    #[arg(long, value_name = "X", default_value = "1", value_parser = values::positive_number)]
+    logit_scale: f64,
+    /// Calibrate the size of slices that are normed by themselves; --calib does so too
     #[arg(long)]
     calibrate: bool,
     #[command(flatten)]
@@ -56,7 +55,7 @@ impl ShardArgs {
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
         let calibration = self.calibration.settings();
         let settings = ShardSettings {
-            sharing: Sharing { ranks: self.tp, shared_rms: self.shared_rms, scores: self.scores },
+            sharing: Sharing { ranks: self.tp, shared_rms: self.shared_rms, logit_scale: self.logit_scale },
             calibrate: self.calibrate || !calibration.files.is_empty(),
             calibration,
             device: self.device,

@@ -2,8 +2,7 @@
 
 use anyhow::bail;
 use clap::Args;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
-use gqa2mla::latent::{Scores, Sharing, Transform, check_slices, latent_moments, latent_windows, need_mla};
+use gqa2mla::latent::{Sharing, Transform, check_slices, latent_moments, latent_windows, need_mla};
 use gqa2mla::report::SlicedVerification;
 use gqa2mla::runtime::{Device, Model};
 use gqa2mla::verify::{SharedOut, Thresholds, compare_sliced};
@@ -28,21 +27,14 @@ pub struct SlicedOptions {
     /// With --tp: every rank norms its slice by the whole latent's root mean square, and not by the slice's own
     #[arg(long, requires = "tp")]
     shared_rms: bool,
-    /// With --tp: slice: a rank's scores are its slice's share, as published; fitted: the whole score as the slice predicts
-    /// it best on calibration text; several separated by commas
-    #[arg(long, value_name = "SCORES,..", value_delimiter = ',', default_value = "slice", value_parser = scores())]
-    scores: Vec<Scores>,
+    /// With --tp: factor on the part of a rank's scores that comes from its slice; several separated by commas
+    #[arg(long, value_name = "X,..", value_delimiter = ',', default_value = "1", value_parser = values::positive_number)]
+    logit_scale: Vec<f64>,
     /// With --tp: tokens of each window that are a prompt, run whole; the rest is decoded [default: half a window]
     #[arg(long, value_name = "TOKENS", requires = "tp")]
     prefill: Option<usize>,
     #[command(flatten)]
     calibration: CalibrationOptions,
-}
-
-/// Parser of how a rank makes scores, for any command.
-pub fn scores() -> impl TypedValueParser<Value = Scores> {
-    PossibleValuesParser::new(Scores::ALL.map(Scores::name))
-        .map(|s| Scores::ALL.into_iter().find(|t| t.name() == s).unwrap_or(Scores::Slice))
 }
 
 impl SlicedOptions {
@@ -54,7 +46,7 @@ impl SlicedOptions {
         if self.tp.is_empty() {
             let ignored = [
                 (self.transform != [Transform::None], "--transform"),
-                (self.scores != [Scores::Slice], "--scores"),
+                (self.logit_scale != [1.0], "--logit-scale"),
                 (!self.calibration.settings().files.is_empty(), "--calib"),
             ];
             if let Some((_, option)) = ignored.iter().find(|i| i.0) {
@@ -90,16 +82,14 @@ impl SlicedOptions {
         let mut cases = Vec::new();
         for &transform in &self.transform {
             for &ranks in &self.tp {
-                for &scores in &self.scores {
-                    let sharing = Sharing { ranks, shared_rms: self.shared_rms, scores };
+                for &logit_scale in &self.logit_scale {
+                    let sharing = Sharing { ranks, shared_rms: self.shared_rms, logit_scale };
                     cases.push(SharedOut { transform, sharing });
                 }
             }
         }
         let settings = self.calibration.settings();
-        let calibrated = self.transform.contains(&Transform::Pca)
-            || self.scores.contains(&Scores::Fitted)
-            || !settings.files.is_empty();
+        let calibrated = self.transform.contains(&Transform::Pca) || !settings.files.is_empty();
         let (mut moments, mut calibration_tokens) = (None, 0);
         if calibrated {
             let text = latent_windows(&converted.source, &converted.arch, &settings, shape.kv_lora_rank)?;

@@ -19,7 +19,7 @@ pub use rotate::{
 pub use shard::{
     Held, RankEntry, SHARDS_FILE, SHARDS_SCHEMA, ShardReport, ShardSettings, ShardedLayer, shard,
 };
-pub use slicing::{Scores, Sharing, rms_corrections};
+pub use slicing::{Sharing, rms_corrections};
 pub use statistics::{LatentMoments, latent_moments, latent_windows};
 pub use weights::{check_slices, need_mla};
-pub use turn::{Transform, Turn, deal, principal};
+pub use turn::{Transform, Turn, principal};

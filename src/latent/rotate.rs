@@ -28,7 +28,7 @@ pub const ROTATION_FILE: &str = "rotation.json";
 pub struct RotateSettings {
     /// Which orthogonal matrix.
     pub transform: Transform,
-    /// Slices `T` that the directions are dealt to; it has to divide the latent.
+    /// Slices `T` the latent will be cut into; it has to divide it.
     pub slices: usize,
     /// Calibration text, for [`Transform::Pca`].
     pub calibration: CalibrationSettings,
@@ -53,7 +53,7 @@ pub struct TurnedLayer {
     pub layer: usize,
     /// The one gain of `kv_a_layernorm`; `None` where the class norms no latent.
     pub gain: Option<f64>,
-    /// Share of the latent's energy in each slice, on the calibration text; empty without calibration.
+    /// Share of each slice in what queries read, on the calibration text; empty without calibration.
     pub slice_energy: Vec<f64>,
 }
 
@@ -106,19 +106,18 @@ impl RotationReport {
 pub struct Turns {
     /// One per layer.
     pub layers: Vec<Turn>,
-    /// Energies of the new directions, one list per layer; empty without calibration.
+    /// Eigenvalues of the new directions, one list per layer; empty without calibration.
     pub energies: Vec<Vec<f64>>,
 }
 
 impl Turns {
-    /// The turns of `transform` for `layers` layers with a latent of `rank` values, directions dealt to `slices` slices.
-    /// `moments` is needed for [`Transform::Pca`].
+    /// The turns of `transform` for `layers` layers with a latent of `rank` values. `moments` is needed for [`Transform::Pca`].
     ///
     /// # Errors
     /// [`ConvertError::Layer`] where a layer's moments have no eigenvectors; a refusal of PCA without moments.
     pub fn new(
         transform: Transform,
-        (layers, rank, slices): (usize, usize, usize),
+        (layers, rank): (usize, usize),
         moments: Option<&[LatentMoments]>,
     ) -> Result<Self, ConvertError> {
         match (transform, moments) {
@@ -127,7 +126,7 @@ impl Turns {
             (Transform::Pca, Some(moments)) => {
                 let mut out = Self { layers: Vec::with_capacity(layers), energies: Vec::with_capacity(layers) };
                 for (layer, m) in moments.iter().enumerate() {
-                    let found = principal(&m.second, slices);
+                    let found = principal(&m.queries);
                     let (turn, energies) =
                         found.map_err(|e| ConvertError::Layer { layer, source: e.into() })?;
                     out.layers.push(turn);
@@ -187,7 +186,7 @@ pub fn rotate(
         }
         _ => None,
     };
-    let turns = Turns::new(settings.transform, (arch.layers, rank, slices), moments.as_deref())?;
+    let turns = Turns::new(settings.transform, (arch.layers, rank), moments.as_deref())?;
 
     let mut writer = StagedWriter::new(staging, shards);
     let mut layers = Vec::with_capacity(arch.layers);
@@ -257,7 +256,7 @@ fn construction(transform: Transform, rank: usize) -> String {
     match transform {
         Transform::None => "the identity: latents stay as they are".to_owned(),
         Transform::Hadamard => Spread::new(rank).describe(),
-        Transform::Pca => "eigenvectors of each layer's E[n n^T], n the normed latent before its gain".to_owned(),
+        Transform::Pca => "eigenvectors of each layer's sum over heads of E[q q^T], q the absorbed query".to_owned(),
     }
 }
 
@@ -265,10 +264,7 @@ fn order(transform: Transform, rank: usize, slices: usize) -> String {
     let width = rank / slices;
     let blocks = format!("slice t holds coordinates {width} t to {width} t + {}", width - 1);
     match transform {
-        Transform::Pca => format!(
-            "{blocks}; principal directions were dealt to slices by falling energy, forth and back (0 .. {last}, {last} .. 0)",
-            last = slices - 1
-        ),
+        Transform::Pca => format!("{blocks}, by falling weight in the queries"),
         _ => blocks,
     }
 }

@@ -10,7 +10,7 @@ use super::rotate::{ROTATION_FILE, copy, is_fp8, pretty, put, side_files};
 use super::slicing::rms_corrections;
 use super::statistics::{LatentMoments, latent_moments, latent_windows};
 use super::weights::{LatentNames, check_slices, need_mla, refused};
-use super::{LatentWeights, Scores, Sharing};
+use super::{LatentWeights, Sharing};
 use crate::arch::{Architecture, MlaShape};
 use crate::convert::{CalibrationSettings, ConvertError};
 use crate::observe::{Event, Observer};
@@ -28,7 +28,7 @@ pub const SHARDS_FILE: &str = "tpla.json";
 pub struct ShardSettings {
     /// How latents are shared out.
     pub sharing: Sharing,
-    /// Whether to calibrate: for fitted scores, and for the sizes of slices that are normed by themselves.
+    /// Whether to calibrate the sizes of slices that are normed by themselves.
     pub calibrate: bool,
     /// Calibration text.
     pub calibration: CalibrationSettings,
@@ -55,7 +55,7 @@ pub enum Held {
     LatentRows,
     /// The rank's slice of the norm's gain, times its correction.
     LatentGain,
-    /// The columns of the rank's slice of the latent, scores as `scores` says.
+    /// The columns of the rank's slice of the latent, those of keys times `logit_scale`.
     LatentColumns,
 }
 
@@ -164,7 +164,7 @@ pub fn shard(
             "`gqa2mla rotate` writes such a model in bf16; shard that",
         ));
     }
-    let calibrated = settings.calibrate || sharing.scores == Scores::Fitted;
+    let calibrated = settings.calibrate;
     let windows = match calibrated {
         true => latent_windows(source, arch, &settings.calibration, rank)?,
         false => Vec::new(),
@@ -207,9 +207,7 @@ pub fn shard(
                 if current.as_ref().is_none_or(|(at, _)| *at != layer) {
                     let weights = LatentWeights::load(source, arch, layer)?;
                     let own: Option<&LatentMoments> = moments.as_ref().map(|m| &m[layer]);
-                    let mut all = weights
-                        .ranks(shape, &sharing, own)
-                        .map_err(|e| ConvertError::Layer { layer, source: e.into() })?;
+                    let mut all = weights.ranks(shape, &sharing, own);
                     current = Some((layer, all.swap_remove(t)));
                 }
                 current.as_ref().map(|c| c.1.clone()).ok_or_else(|| refused("no such rank", "is the checkpoint intact?"))
@@ -227,7 +225,7 @@ pub fn shard(
             Some(m) if shape.latent_norm && !sharing.shared_rms => rms_corrections(&m[layer], sharing.ranks),
             _ => vec![1.0; sharing.ranks],
         },
-        logit_scale: vec![1.0; sharing.ranks],
+        logit_scale: vec![sharing.logit_scale; sharing.ranks],
     });
     let report = ShardReport {
         schema_version: SHARDS_SCHEMA,
@@ -373,9 +371,9 @@ fn pieces(
             }
             Some((Held::LatentColumns, layer)) => {
                 shape_of[1] = rank / sharing.ranks;
-                match sharing.scores {
-                    Scores::Slice => Cut::Columns(sharing.columns(rank, t)),
-                    Scores::Fitted => {
+                match sharing.logit_scale == 1.0 {
+                    true => Cut::Columns(sharing.columns(rank, t)),
+                    false => {
                         dtype = Dtype::F32;
                         Cut::KvB(*layer)
                     }

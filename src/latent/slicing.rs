@@ -1,56 +1,23 @@
 //! What each of `T` ranks holds of a layer (algorithms.md 2.3, 2.4).
 
-use std::fmt;
 use std::ops::Range;
 
-use ndarray::{Array1, Array2, ArrayView2, Axis, s};
-use serde::{Deserialize, Serialize};
+use ndarray::{Array1, Array2, Axis, s};
+use serde::Serialize;
 
 use super::{LatentMoments, LatentWeights, Turn};
 use crate::arch::MlaShape;
-use crate::factor::FactorError;
-use crate::factor::linalg::{matmul, solve_right_spd};
 use crate::runtime::{AttentionTensors, MlaTensors, RankTensors};
 
-/// How a rank makes scores of its slice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Scores {
-    /// As published: the slice's share of the score, plus the rotated key's.
-    Slice,
-    /// The whole score as the slice predicts it best: the rest of the latent is estimated from the slice by the linear
-    /// regression that the calibration text gives, which folds into the rank's `kv_b`.
-    Fitted,
-}
-
-impl Scores {
-    /// Every choice.
-    pub const ALL: [Scores; 2] = [Scores::Slice, Scores::Fitted];
-
-    /// Name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Scores::Slice => "slice",
-            Scores::Fitted => "fitted",
-        }
-    }
-}
-
-impl fmt::Display for Scores {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
 /// How latents are shared out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Sharing {
     /// Ranks `T`; it divides the latent.
     pub ranks: usize,
     /// Whether every rank knows the whole latent's root mean square.
     pub shared_rms: bool,
-    /// How a rank makes scores.
-    pub scores: Scores,
+    /// Factor on the part of a rank's scores that comes from its slice; 1 is the slice's own share.
+    pub logit_scale: f64,
 }
 
 impl Sharing {
@@ -82,11 +49,14 @@ impl LatentMoments {
     pub fn turned(&self, turn: &Turn) -> Self {
         let mut mean = self.mean.clone().insert_axis(Axis(0));
         turn.apply(mean.view_mut());
-        let mut second = self.second.clone();
-        turn.apply(second.view_mut());
-        let mut second = second.reversed_axes().as_standard_layout().into_owned();
-        turn.apply(second.view_mut());
-        Self { mean: mean.remove_axis(Axis(0)), second }
+        let both = |m: &Array2<f64>| {
+            let mut m = m.clone();
+            turn.apply(m.view_mut());
+            let mut m = m.reversed_axes().as_standard_layout().into_owned();
+            turn.apply(m.view_mut());
+            m
+        };
+        Self { mean: mean.remove_axis(Axis(0)), second: both(&self.second), queries: both(&self.queries) }
     }
 }
 
@@ -112,11 +82,8 @@ impl LatentWeights {
         t.kv_b.weight = self.kv_b.mapv(|x| x as f32);
     }
 
-    /// What the ranks hold. `moments` are those of these weights' latents; [`Scores::Fitted`] needs them, and without them
-    /// a slice that is normed by itself keeps the size that gives it.
-    ///
-    /// # Errors
-    /// [`FactorError`] where the moments of a slice cannot be inverted.
+    /// What the ranks hold. `moments` are those of these weights' latents; without them a slice that is normed by itself
+    /// keeps the size that gives it.
     ///
     /// # Panics
     /// If the ranks do not divide the latent.
@@ -125,7 +92,7 @@ impl LatentWeights {
         shape: &MlaShape,
         sharing: &Sharing,
         moments: Option<&LatentMoments>,
-    ) -> Result<Vec<RankTensors>, FactorError> {
+    ) -> Vec<RankTensors> {
         let r = self.rank();
         assert!(sharing.ranks > 0 && r.is_multiple_of(sharing.ranks), "ranks divide the latent");
         let gain = self.gain.clone().unwrap_or_else(|| Array1::ones(r));
@@ -133,24 +100,16 @@ impl LatentWeights {
             Some(moments) if !sharing.shared_rms && self.gain.is_some() => rms_corrections(moments, sharing.ranks),
             _ => vec![1.0; sharing.ranks],
         };
-        let covariance = match (sharing.scores, moments) {
-            (Scores::Fitted, Some(m)) if sharing.ranks > 1 => Some(m.covariance()),
-            _ => None,
-        };
         let head = shape.qk_nope_head_dim + shape.v_head_dim;
         let mut out = Vec::with_capacity(sharing.ranks);
         for (t, correction) in corrections.iter().enumerate() {
             let columns = sharing.columns(r, t);
             let mut kv_b = self.kv_b.slice(s![.., columns.clone()]).to_owned();
-            if let Some(covariance) = &covariance {
-                let rest = estimate(covariance.view(), &columns)?;
-                // Scores read `kv_b diag(gain) n`, and the rank multiplies its slice by its own gain.
-                let keys = matmul(&(&self.kv_b * &gain), &rest);
-                for (i, mut row) in kv_b.rows_mut().into_iter().enumerate() {
-                    if i % head < shape.qk_nope_head_dim {
-                        row.assign(&keys.row(i));
-                        row.zip_mut_with(&gain.slice(s![columns.clone()]), |k, g| *k = if *g == 0.0 { 0.0 } else { *k / g });
-                    }
+            if sharing.logit_scale != 1.0 {
+                for (_, mut row) in
+                    kv_b.rows_mut().into_iter().enumerate().filter(|(i, _)| i % head < shape.qk_nope_head_dim)
+                {
+                    row *= sharing.logit_scale;
                 }
             }
             let own = gain.slice(s![columns.clone()]).iter().map(|g| (g * correction) as f32).collect();
@@ -160,21 +119,14 @@ impl LatentWeights {
                 kv_b: kv_b.mapv(|x| x as f32),
             });
         }
-        Ok(out)
+        out
     }
-}
-
-/// The best linear estimate of a whole latent from a slice of it, `E[n | n_S] = M n_S`, `M = C[:, S] C[S, S]^-1` `[r, r/T]`,
-/// for a centred latent: a constant moves every score of a row alike, which the softmax does not see.
-fn estimate(covariance: ArrayView2<'_, f64>, columns: &Range<usize>) -> Result<Array2<f64>, FactorError> {
-    let across = covariance.slice(s![.., columns.clone()]).to_owned();
-    let own = covariance.slice(s![columns.clone(), columns.clone()]).to_owned();
-    solve_right_spd(&own, &across, 1e-6, "covariance of a slice of the latent").map(|(m, _)| m)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::factor::linalg::matmul;
 
     fn shape(rank: usize) -> MlaShape {
         MlaShape {
@@ -207,15 +159,15 @@ mod tests {
 
     fn moments(rank: usize) -> LatentMoments {
         let n = sample(200, rank, 5);
-        LatentMoments { mean: n.mean_axis(Axis(0)).unwrap(), second: matmul(&n.t(), &n) / 200.0 }
+        LatentMoments { mean: n.mean_axis(Axis(0)).unwrap(), second: matmul(&n.t(), &n) / 200.0, queries: Array2::eye(rank) }
     }
 
     #[test]
     fn slices_side_by_side_are_the_whole() {
         let (w, m) = (weights(12), moments(12));
         for ranks in [1, 2, 3, 4, 6, 12] {
-            let sharing = Sharing { ranks, shared_rms: true, scores: Scores::Slice };
-            let parts = w.ranks(&shape(12), &sharing, Some(&m)).unwrap();
+            let sharing = Sharing { ranks, shared_rms: true, logit_scale: 1.0 };
+            let parts = w.ranks(&shape(12), &sharing, Some(&m));
             let views: Vec<_> = parts.iter().map(|p| p.kv_b.view()).collect();
             assert_eq!(ndarray::concatenate(Axis(1), &views).unwrap(), w.kv_b.mapv(|x| x as f32));
             assert_eq!(parts.iter().flat_map(|p| p.columns.clone()).collect::<Vec<_>>(), (0..12).collect::<Vec<_>>());
@@ -223,31 +175,13 @@ mod tests {
     }
 
     #[test]
-    fn fitted_scores_leave_values_alone_and_are_the_best_linear_ones() {
-        let (w, m) = (weights(12), moments(12));
-        let sharing = Sharing { ranks: 3, shared_rms: true, scores: Scores::Fitted };
-        let gain = w.gain.clone().unwrap();
-        let n = sample(200, 12, 5) - &m.mean;
-        for part in w.ranks(&shape(12), &sharing, Some(&m)).unwrap() {
-            let own = n.slice(s![.., part.columns.clone()]).to_owned() * &gain.slice(s![part.columns.clone()]);
-            for i in 0..w.kv_b.nrows() {
-                let row = part.kv_b.row(i).mapv(f64::from);
-                let plain = w.kv_b.slice(s![i, part.columns.clone()]);
-                if i % 5 >= 3 {
-                    assert!((&row - &plain).iter().all(|d| d.abs() < 1e-6));
-                    continue;
-                }
-                let want = (&n * &gain).dot(&w.kv_b.row(i));
-                let error = |k: &Array1<f64>| (&own.dot(k) - &want).mapv(|e| e * e).sum();
-                // No step away from the fit is better, beyond what the ridge and f32 leave.
-                for j in 0..row.len() {
-                    for step in [-0.05, 0.05] {
-                        let mut other = row.clone();
-                        other[j] += step;
-                        assert!(error(&row) <= error(&other), "row {i}");
-                    }
-                }
-                assert!(error(&row) <= error(&plain.to_owned()));
+    fn a_logit_scale_is_on_keys_alone() {
+        let w = weights(12);
+        let sharing = Sharing { ranks: 3, shared_rms: true, logit_scale: 2.0 };
+        for part in w.ranks(&shape(12), &sharing, None) {
+            for (i, row) in part.kv_b.rows().into_iter().enumerate() {
+                let plain = w.kv_b.slice(s![i, part.columns.clone()]).mapv(|v| v as f32);
+                assert_eq!(row, plain * if i % 5 < 3 { 2.0 } else { 1.0 });
             }
         }
     }
@@ -267,7 +201,11 @@ mod tests {
     #[test]
     fn turned_moments_are_those_of_turned_latents() {
         let n = sample(50, 8, 3);
-        let of = |n: &Array2<f64>| LatentMoments { mean: n.mean_axis(Axis(0)).unwrap(), second: matmul(&n.t(), n) / 50.0 };
+        let of = |n: &Array2<f64>| LatentMoments {
+            mean: n.mean_axis(Axis(0)).unwrap(),
+            second: matmul(&n.t(), n) / 50.0,
+            queries: matmul(&n.t(), n),
+        };
         let turn = Turn::hadamard(8);
         let mut turned = n.clone();
         turn.apply(turned.view_mut());

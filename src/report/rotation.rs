@@ -39,7 +39,7 @@ fn energies(r: &RotationReport) -> Option<String> {
     let all = || r.layers.iter().flat_map(|l| l.slice_energy.iter().copied());
     let (least, most) = (all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max));
     (most > 0.0 && r.settings.slices > 1)
-        .then(|| format!("a slice holds {} to {} of a layer's latent", units::percent(least), units::percent(most)))
+        .then(|| format!("a slice holds {} to {} of what a layer's queries read", units::percent(least), units::percent(most)))
 }
 
 /// `README.md` of a rotated folder.
@@ -70,7 +70,7 @@ pub fn shards(r: &ShardReport, width: usize) -> String {
     t.row(["transform", &r.transform]);
     t.row(["slices", &r.order]);
     let rms = if r.settings.sharing.shared_rms { "the whole latent's" } else { "the slice's own" };
-    t.row(["norm", &format!("by {rms} root mean square; scores: {}", r.settings.sharing.scores)]);
+    t.row(["norm", &format!("by {rms} root mean square; scores of a slice times {}", r.settings.sharing.logit_scale)]);
     for rank in &r.ranks {
         let (begin, last) = (rank.latent_begin, rank.latent_end - 1);
         t.row([

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::table::Table;
 use super::{SCHEMA_VERSION, units};
-use crate::latent::{Scores, Transform};
+use crate::latent::Transform;
 use crate::verify::{Comparison, Failure, SharedOut, SlicedComparison, SlicedFigures, Thresholds};
 
 /// A single rank holds the whole latent, so that nothing may change but the order of sums.
@@ -50,8 +50,8 @@ pub struct SlicedCase {
     pub tp: usize,
     /// Whether ranks share the root mean square.
     pub shared_rms: bool,
-    /// How a rank makes scores.
-    pub scores: Scores,
+    /// Factor on the part of a rank's scores that comes from its slice.
+    pub logit_scale: f64,
     /// Figures.
     #[serde(flatten)]
     pub figures: SlicedFigures,
@@ -74,14 +74,14 @@ impl SlicedVerification {
         let case = |(way, figures): (&SharedOut, &SlicedFigures)| {
             let mut failed = figures.against_source.verdict(&thresholds).failures;
             let (found, allowed) = (figures.max_abs_dlogit_whole, ONE_RANK);
-            if way.sharing.ranks == 1 && !(found <= allowed) {
+            if way.sharing.ranks == 1 && way.sharing.logit_scale == 1.0 && (found.is_nan() || found > allowed) {
                 failed.push(Failure { measure: "max_abs_dlogit_whole", found, allowed });
             }
             SlicedCase {
                 transform: way.transform,
                 tp: way.sharing.ranks,
                 shared_rms: way.sharing.shared_rms,
-                scores: way.sharing.scores,
+                logit_scale: way.sharing.logit_scale,
                 figures: *figures,
                 cache_bytes_per_token_per_rank: 2 * layers * figures.cache_values_per_rank,
                 failed,
@@ -113,7 +113,7 @@ impl SlicedVerification {
     /// For the terminal.
     pub fn text(&self, width: usize) -> String {
         let mut t = Table::new(&[
-            "transform", ">ranks", "rms", "scores", ">cache/rank", ">of whole", ">bytes/rank", ">perplexity", ">cost, nats",
+            "transform", ">ranks", "rms", ">scale", ">cache/rank", ">of whole", ">bytes/rank", ">perplexity", ">cost, nats",
             ">KL to whole", ">same token",
         ]);
         let bytes = |values: usize| units::bytes(2 * (values * self.layers) as u64);
@@ -136,7 +136,7 @@ impl SlicedVerification {
                 c.transform.name().to_owned(),
                 c.tp.to_string(),
                 if c.shared_rms { "shared" } else { "own" }.to_owned(),
-                c.scores.name().to_owned(),
+                c.logit_scale.to_string(),
                 f.cache_values_per_rank.to_string(),
                 units::percent(f.cache_values_per_rank as f64 / self.cache_values as f64),
                 bytes(f.cache_values_per_rank),

@@ -30,15 +30,15 @@ pub enum VerifyError {
         /// Windows given.
         windows: usize,
     },
-    /// A layer's latent could not be shared out.
+    /// A layer's latent has no principal directions.
     #[error("layer {layer}: {error}")]
-    Slicing {
+    Turning {
         /// Layer index.
         layer: usize,
         /// Why.
         error: crate::factor::FactorError,
     },
-    /// Principal directions or fitted scores without calibration.
-    #[error("principal directions and fitted scores need the latents' moments on calibration text\n\nhint: give some with `--calib`")]
+    /// Principal directions without calibration.
+    #[error("principal directions need the latents' moments on calibration text\n\nhint: give some with `--calib`")]
     NoMoments,
 }

@@ -8,7 +8,6 @@ use super::compare::{Sums, max_abs_dlogit};
 use super::perplexity::{BLOCK, Evaluation};
 use super::rows::{RowPair, next_tokens};
 use super::{Comparison, VerifyError};
-use crate::factor::FactorError;
 use crate::latent::{LatentMoments, LatentWeights, Sharing, Transform, Turn, principal};
 use crate::observe::{Event, Observer};
 use crate::runtime::{AttentionTensors, Backend, Layer, LayerTensors, Model, RuntimeError};
@@ -65,7 +64,7 @@ pub struct SlicedComparison {
 /// by one over a cache per rank, and compared (`cached_vs_full_max_abs_dlogit`). Figures are over decoded tokens: those
 /// behind the prompt.
 ///
-/// `moments` are the latents' on calibration text, one per layer; PCA and fitted scores need them.
+/// `moments` are the latents' on calibration text, one per layer; PCA needs them.
 ///
 /// Phases reported: `source`, `converted` (one step per layer), `logits`.
 ///
@@ -213,12 +212,11 @@ impl Streams {
             let layer = Layer::new(backend, arch, tensors.clone()).map_err(run)?;
             layer.forward(&mut out.whole, &lengths).map_err(run)?;
             model.check_layer(index, out.whole.view()).map_err(run)?;
-            let mut turned: Option<(Transform, usize, Layer<'_, B>, LatentWeights, Option<LatentMoments>)> = None;
+            let mut turned: Option<(Transform, Layer<'_, B>, LatentWeights, Option<LatentMoments>)> = None;
             for (i, case) in cases.iter().enumerate() {
                 let sharing = &case.sharing;
-                let fit = |error: FactorError| VerifyError::Slicing { layer: index, error };
                 let known = turned.as_ref().is_some_and(|t| {
-                    t.0 == case.transform && (t.0 != Transform::Pca || t.1 == sharing.ranks)
+                    t.0 == case.transform
                 });
                 if !known {
                     let Some(mut weights) = LatentWeights::of(&tensors.attention) else { continue };
@@ -227,7 +225,8 @@ impl Streams {
                         (Transform::None, _) => Turn::None,
                         (Transform::Hadamard, _) => Turn::hadamard(shape.kv_lora_rank),
                         (Transform::Pca, Some(own)) => {
-                            principal(&own.second, sharing.ranks).map_err(fit)?.0
+                            let fault = |error| VerifyError::Turning { layer: index, error };
+                            principal(&own.queries).map_err(fault)?.0
                         }
                         (Transform::Pca, None) => return Err(VerifyError::NoMoments),
                     };
@@ -237,10 +236,10 @@ impl Streams {
                         weights.install(t);
                     }
                     let layer = Layer::new(backend, arch, tensors).map_err(run)?;
-                    turned = Some((case.transform, sharing.ranks, layer, weights, own.map(|m| m.turned(&turn))));
+                    turned = Some((case.transform, layer, weights, own.map(|m| m.turned(&turn))));
                 }
-                let Some((_, _, layer, weights, moments)) = &turned else { continue };
-                let ranks = weights.ranks(shape, sharing, moments.as_ref()).map_err(fit)?;
+                let Some((_, layer, weights, moments)) = &turned else { continue };
+                let ranks = weights.ranks(shape, sharing, moments.as_ref());
                 let ranks = layer.ranks(ranks, sharing.shared_rms).map_err(run)?;
                 layer.forward_sliced(&mut out.cases[i], &lengths, prefill, &ranks).map_err(run)?;
                 model.check_layer(index, out.cases[i].view()).map_err(run)?;
