@@ -38,6 +38,19 @@ macro_rules! product {
 product!(matmul, f64, "`a * b` in f64.");
 product!(matmul_f32, f32, "`a * b` in f32.");
 
+/// `out += alpha * a * b` in f64.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn matmul_add<A: Data<Elem = f64>, B: Data<Elem = f64>>(
+    out: &mut Array2<f64>,
+    alpha: f64,
+    a: &ArrayBase<A, Ix2>,
+    b: &ArrayBase<B, Ix2>,
+) {
+    strided(out.view_mut(), Accum::Add, a.view(), b.view(), alpha, Par::rayon(0));
+}
+
 /// `out = a * b` in f32, on the rayon pool, for views of any layout.
 ///
 /// # Panics

@@ -4,6 +4,7 @@
 
 pub mod engines;
 pub mod heatmap;
+pub mod rotation;
 pub mod svg;
 pub mod table;
 pub mod text;
@@ -16,6 +17,7 @@ mod devices;
 mod inspect;
 mod kv_table;
 mod methods;
+mod sliced;
 mod speed;
 mod verification;
 mod xkv;
@@ -27,6 +29,7 @@ pub use devices::DeviceList;
 pub use inspect::{InspectedExperts, InspectedMla, InspectedModel, TargetOption};
 pub use kv_table::KvRow;
 pub use methods::{MethodComparison, MethodFigures, MethodRow};
+pub use sliced::{SlicedCase, SlicedVerification};
 pub use speed::{BenchReport, BenchRow, CompressedPrompt, GenerationReport, Rate};
 pub use verification::{Evaluation, Verification};
 pub use xkv::XkvReport;

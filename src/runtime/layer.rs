@@ -28,12 +28,12 @@ pub struct MlpTrace {
 ///
 /// Methods take activations `[T, D]` of windows that lie under each other, with their lengths in `windows`.
 pub struct Layer<'b, B: Backend> {
-    backend: &'b B,
+    pub(super) backend: &'b B,
     hidden: usize,
     norm_eps: f64,
     rope: Rope,
     input_norm: Option<B::Tensor>,
-    attention: AttentionBlock<B::Tensor>,
+    pub(super) attention: AttentionBlock<B::Tensor>,
     attention_out_norm: Option<B::Tensor>,
     post_norm: Option<B::Tensor>,
     mlp: FeedForward<'b, B::Tensor>,
@@ -173,6 +173,22 @@ impl<'b, B: Backend> Layer<'b, B> {
     pub fn raw_kv(&self, x: ArrayView2<'_, f32>) -> Result<RawKv, RuntimeError> {
         self.check(x, self.hidden, None)?;
         self.attention.raw(self.backend, &self.backend.upload_view(x))
+    }
+
+    /// What MLA caches for `x [T, D]` ([`Layer::attention_input`]): `[T, r + d_R]`, the normed latent times its gain, then
+    /// the rotated shared key. Not chunked.
+    ///
+    /// # Errors
+    /// As [`Layer::attention_output`]; [`RuntimeError::Variant`] for a GQA layer.
+    pub fn latents(&self, x: ArrayView2<'_, f32>, windows: &[usize]) -> Result<Array2<f32>, RuntimeError> {
+        self.check(x, self.hidden, Some(windows))?;
+        let (rotation, positions) = self.rotation(windows);
+        self.backend.download(self.attention.latents(
+            self.backend,
+            &self.backend.upload_view(x),
+            &rotation,
+            &positions,
+        )?)
     }
 
     /// Norm and MLP of the hidden state after attention: `[T, D]`, to be added to it.

@@ -139,6 +139,14 @@ pub struct LayerTensors {
 }
 
 impl LayerTensors {
+    /// Gain of the latent's norm; empty in a GQA layer and where the class norms no latent.
+    pub fn latent_gain(&self) -> &[f32] {
+        match &self.attention {
+            AttentionTensors::Mla(t) => &t.kv_a_norm,
+            AttentionTensors::Gqa(_) => &[],
+        }
+    }
+
     /// Gain of the input norm of layer `layer` alone, offset included; empty where the family has no such norm.
     ///
     /// # Errors
