@@ -26,6 +26,7 @@ pub mod resume;
 mod values;
 mod verify;
 mod verify_files;
+mod weight_options;
 
 use std::path::PathBuf;
 

@@ -17,6 +17,8 @@ mod sink;
 mod state;
 mod streams;
 mod survey;
+mod weight_settings;
+mod weights;
 mod widths;
 
 pub use error::ConvertError;
@@ -27,3 +29,4 @@ pub use settings::{
     Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, Padding, Profile, RopeGrid, Steps,
     TargetKind,
 };
+pub use weight_settings::{LayerCount, MlaLayers, WeightSettings};

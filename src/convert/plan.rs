@@ -77,6 +77,12 @@ pub struct LayerReport {
     pub rope_loss: f64,
     /// Share of the joint key/value energy outside the latent.
     pub rank_loss: f64,
+    /// Rank of keys and values, where ranks differ by layer or may be padded with zeros.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_rank: Option<usize>,
+    /// Rank of the queries, where they go through a latent of a method's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub q_rank: Option<usize>,
     /// Anything out of the ordinary: regularisation, rejected refinement.
     pub notes: Vec<String>,
 }
@@ -193,6 +199,8 @@ fn flops(job: &Job<'_>, tokens: usize) -> f64 {
     l * match job.settings.method {
         Method::Exact => 0.0,
         Method::Transmla | Method::Care => source + moments + solve,
+        // Decompositions of the queries and of keys and values, once for the ranks and once for the factors.
+        Method::XEcomla | Method::Mha2mla => source + moments + 2.0 * solve + 30.0 * q.min(d).powi(2) * q.max(d),
         Method::AttentionAware => {
             let pooled = arch.heads as f64 * 2.0 * t * rank * (rank + seq);
             2.0 * source + moments + pooled + 4.0 * t * q * (q + d) + 3.0 * solve

@@ -11,6 +11,7 @@ use super::sink::Sink;
 use super::state::{Parked, StateFile};
 use super::streams::{SourceLayer, SourcePass, Stream, first_windows, input_gain};
 use super::survey::{Survey, output_error, published_layer, survey};
+use super::weights;
 use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, Plan, TargetKind};
 use crate::arch::{Architecture, load_attention_source};
 use crate::calibrate::{Moments, calibration_windows, read_texts};
@@ -49,13 +50,18 @@ fn windows(job: &Job<'_>, observer: &dyn Observer) -> Result<Vec<Vec<u32>>, Conv
     if calibration.samples == 0 {
         return Err(ConvertError::refused("--calib-samples 0 leaves nothing to calibrate on", "128 is the default"));
     }
-    let (rope, rank) = job.splits[0];
+    // Nothing is fitted to the text but norms, where there are some.
+    let measured = job.settings.method.from_weights() && job.arch.qk_norm.is_none();
+    if measured {
+        calibration.samples = calibration.samples.min(weights::MEASURED_WINDOWS);
+    }
+    let (rope, rank) = if measured { (0, 0) } else { job.splits[0] };
     let needed = 4 * (rope + rank);
     let tokenizer = job.source.tokenizer()?;
     let texts = read_texts(&calibration.files)?;
     let why = format!(", four for each of the {} cached values", rope + rank);
     let windows = calibration_windows(&tokenizer, &texts, &calibration, needed, &why)?;
-    if windows.len() < calibration.samples {
+    if windows.len() < calibration.samples && !measured {
         observer.event(Event::Note(format!(
             "the calibration text holds {} windows of {} tokens, {} were asked for",
             windows.len(),
@@ -79,7 +85,7 @@ pub fn plan(
 ) -> Result<Plan, ConvertError> {
     let mut job = Job::prepare(source, arch, settings)?;
     let windows = windows(&job, observer)?;
-    let open = job.splits.len() > 1 || settings.method != Method::Exact && predict;
+    let open = job.splits.len() > 1 || weights::ranks_open(settings) || settings.method != Method::Exact && predict;
     let found = if open {
         survey(&mut job, &Device::open(settings.device)?, &windows, predict, observer)?
     } else {
@@ -194,7 +200,7 @@ fn stream_names(job: &Job<'_>) -> &'static [&'static str] {
     match job.settings.method {
         Method::Exact => &[],
         Method::AttentionAware if job.settings.steps.converted_stream => &[SOURCE, CONVERTED],
-        Method::AttentionAware | Method::Transmla | Method::Care => &[SOURCE],
+        Method::AttentionAware | Method::Transmla | Method::Care | Method::XEcomla | Method::Mha2mla => &[SOURCE],
     }
 }
 
@@ -418,6 +424,17 @@ impl Run<'_> {
                     }
                     (out.layer, source.gain, out.report)
                 }
+                Some(stream) if job.settings.method.from_weights() => {
+                    let mut source = SourceLayer::load(job, backend, index)?;
+                    let (layer, report, output) =
+                        weights::convert_on_stream(job, found, index, &mut source, stream.stream()?)?;
+                    stream.release(spill);
+                    if !last {
+                        source.advance(stream.change()?, &output)?;
+                        stream.settle(index + 1, spill, &mut saved)?;
+                    }
+                    (layer, source.gain, report)
+                }
                 Some(stream) => {
                     // As published, keys and values are compressed on what reaches the layer behind layers that lost
                     // rotations but are not compressed yet. One stream serves both steps.
@@ -448,10 +465,10 @@ impl Run<'_> {
                     let report = LayerReport {
                         layer: index,
                         predicted_error: error,
-                        measured_error: None,
                         rope_loss: out.rope_loss,
                         rank_loss: out.rank_loss,
                         notes: explained.map(|e| e.note()).into_iter().collect(),
+                        ..LayerReport::default()
                     };
                     (out.layer, source.gain, report)
                 }

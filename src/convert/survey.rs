@@ -6,6 +6,7 @@ use ndarray::{Array2, ArrayView2};
 use super::aware::{Inputs, convert_layer};
 use super::head_norms::survey_norms;
 use super::streams::{SourceLayer, Stream};
+use super::weights;
 use super::widths::folds;
 use super::{ConvertError, Job, Method, RopeGrid};
 use crate::arch::AttentionSource;
@@ -29,6 +30,8 @@ pub(super) struct Survey {
     pub slots: Vec<usize>,
     /// FreqFold.
     pub fold: usize,
+    /// What methods that factorise weights need to know.
+    pub weights: Option<weights::Found>,
     /// Mean relative error of the trial layers, for what was chosen.
     pub predicted_error: Option<f64>,
 }
@@ -50,16 +53,18 @@ pub(super) fn survey(
         Method::Exact => Ok(Survey::default()),
         Method::Transmla | Method::Care => survey_fold(job, backend, &few, measure, observer),
         Method::AttentionAware => survey_slots(job, backend, &few, measure, observer),
+        Method::XEcomla | Method::Mha2mla => weights::survey_weights(job, backend, &few, measure, observer),
     }
 }
 
-fn trial_layers(layers: usize) -> Vec<usize> {
+/// Layers that are converted on trial.
+pub(super) fn trial_layers(layers: usize) -> Vec<usize> {
     let count = layers.min(TRIAL_LAYERS);
     (0..count).map(|i| (2 * i + 1) * layers / (2 * count)).collect()
 }
 
 /// Run the source over the survey's windows, handing each layer to `look`.
-fn walk(
+pub(super) fn walk(
     job: &Job<'_>,
     backend: &Device,
     windows: &[Vec<u32>],
@@ -130,7 +135,7 @@ fn survey_fold(
             list.join(", ")
         ));
     }
-    Ok(Survey { fold: candidates[best], predicted_error: Some(errors[best]), slots: Vec::new() })
+    Ok(Survey { fold: candidates[best], predicted_error: Some(errors[best]), ..Survey::default() })
 }
 
 /// Index of the least error, the first of equals.
@@ -251,5 +256,5 @@ fn survey_slots(
     }
     let (rope, rank, slots) = candidates.into_iter().nth(best).unwrap_or_default();
     job.set_split(rope, rank);
-    Ok(Survey { slots, fold: 0, predicted_error: Some(errors[best]) })
+    Ok(Survey { slots, predicted_error: Some(errors[best]), ..Survey::default() })
 }

@@ -7,6 +7,7 @@ pub mod norm;
 pub mod refit;
 pub mod rotate;
 pub mod slots;
+pub mod svd;
 
 /// Errors of a factorisation.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
