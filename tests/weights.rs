@@ -353,16 +353,20 @@ fn biases_and_norms_and_partial_rotation_are_carried() {
     ] {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let (stock, remote) = (dir.path().join("stock"), dir.path().join("remote"));
-        // These fixtures have no tokenizer: any text of bytes will do.
         let from = dir.path().join("from");
         fs_err::create_dir(&from).expect("made");
         for entry in fs_err::read_dir(fixture(name)).expect("readable").flatten() {
             fs_err::copy(entry.path(), from.join(entry.file_name())).expect("copied");
         }
-        if !from.join("tokenizer.json").exists() {
-            fs_err::copy(fixture("pico-trained").join("tokenizer.json"), from.join("tokenizer.json")).expect("copied");
-        }
-        let s = |target| ConvertSettings { target, ..settings(method) };
+        fs_err::copy(fixture("pico-trained").join("tokenizer.json"), from.join("tokenizer.json")).expect("copied");
+        // Bytes that the small vocabularies have.
+        let text = dir.path().join("text.txt");
+        fs_err::write(&text, "THE RIVER BENDS TWICE BEFORE 1900 AND 1950. ".repeat(60)).expect("written");
+        let s = |target| {
+            let mut s = ConvertSettings { target, ..settings(method) };
+            s.calibration.files = vec![text.clone()];
+            s
+        };
         run(&from, &stock, &s(TargetKind::DeepseekV3)).unwrap_or_else(|e| panic!("{name}: {e}"));
         run(&from, &remote, &s(TargetKind::HfRemote)).unwrap_or_else(|e| panic!("{name}: {e}"));
         let tokens: Vec<u32> = (0..40).map(|i| i * 5 % 60).collect();

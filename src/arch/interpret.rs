@@ -6,8 +6,8 @@ use super::config::Config;
 use super::family::{AttentionKind, MoeKeys, QkNormRule};
 use super::scale::evaluate;
 use super::{
-    Activation, ArchError, Architecture, Attention, Family, GqaShape, MlaShape, Moe, Multipliers, QkNormScope, Rope,
-    RopeLayout, TensorNames,
+    Activation, ArchError, Architecture, Attention, Family, GqaShape, Hybrid, MlaShape, Moe, Multipliers, QkNormScope,
+    Rope, RopeLayout, TensorNames,
 };
 use crate::source::Dtype;
 
@@ -87,7 +87,12 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
             names.remove(role);
         }
     }
+    let hybrid = match &family.hybrid {
+        Some(key) => Hybrid::read(config, key, layers, heads)?,
+        None => None,
+    };
     Ok(Architecture {
+        hybrid,
         family: family.name.clone(),
         model_type: model_type.to_owned(),
         hidden,

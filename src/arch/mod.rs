@@ -7,6 +7,7 @@ mod attention;
 mod config;
 mod error;
 mod family;
+mod hybrid;
 mod interpret;
 mod rope;
 mod scale;
@@ -17,6 +18,7 @@ mod wrapper;
 pub use attention::{AttentionSource, load_attention_source};
 pub use error::ArchError;
 pub use family::{Family, QkNormScope, known_families};
+pub use hybrid::Hybrid;
 pub(crate) use rope::base_power;
 pub use rope::{LongRope, Rope, RopeLayout};
 pub use tensors::{ExpectedTensor, LayerNames, Part, TensorNames, check_tensors};
@@ -56,6 +58,8 @@ pub struct Architecture {
     pub rope: Rope,
     /// Attention variant.
     pub attention: Attention,
+    /// Layers of an MLA model that are not MLA.
+    pub hybrid: Option<Hybrid>,
     /// Tensor names.
     pub names: TensorNames,
     /// Dtype the config claims for its weights.
@@ -212,7 +216,7 @@ impl Architecture {
         self.moe.as_ref().is_some_and(|m| m.sparse.get(layer) == Some(&true))
     }
 
-    /// Cached values per token per layer: `2 g d` for GQA, `r + d_R` for MLA.
+    /// Cached values per token per layer: `2 g d` for GQA, `r + d_R` for MLA (of a hybrid, its MLA layers).
     pub fn cache_values(&self) -> usize {
         match &self.attention {
             Attention::Gqa(a) => 2 * a.kv_heads * a.head_dim,

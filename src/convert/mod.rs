@@ -7,6 +7,7 @@ mod error;
 mod faults;
 mod frozen;
 mod head_norms;
+mod hybrid;
 mod memory;
 mod plan;
 mod prepare;

@@ -8,11 +8,11 @@ use crate::target::fp8::BLOCK;
 use crate::target::{self, Emission, TargetSpec};
 use crate::write::PlannedTensor;
 
-use super::weights;
 use super::widths::widths;
 use super::{
     ConvertError, ConvertSettings, Method, OutputDtype, Padding, PlannedGeometry, Profile, RopeGrid, TargetKind,
 };
+use super::{hybrid, weights};
 
 /// Up to this many bytes every weight is scanned for NaN before anything starts; above, each layer when it is read.
 const SCAN_FIRST: u64 = 8 << 30;
@@ -66,6 +66,7 @@ impl<'a> Job<'a> {
         check_tensors(arch, &source.tensors)?;
         let mut decisions = Vec::new();
         let exact = settings.method == Method::Exact;
+        let kept = hybrid::kept(settings, arch.layers)?;
         let kind = pick_target(arch, settings, &mut decisions)?;
         let remote = kind == TargetKind::HfRemote;
         let max_position = context(arch, &shape, settings, remote, &mut decisions)?;
@@ -153,6 +154,7 @@ impl<'a> Job<'a> {
             // An amplitude that only part of a head has is divided out of the rest.
             plain_weights: exact && (still == 0 || arch.rope.amplitude == 1.0),
             stream_scale: if remote { 1.0 } else { TargetSpec::stream_scale(arch.norm_eps) },
+            kept,
         };
         let open = weights::ranks_open(settings);
         let splits = if open { splits } else { fitting(splits, &mut spec, settings, &mut decisions)? };
@@ -178,6 +180,17 @@ impl<'a> Job<'a> {
     /// Cache values per token per layer of the output.
     pub fn cache_values(&self) -> usize {
         self.spec.output().kv_lora_rank + self.spec.output().qk_rope_head_dim
+    }
+
+    /// Layers that become MLA.
+    pub fn mla_layers(&self) -> Vec<usize> {
+        (0..self.arch.layers).filter(|i| !self.spec.keeps(*i)).collect()
+    }
+
+    /// Cache values per token of the output, all layers.
+    pub fn cache_values_per_token(&self) -> usize {
+        let converted = self.mla_layers().len();
+        converted * self.cache_values() + (self.arch.layers - converted) * self.arch.cache_values()
     }
 
     /// Refuse a tensor that holds NaN or infinity, where the first scan did not look at it.
@@ -261,6 +274,7 @@ fn pick_target(
     let linear = settings.method != Method::Exact;
     let asked = settings.target;
     let (kind, why) = match asked {
+        _ if settings.mla_layers.is_some() => (hybrid::target(settings)?, "it holds layers of both kinds".to_owned()),
         TargetKind::Auto => target::choose(arch, linear),
         kind => (kind, String::new()),
     };

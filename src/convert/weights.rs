@@ -4,7 +4,7 @@ use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
 use super::streams::{SourceLayer, Stream, first_windows};
-use super::survey::{Survey, output_error, trial_layers, walk};
+use super::survey::{Survey, convert_on_trial, output_error, trial_layers, walk};
 use super::widths::default_budget;
 use super::{ConvertError, ConvertSettings, Job, LayerReport, Method, RopeGrid};
 use crate::arch::{Architecture, AttentionSource, GqaShape, Rope, load_attention_source};
@@ -276,11 +276,9 @@ pub(super) fn survey_weights(
     if measure {
         let trial = trial_layers(job.arch.layers);
         let mut total = 0.0;
-        walk(job, backend, windows, observer, false, |index, layer, pass, lengths| {
+        walk(job, backend, windows, observer, false, |index, layer, pass, stream| {
             if trial.contains(&index) {
-                let made = convert(job, &survey, index, &layer.attention).map_err(ConvertError::layer(index))?;
-                let cap = layer.attention.score_softcap;
-                total += output_error(&made.layer, cap, pass.x.view(), lengths, &pass.output);
+                total += convert_on_trial(job, &survey, index, layer, pass, &stream.windows)?;
             }
             Ok(())
         })?;

@@ -19,7 +19,7 @@ mod verification;
 pub use card::card;
 pub use check::Check;
 pub use devices::DeviceList;
-pub use inspect::{InspectedMla, InspectedModel, TargetOption};
+pub use inspect::{InspectedGqa, InspectedMla, InspectedModel, TargetOption};
 pub use methods::{MethodComparison, MethodFigures, MethodRow};
 pub use speed::{BenchReport, BenchRow, GenerationReport, Rate};
 pub use verification::{Evaluation, Verification};

@@ -73,7 +73,8 @@ impl<'a, B: Backend> Model<'a, B> {
     /// # Errors
     /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
     pub fn layer(&self, index: usize) -> Result<Layer<'a, B>, RuntimeError> {
-        Layer::new(self.backend, self.arch, LayerTensors::load(self.source, self.arch, index)?)
+        let arch = self.arch.at_layer(index);
+        Layer::new(self.backend, &arch, LayerTensors::load(self.source, &arch, index)?)
     }
 
     /// Load the final norm and the output head.
