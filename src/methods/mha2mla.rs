@@ -71,7 +71,7 @@ pub fn convert(
         still.iter().enumerate().flat_map(|(a, rows)| rows.iter().map(move |i| Some(a * d + i))).collect();
     let first = |a: usize| still[..a].iter().map(Vec::len).sum::<usize>();
     let keys = gather(source.wk.view(), &all);
-    let (latent, up_k, up_v, rank_loss) = factors(&keys, &source.wv, rank, kind)?;
+    let Factors { latent, up_k, up_v, rank_loss } = factors(&keys, &source.wv, rank, kind)?;
     let key = |i: usize| {
         let (a, row) = (i / nope_dim / n, i % nope_dim);
         (row < still[a].len()).then(|| first(a) + row)
@@ -102,20 +102,29 @@ pub fn convert(
     })
 }
 
-/// Down-projection `V_r^T` `[r, D]`, up-projections `U_r S_r` of keys `[rows of keys, r]` and values `[g d, r]`, and the
-/// share of energy that is lost.
-fn factors(
-    keys: &Array2<f64>,
-    values: &Array2<f64>,
-    rank: usize,
-    kind: SvdKind,
-) -> Result<(Array2<f64>, Array2<f64>, Array2<f64>, f64), MethodError> {
+/// Keys without rotation and values through one latent.
+struct Factors {
+    /// `V_r^T`, `[r, D]`.
+    latent: Array2<f64>,
+    /// `U_r S_r` of the keys, `[rows of keys, r]`.
+    up_k: Array2<f64>,
+    /// `U_r S_r` of the values, `[g d, r]`.
+    up_v: Array2<f64>,
+    /// Share of energy that is lost.
+    rank_loss: f64,
+}
+
+fn factors(keys: &Array2<f64>, values: &Array2<f64>, rank: usize, kind: SvdKind) -> Result<Factors, MethodError> {
     let rows = keys.nrows();
     if kind == SvdKind::Joint {
         let joint = svd(&concatenate![Axis(0), *keys, *values], "joint keys and values")?;
         let up = joint.scaled_left(rank, rank);
-        let (k, v) = (up.slice(s![..rows, ..]).to_owned(), up.slice(s![rows.., ..]).to_owned());
-        return Ok((joint.right(rank, rank), k, v, joint.lost(rank)));
+        return Ok(Factors {
+            latent: joint.right(rank, rank),
+            up_k: up.slice(s![..rows, ..]).to_owned(),
+            up_v: up.slice(s![rows.., ..]).to_owned(),
+            rank_loss: joint.lost(rank),
+        });
     }
     let (of_keys, of_values) = SvdKind::split(rank);
     let (k, v) = (svd(keys, "keys without rotation")?, svd(values, "values")?);
@@ -126,6 +135,6 @@ fn factors(
     up_v.slice_mut(s![.., of_keys..]).assign(&v.scaled_left(of_values, of_values));
     let energy = |s: &[f64]| s.iter().map(|x| x * x).sum::<f64>();
     let (a, b) = (energy(&k.s), energy(&v.s));
-    let lost = if a + b > 0.0 { (a * k.lost(of_keys) + b * v.lost(of_values)) / (a + b) } else { 0.0 };
-    Ok((latent, up_k, up_v, lost))
+    let rank_loss = if a + b > 0.0 { (a * k.lost(of_keys) + b * v.lost(of_values)) / (a + b) } else { 0.0 };
+    Ok(Factors { latent, up_k, up_v, rank_loss })
 }
