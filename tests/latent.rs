@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use gqa2mla::arch::{Architecture, check_tensors};
 use gqa2mla::convert::{CalibrationSettings, ConvertSettings, OutputDtype, TargetKind, convert};
 use gqa2mla::latent::{
-    LatentWeights, RotateSettings, RotationReport, ShardReport, ShardSettings, Sharing, Transform,
-    latent_moments, latent_windows, rotate, shard,
+    LatentWeights, RotateSettings, RotationReport, ShardReport, ShardSettings, Sharing, Transform, latent_moments,
+    latent_windows, rotate, shard,
 };
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, DeviceChoice, LayerTensors, Model};
@@ -274,14 +274,16 @@ fn rank_files_hold_what_the_runtime_runs_and_add_up_to_the_model() {
         let sharing = Sharing { ranks, shared_rms, logit_scale: 1.0 };
         let report = shard_to(&fixture(name), &to, sharing).expect("shards");
         assert!(verify_manifest(&to).expect("a manifest").is_clean());
-        let stored: Value = serde_json::from_slice(&fs_err::read(to.join("tpla.json")).expect("written")).expect("JSON");
+        let stored: Value =
+            serde_json::from_slice(&fs_err::read(to.join("tpla.json")).expect("written")).expect("JSON");
         assert_eq!(stored["ranks"].as_array().map(Vec::len), Some(ranks));
         let (source, arch) = open(&fixture(name));
         let shape = arch.mla().expect("MLA");
         let whole = tensor_bytes(&fixture(name));
         let files: Vec<Vec<u8>> =
             report.ranks.iter().map(|r| fs_err::read(to.join(&r.file)).expect("a rank's file")).collect();
-        let parts: Vec<SafeTensors<'_>> = files.iter().map(|f| SafeTensors::deserialize(f).expect("safetensors")).collect();
+        let parts: Vec<SafeTensors<'_>> =
+            files.iter().map(|f| SafeTensors::deserialize(f).expect("safetensors")).collect();
         for (tensor, (dims, bytes)) in &whole {
             let views: Vec<_> = parts.iter().map(|p| p.tensor(tensor).expect("on every rank")).collect();
             let of = |end: &str| tensor.ends_with(end);
@@ -290,10 +292,12 @@ fn rank_files_hold_what_the_runtime_runs_and_add_up_to_the_model() {
                 // Columns side by side.
                 let rows = dims[0];
                 let joined: Vec<u8> = (0..rows)
-                    .flat_map(|i| views.iter().flat_map(move |v| {
-                        let width = v.shape()[1] * size;
-                        v.data()[i * width..(i + 1) * width].to_vec()
-                    }))
+                    .flat_map(|i| {
+                        views.iter().flat_map(move |v| {
+                            let width = v.shape()[1] * size;
+                            v.data()[i * width..(i + 1) * width].to_vec()
+                        })
+                    })
                     .collect();
                 assert_eq!(&joined, bytes, "{tensor}");
             } else if of("gate_proj.weight") || of("up_proj.weight") {

@@ -107,8 +107,7 @@ impl RotateArgs {
         let model = model::open(&self.model, context)?;
         let command = command(&self.model, &settings);
         let extras = |r: &RotationReport| vec![("README.md".to_owned(), rotation::note(r, &command).into_bytes())];
-        let report =
-            latent::rotate(&model.source, &model.arch, &settings, &self.output, &extras, &context.progress)?;
+        let report = latent::rotate(&model.source, &model.arch, &settings, &self.output, &extras, &context.progress)?;
         context.show(&report, |r| rotation::text(r, width()))?;
         Ok(ExitStatus::Done)
     }
@@ -119,7 +118,8 @@ fn command(model: &str, s: &RotateSettings) -> String {
     let last = |path: &std::path::Path| path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let folder = std::path::Path::new(model);
     let model = if folder.exists() { last(folder) } else { model.to_owned() };
-    let mut out = format!("gqa2mla rotate {} -o OUTPUT --transform {} --slices {}", quoted(&model), s.transform, s.slices);
+    let mut out =
+        format!("gqa2mla rotate {} -o OUTPUT --transform {} --slices {}", quoted(&model), s.transform, s.slices);
     if s.transform == Transform::Pca {
         for file in &s.calibration.files {
             out += &format!(" --calib {}", quoted(&last(file)));

@@ -50,7 +50,9 @@ impl SlicedOptions {
                 (!self.calibration.settings().files.is_empty(), "--calib"),
             ];
             if let Some((_, option)) = ignored.iter().find(|i| i.0) {
-                bail!("{option} says how latents are shared out over ranks\n\nhint: give the number of ranks with `--tp`");
+                bail!(
+                    "{option} says how latents are shared out over ranks\n\nhint: give the number of ranks with `--tp`"
+                );
             }
         }
         Ok(!self.tp.is_empty())

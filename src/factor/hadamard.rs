@@ -252,7 +252,9 @@ mod tests {
 
     #[test]
     fn the_widths_of_latents_are_hadamard_orders() {
-        for n in [1, 2, 4, 12, 20, 28, 36, 64, 96, 128, 136, 144, 160, 192, 224, 256, 320, 384, 448, 512, 576, 768, 1024] {
+        for n in
+            [1, 2, 4, 12, 20, 28, 36, 64, 96, 128, 136, 144, 160, 192, 224, 256, 320, 384, 448, 512, 576, 768, 1024]
+        {
             assert!(Spread::new(n).is_hadamard(), "{n}: {}", Spread::new(n).describe());
         }
         // 92 is the smallest multiple of 4 that neither construction reaches; orders that are no multiple of 4 have none.

@@ -78,7 +78,9 @@ mod tests {
     use crate::factor::linalg::matmul;
 
     fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f64> {
-        Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 37 + j * 101 + i * j * 7 + seed) % 97) as f64 / 48.5 - 1.0)
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            ((i * 37 + j * 101 + i * j * 7 + seed) % 97) as f64 / 48.5 - 1.0
+        })
     }
 
     /// What attention sees of inputs in rows: `kv_b` of the normed latent, and the rotated key's projection.
@@ -111,10 +113,21 @@ mod tests {
             Some(Array1::from_shape_fn(r, |i| 0.1 + (i as f64 * 0.7).sin().abs())),
         ];
         for gain in gains {
-            for turn in [Turn::None, Turn::hadamard(r), Turn::Dense(crate::factor::linalg::eigh(&{
-                let a = sample(30, r, 11);
-                matmul(&a.t(), &a)
-            }, "test").unwrap().1)] {
+            for turn in [
+                Turn::None,
+                Turn::hadamard(r),
+                Turn::Dense(
+                    crate::factor::linalg::eigh(
+                        &{
+                            let a = sample(30, r, 11);
+                            matmul(&a.t(), &a)
+                        },
+                        "test",
+                    )
+                    .unwrap()
+                    .1,
+                ),
+            ] {
                 let before = LatentWeights {
                     kv_a: sample(r + rope, d, 1),
                     bias: Some(Array1::from_shape_fn(r + rope, |i| i as f64 * 0.1)),

@@ -16,10 +16,8 @@ pub use fold::{LatentWeights, common_gain};
 pub use rotate::{
     ROTATION_FILE, ROTATION_SCHEMA, RotateSettings, RotationExtras, RotationReport, TurnedLayer, Turns, rotate,
 };
-pub use shard::{
-    Held, RankEntry, SHARDS_FILE, SHARDS_SCHEMA, ShardReport, ShardSettings, ShardedLayer, shard,
-};
+pub use shard::{Held, RankEntry, SHARDS_FILE, SHARDS_SCHEMA, ShardReport, ShardSettings, ShardedLayer, shard};
 pub use slicing::{Sharing, rms_corrections};
 pub use statistics::{LatentMoments, latent_moments, latent_windows};
-pub use weights::{check_slices, need_mla};
 pub use turn::{Transform, Turn, principal};
+pub use weights::{check_slices, need_mla};

@@ -127,8 +127,7 @@ impl Turns {
                 let mut out = Self { layers: Vec::with_capacity(layers), energies: Vec::with_capacity(layers) };
                 for (layer, m) in moments.iter().enumerate() {
                     let found = principal(&m.queries);
-                    let (turn, energies) =
-                        found.map_err(|e| ConvertError::Layer { layer, source: e.into() })?;
+                    let (turn, energies) = found.map_err(|e| ConvertError::Layer { layer, source: e.into() })?;
                     out.layers.push(turn);
                     out.energies.push(energies);
                 }
@@ -181,9 +180,7 @@ pub fn rotate(
         observer.event(Event::Note(decision.clone()));
     }
     let moments = match settings.transform {
-        Transform::Pca => {
-            Some(latent_moments(source, arch, &Device::open(settings.device)?, &windows, observer)?)
-        }
+        Transform::Pca => Some(latent_moments(source, arch, &Device::open(settings.device)?, &windows, observer)?),
         _ => None,
     };
     let turns = Turns::new(settings.transform, (arch.layers, rank), moments.as_deref())?;
@@ -298,11 +295,16 @@ fn folded_dtype(
     if settings.transform == Transform::None {
         return match settings.dtype {
             None => Ok(Dtype::F32),
-            Some(_) => Err(refused("`--transform none` changes no tensor, so there is none to give a dtype", "leave `--dtype` out")),
+            Some(_) => Err(refused(
+                "`--transform none` changes no tensor, so there is none to give a dtype",
+                "leave `--dtype` out",
+            )),
         };
     }
     if fp8 {
-        decisions.push("the source is FP8, and a turned matrix fits none of its scales: all weights are written in bf16".into());
+        decisions.push(
+            "the source is FP8, and a turned matrix fits none of its scales: all weights are written in bf16".into(),
+        );
     }
     match settings.dtype {
         None if fp8 => Ok(Dtype::Bf16),
@@ -424,8 +426,10 @@ pub(super) fn side_files(source: &ModelSource, widened: bool, writer: &mut Stage
     }
     // `modeling_x.Class` is the class of `modeling_x.py`.
     let mapped = source.config.get("auto_map").and_then(serde_json::Value::as_object);
-    let class = |value: &serde_json::Value| value.as_str().and_then(|v| v.split_once('.')).map(|(m, _)| format!("{m}.py"));
-    let code: std::collections::BTreeSet<String> = mapped.into_iter().flat_map(|m| m.values().filter_map(class)).collect();
+    let class =
+        |value: &serde_json::Value| value.as_str().and_then(|v| v.split_once('.')).map(|(m, _)| format!("{m}.py"));
+    let code: std::collections::BTreeSet<String> =
+        mapped.into_iter().flat_map(|m| m.values().filter_map(class)).collect();
     for name in code.iter().chain([&"conversion.json".to_owned()]) {
         let path = source.dir.join(name);
         if path.is_file() {

@@ -171,7 +171,9 @@ pub fn shard(
     };
     let held = roles(arch, shape, &sharing);
     let files: Vec<(String, Vec<Piece>)> = (0..sharing.ranks)
-        .map(|t| (format!("rank-{t}-of-{}.safetensors", sharing.ranks), pieces(source, arch, shape, &sharing, &held, t)))
+        .map(|t| {
+            (format!("rank-{t}-of-{}.safetensors", sharing.ranks), pieces(source, arch, shape, &sharing, &held, t))
+        })
         .collect();
     let planned: Vec<(String, Vec<PlannedTensor>)> =
         files.iter().map(|(f, p)| (f.clone(), p.iter().map(|p| p.planned.clone()).collect())).collect();
@@ -210,7 +212,10 @@ pub fn shard(
                     let mut all = weights.ranks(shape, &sharing, own);
                     current = Some((layer, all.swap_remove(t)));
                 }
-                current.as_ref().map(|c| c.1.clone()).ok_or_else(|| refused("no such rank", "is the checkpoint intact?"))
+                current
+                    .as_ref()
+                    .map(|c| c.1.clone())
+                    .ok_or_else(|| refused("no such rank", "is the checkpoint intact?"))
             })?;
             observer.event(Event::Written { tensor: piece.planned.name.clone() });
         }
@@ -351,7 +356,13 @@ fn pieces(
         let rows = shape_of.first().copied().unwrap_or(0);
         let cut = match by_name.get(name) {
             None | Some((Held::Whole, _)) => Cut::Whole,
-            Some((Held::FirstRank, _)) => if t == 0 { Cut::Whole } else { Cut::Zeros },
+            Some((Held::FirstRank, _)) => {
+                if t == 0 {
+                    Cut::Whole
+                } else {
+                    Cut::Zeros
+                }
+            }
             Some((Held::Rows, _)) => {
                 shape_of[0] = rows / sharing.ranks;
                 Cut::Rows(vec![run(rows)])
@@ -413,7 +424,8 @@ fn write_piece(
             let size = view.dtype.size();
             let width = view.shape.get(1).copied().unwrap_or(0) * size;
             let (from, to) = (columns.start * size, columns.end * size);
-            let bytes: Vec<u8> = view.bytes.chunks_exact(width.max(1)).flat_map(|row| &row[from..to]).copied().collect();
+            let bytes: Vec<u8> =
+                view.bytes.chunks_exact(width.max(1)).flat_map(|row| &row[from..to]).copied().collect();
             Ok(writer.write_tensor(name, &bytes)?)
         }
         Cut::Gain(layer) => {

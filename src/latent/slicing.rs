@@ -87,12 +87,7 @@ impl LatentWeights {
     ///
     /// # Panics
     /// If the ranks do not divide the latent.
-    pub fn ranks(
-        &self,
-        shape: &MlaShape,
-        sharing: &Sharing,
-        moments: Option<&LatentMoments>,
-    ) -> Vec<RankTensors> {
+    pub fn ranks(&self, shape: &MlaShape, sharing: &Sharing, moments: Option<&LatentMoments>) -> Vec<RankTensors> {
         let r = self.rank();
         assert!(sharing.ranks > 0 && r.is_multiple_of(sharing.ranks), "ranks divide the latent");
         let gain = self.gain.clone().unwrap_or_else(|| Array1::ones(r));
@@ -145,7 +140,9 @@ mod tests {
     }
 
     fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f64> {
-        Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 37 + j * 101 + i * j * 7 + seed) % 97) as f64 / 48.5 - 1.0)
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            ((i * 37 + j * 101 + i * j * 7 + seed) % 97) as f64 / 48.5 - 1.0
+        })
     }
 
     fn weights(rank: usize) -> LatentWeights {
@@ -159,7 +156,11 @@ mod tests {
 
     fn moments(rank: usize) -> LatentMoments {
         let n = sample(200, rank, 5);
-        LatentMoments { mean: n.mean_axis(Axis(0)).unwrap(), second: matmul(&n.t(), &n) / 200.0, queries: Array2::eye(rank) }
+        LatentMoments {
+            mean: n.mean_axis(Axis(0)).unwrap(),
+            second: matmul(&n.t(), &n) / 200.0,
+            queries: Array2::eye(rank),
+        }
     }
 
     #[test]

@@ -89,8 +89,9 @@ impl LatentWeights {
         };
         let matrix = |name: &str, rows: usize, columns: usize| -> Result<Array2<f64>, ConvertError> {
             // The shape was checked against the config when the model was opened.
-            Array2::from_shape_vec((rows, columns), values(name)?)
-                .map_err(|_| refused(format!("tensor `{name}` is not [{rows}, {columns}]"), "is the checkpoint intact?"))
+            Array2::from_shape_vec((rows, columns), values(name)?).map_err(|_| {
+                refused(format!("tensor `{name}` is not [{rows}, {columns}]"), "is the checkpoint intact?")
+            })
         };
         let (r, rope) = (shape.kv_lora_rank, shape.qk_rope_head_dim);
         let vector = |name: &Option<String>| name.as_ref().map(|n| values(n).map(Array1::from_vec)).transpose();

@@ -38,8 +38,9 @@ fn cache(r: &RotationReport) -> String {
 fn energies(r: &RotationReport) -> Option<String> {
     let all = || r.layers.iter().flat_map(|l| l.slice_energy.iter().copied());
     let (least, most) = (all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max));
-    (most > 0.0 && r.settings.slices > 1)
-        .then(|| format!("a slice holds {} to {} of what a layer's queries read", units::percent(least), units::percent(most)))
+    (most > 0.0 && r.settings.slices > 1).then(|| {
+        format!("a slice holds {} to {} of what a layer's queries read", units::percent(least), units::percent(most))
+    })
 }
 
 /// `README.md` of a rotated folder.
@@ -79,6 +80,9 @@ pub fn shards(r: &ShardReport, width: usize) -> String {
         ]);
     }
     let share = units::percent(r.cache_values_per_rank as f64 / r.cache_values as f64);
-    t.row(["cache", &format!("{} values per token and layer on a rank, {share} of {}", r.cache_values_per_rank, r.cache_values)]);
+    t.row([
+        "cache",
+        &format!("{} values per token and layer on a rank, {share} of {}", r.cache_values_per_rank, r.cache_values),
+    ]);
     t.render(width)
 }

@@ -113,8 +113,17 @@ impl SlicedVerification {
     /// For the terminal.
     pub fn text(&self, width: usize) -> String {
         let mut t = Table::new(&[
-            "transform", ">ranks", "rms", ">scale", ">cache/rank", ">of whole", ">bytes/rank", ">perplexity", ">cost, nats",
-            ">KL to whole", ">same token",
+            "transform",
+            ">ranks",
+            "rms",
+            ">scale",
+            ">cache/rank",
+            ">of whole",
+            ">bytes/rank",
+            ">perplexity",
+            ">cost, nats",
+            ">KL to whole",
+            ">same token",
         ]);
         let bytes = |values: usize| units::bytes(2 * (values * self.layers) as u64);
         t.row([
@@ -159,7 +168,10 @@ impl SlicedVerification {
         );
         for c in &self.cases {
             for f in &c.failed {
-                out += &format!("failed: {} over {}: {} is {}, limit {}\n", c.transform, c.tp, f.measure, f.found, f.allowed);
+                out += &format!(
+                    "failed: {} over {}: {} is {}, limit {}\n",
+                    c.transform, c.tp, f.measure, f.found, f.allowed
+                );
             }
         }
         out += if self.passed { "passed\n" } else { "NOT PASSED\n" };

@@ -161,7 +161,12 @@ impl<'b, B: Backend> Layer<'b, B> {
     pub fn latents(&self, x: ArrayView2<'_, f32>, windows: &[usize]) -> Result<Array2<f32>, RuntimeError> {
         self.check(x, self.hidden, Some(windows))?;
         let (rotation, positions) = self.rotation(windows);
-        self.backend.download(self.attention.latents(self.backend, &self.backend.upload_view(x), &rotation, &positions)?)
+        self.backend.download(self.attention.latents(
+            self.backend,
+            &self.backend.upload_view(x),
+            &rotation,
+            &positions,
+        )?)
     }
 
     /// Norm and gated MLP of the hidden state after attention: `[T, D]`, to be added to it.

@@ -215,9 +215,7 @@ impl Streams {
             let mut turned: Option<(Transform, Layer<'_, B>, LatentWeights, Option<LatentMoments>)> = None;
             for (i, case) in cases.iter().enumerate() {
                 let sharing = &case.sharing;
-                let known = turned.as_ref().is_some_and(|t| {
-                    t.0 == case.transform
-                });
+                let known = turned.as_ref().is_some_and(|t| t.0 == case.transform);
                 if !known {
                     let Some(mut weights) = LatentWeights::of(&tensors.attention) else { continue };
                     let own = moments.and_then(|m| m.get(index));

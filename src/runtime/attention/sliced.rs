@@ -16,7 +16,9 @@ use std::ops::Range;
 
 use ndarray::Array2;
 
-use super::{AttentionBlock, Backend, HeadColumns, HeadPart, Kind, Mla, Rotation, RuntimeError, Span, check, core, vector};
+use super::{
+    AttentionBlock, Backend, HeadColumns, HeadPart, Kind, Mla, Rotation, RuntimeError, Span, check, core, vector,
+};
 use crate::runtime::AttentionShape;
 
 /// What one rank holds of what the ranks of a layer share out.
