@@ -1,10 +1,10 @@
 //! `gqa2mla devices`, and the option by which other commands take one.
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::Args;
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::DeviceList;
-use gqa2mla::runtime::{Backend, Device, DeviceChoice, devices};
+use gqa2mla::runtime::{Backend, Cpu, Device, DeviceChoice, devices};
 
 use super::Context;
 use super::exit::ExitStatus;
@@ -43,6 +43,17 @@ impl DeviceOption {
     /// A device that is not there, or whose driver fails.
     pub fn open(self, context: &Context) -> anyhow::Result<Device> {
         open(self.device, context)
+    }
+
+    /// The processor, for an option that needs it.
+    ///
+    /// # Errors
+    /// Another device that the user named.
+    pub fn cpu(self, option: &str) -> anyhow::Result<Cpu> {
+        match self.device {
+            DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Cpu),
+            other => bail!("{option} works on the processor only, not on `{other}`\n\nhint: use `--device cpu`"),
+        }
     }
 }
 

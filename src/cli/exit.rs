@@ -3,6 +3,7 @@
 use std::io::{self, ErrorKind};
 use std::process::ExitCode;
 
+use gqa2mla::analyze::AnalyzeError;
 use gqa2mla::arch::ArchError;
 use gqa2mla::convert::ConvertError;
 use gqa2mla::runtime::RuntimeError;
@@ -66,6 +67,9 @@ fn judge(e: &(dyn std::error::Error + 'static)) -> Option<ExitStatus> {
     }
     if let Some(VerifyError::Run { error, .. }) = e.downcast_ref() {
         return judge(error.as_ref());
+    }
+    if let Some(AnalyzeError::Runtime(inner)) = e.downcast_ref() {
+        return judge(inner);
     }
     if let Some(ArchError::Source(inner)) = e.downcast_ref() {
         return judge(inner);

@@ -7,14 +7,17 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use gqa2mla::observe::{Event, Observer};
-use gqa2mla::report::{GenerationReport, Rate, SCHEMA_VERSION};
-use gqa2mla::runtime::{Backend, Device, Generation, Model, Resident, Sampler, Session, SessionSize, generate};
+use gqa2mla::report::{CompressedPrompt, GenerationReport, Rate, SCHEMA_VERSION};
+use gqa2mla::runtime::{
+    Backend, Decode, Generation, Model, Resident, RuntimeError, Sampler, Session, SessionSize, XkvSession, generate,
+};
 use gqa2mla::source::{ChatTemplate, Message, TextStream, Tokenizer, end_tokens};
 
 use super::devices::DeviceOption;
 use super::exit::ExitStatus;
 use super::model::{self, OpenModel};
 use super::output::{self, Format};
+use super::xkv::{self, XkvOption};
 use super::{Context, interrupt, values};
 
 /// Tokens generated when the user does not say.
@@ -38,7 +41,17 @@ pub struct GenerateArgs {
     #[command(flatten)]
     length: LengthOptions,
     #[command(flatten)]
+    xkv: XkvOption,
+    #[command(flatten)]
     device: DeviceOption,
+}
+
+/// What to go on from, how far, and where to stop.
+#[derive(Debug, Clone, Copy)]
+struct Text<'a> {
+    prompt: &'a [u32],
+    max_tokens: usize,
+    ends: &'a [u32],
 }
 
 #[derive(Debug, Args)]
@@ -92,13 +105,13 @@ impl GenerateArgs {
     /// # Errors
     /// A model, template or prompt that cannot be used, a context that is too long.
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
-        let device = self.device.open(context)?;
         let model = model::open(&self.model, context)?;
         let tokenizer = model.source.tokenizer()?;
         let prompt = self.tokens(&model, &tokenizer)?;
         let max_tokens = self.length.tokens(prompt.len(), model.arch.max_position)?;
         let ends = if self.length.ignore_end { Vec::new() } else { end_tokens(&model.source)? };
-        let report = self.run(&model, &tokenizer, &device, (&prompt, max_tokens, &ends), context)?;
+        let text = Text { prompt: &prompt, max_tokens, ends: &ends };
+        let report = self.run(&model, &tokenizer, text, context)?;
         match context.format {
             Format::Json => context.show(&report, |_| String::new())?,
             Format::Human => {
@@ -109,30 +122,59 @@ impl GenerateArgs {
         Ok(ExitStatus::Done)
     }
 
+    /// Load the model where it is to run, and decode.
     fn run(
         &self,
         model: &OpenModel,
         tokenizer: &Tokenizer,
-        device: &Device,
-        (prompt, max_tokens, ends): (&[u32], usize, &[u32]),
+        text: Text<'_>,
         context: &Context,
     ) -> anyhow::Result<GenerationReport> {
         let failed = || format!("cannot generate with `{}`", self.model);
-        context.progress.event(Event::Phase { name: "load", steps: None });
-        let resident = Resident::load(Model::new(&model.source, &model.arch, device)).with_context(failed)?;
-        let size = SessionSize {
-            sequences: 1,
-            capacity: prompt.len() + max_tokens,
-            beyond_context: self.length.beyond_context,
-        };
+        let capacity = text.prompt.len() + text.max_tokens;
+        let beyond_context = self.length.beyond_context;
+        let load = Event::Phase { name: "load", steps: None };
+        if let Some(settings) = self.xkv.xkv {
+            let cpu = self.device.cpu(xkv::OPTION)?;
+            xkv::notes(&settings, &model.arch, context);
+            settings.check(&model.arch, text.prompt.len()).map_err(RuntimeError::from).with_context(failed)?;
+            context.progress.event(load);
+            let resident = Resident::load(Model::new(&model.source, &model.arch, &cpu)).with_context(failed)?;
+            let mut session = XkvSession::new(&resident, settings, capacity, beyond_context).with_context(failed)?;
+            let mut report = self.decode(&mut session, tokenizer, text, context)?;
+            let prompt_cache_bytes = session.prompt_bytes();
+            xkv::judge(prompt_cache_bytes, context);
+            report.xkv = Some(CompressedPrompt { settings, prompt_cache_bytes });
+            return Ok(GenerationReport {
+                device: cpu.name().to_owned(),
+                cache_bytes: session.cache_bytes(),
+                ..report
+            });
+        }
+        let device = self.device.open(context)?;
+        context.progress.event(load);
+        let resident = Resident::load(Model::new(&model.source, &model.arch, &device)).with_context(failed)?;
+        let size = SessionSize { sequences: 1, capacity, beyond_context };
         let mut session = Session::with(&resident, size).with_context(failed)?;
+        let report = self.decode(&mut session, tokenizer, text, context)?;
+        Ok(GenerationReport { device: device.name().to_owned(), cache_bytes: session.cache_bytes(), ..report })
+    }
+
+    /// Decode and show; the device and the cache are for the caller to tell.
+    fn decode(
+        &self,
+        session: &mut impl Decode,
+        tokenizer: &Tokenizer,
+        Text { prompt, max_tokens, ends }: Text<'_>,
+        context: &Context,
+    ) -> anyhow::Result<GenerationReport> {
         let mut sampler = Sampler::new(self.sampling.temperature, self.sampling.top_p, self.sampling.seed);
         context.progress.event(Event::Phase { name: "prefill", steps: None });
         let mut stream = TextStream::new(tokenizer);
         let mut text = String::new();
         let mut failure = None;
         let mut first = true;
-        let generation: Generation = generate(&mut session, prompt, max_tokens, ends, &mut sampler, |token| {
+        let generation: Generation = generate(session, prompt, max_tokens, ends, &mut sampler, |token| {
             interrupt::unwind_if_asked();
             if std::mem::take(&mut first) {
                 context.progress.finish();
@@ -145,7 +187,7 @@ impl GenerateArgs {
                 }
             }
         })
-        .with_context(failed)?;
+        .with_context(|| format!("cannot generate with `{}`", self.model))?;
         context.progress.finish();
         if let Some(e) = failure {
             return Err(e);
@@ -154,13 +196,14 @@ impl GenerateArgs {
         Ok(GenerationReport {
             schema_version: SCHEMA_VERSION,
             model: self.model.clone(),
-            device: device.name().to_owned(),
+            device: String::new(),
             text,
             stop: generation.stop,
             prefill: Rate::new(prompt.len(), generation.prefill_seconds),
             decode: Rate::new(generation.steps, generation.decode_seconds),
             tokens: generation.tokens,
-            cache_bytes: session.cache_bytes(),
+            cache_bytes: 0,
+            xkv: None,
         })
     }
 

@@ -6,9 +6,9 @@ use anyhow::{Context as _, bail};
 use gqa2mla::calibrate::read_texts;
 use gqa2mla::latent::ROTATION_FILE;
 use gqa2mla::observe::Observer;
-use gqa2mla::runtime::{Device, Model};
+use gqa2mla::runtime::{Cpu, Device, Model, XkvSettings};
 use gqa2mla::source::Dtype;
-use gqa2mla::verify::{self, Comparison, Evaluation, Thresholds, windows_from_text};
+use gqa2mla::verify::{self, Comparison, Evaluation, Thresholds, XkvEvaluation, windows_from_text};
 
 use super::model::OpenModel;
 use super::options::TextOptions;
@@ -75,6 +75,22 @@ pub fn perplexity(
 ) -> anyhow::Result<Evaluation> {
     let runnable = Model::new(&model.source, &model.arch, device);
     verify::perplexity(&runnable, &windows.tokens, observer)
+        .with_context(|| format!("cannot evaluate `{}`", model.source.spec))
+}
+
+/// Perplexity behind prompts whose cache is compressed, and with exact caches.
+///
+/// # Errors
+/// As [`perplexity`], and prompts or settings that are not possible.
+pub fn xkv(
+    model: &OpenModel,
+    windows: &Windows,
+    (prompt, settings): (usize, &XkvSettings),
+    cpu: &Cpu,
+    observer: &dyn Observer,
+) -> anyhow::Result<XkvEvaluation> {
+    let runnable = Model::new(&model.source, &model.arch, cpu);
+    verify::xkv_perplexity(&runnable, &windows.tokens, prompt, settings, observer)
         .with_context(|| format!("cannot evaluate `{}`", model.source.spec))
 }
 

@@ -4,6 +4,7 @@ pub mod exit;
 pub mod interrupt;
 pub mod output;
 
+mod analyze;
 mod bench;
 mod check;
 mod command_line;
@@ -18,6 +19,7 @@ mod inspect;
 mod measure;
 mod model;
 mod options;
+pub mod pages;
 mod plan;
 mod progress;
 mod reference;
@@ -28,6 +30,7 @@ mod sliced;
 mod values;
 mod verify;
 mod verify_files;
+mod xkv;
 
 use std::path::PathBuf;
 
@@ -93,6 +96,7 @@ enum Command {
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
     Bench(bench::BenchArgs),
+    Analyze(analyze::AnalyzeArgs),
     Compare(compare::CompareArgs),
     Demo(demo::DemoArgs),
     Devices(devices::DevicesArgs),
@@ -189,6 +193,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Eval(args) => args.execute(&context),
         Command::Generate(args) => args.execute(&context),
         Command::Bench(args) => args.execute(&context),
+        Command::Analyze(args) => args.execute(&context),
         Command::Compare(args) => args.execute(&context),
         Command::Demo(args) => args.execute(&context),
         Command::Devices(args) => args.execute(&context),

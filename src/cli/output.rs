@@ -36,9 +36,26 @@ pub fn show<T: Serialize>(format: Format, document: &T, text: impl FnOnce(&T) ->
 /// # Errors
 /// Files that cannot be written.
 pub fn write_with_plot<T: Serialize>(dir: &Path, name: &str, document: &T, svg: &str) -> anyhow::Result<()> {
+    write_with_plots(dir, name, document, &[(format!("{name}.svg"), svg.to_owned())])
+}
+
+/// Write a document as `<name>.json` and plots under their own file names into a folder, which is made where it is not
+/// there.
+///
+/// # Errors
+/// Files that cannot be written.
+pub fn write_with_plots<T: Serialize>(
+    dir: &Path,
+    name: &str,
+    document: &T,
+    plots: &[(String, String)],
+) -> anyhow::Result<()> {
     fs_err::create_dir_all(dir)?;
     fs_err::write(dir.join(format!("{name}.json")), format!("{}\n", serde_json::to_string_pretty(document)?))?;
-    Ok(fs_err::write(dir.join(format!("{name}.svg")), svg)?)
+    for (file, svg) in plots {
+        fs_err::write(dir.join(file), svg)?;
+    }
+    Ok(())
 }
 
 /// Write text to stdout as it is, escaped where a terminal would obey it.

@@ -7,6 +7,7 @@ pub mod linalg;
 pub mod norm;
 pub mod refit;
 pub mod rotate;
+pub mod shared;
 pub mod slots;
 
 /// Errors of a factorisation.

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::svg::{Plot, Series};
 use super::table::Table;
 use super::{SCHEMA_VERSION, units};
-use crate::runtime::{Stop, median};
+use crate::runtime::{Stop, XkvBytes, XkvSettings, median};
 
 /// Tokens in some time.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -49,13 +49,31 @@ pub struct GenerationReport {
     pub decode: Rate,
     /// Bytes of the allocated caches.
     pub cache_bytes: usize,
+    /// How the prompt's cache was compressed, if it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub xkv: Option<CompressedPrompt>,
+}
+
+/// A prompt whose cache is kept as factors.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct CompressedPrompt {
+    /// Ranks and group size.
+    #[serde(flatten)]
+    pub settings: XkvSettings,
+    /// Bytes of the prompt's caches.
+    pub prompt_cache_bytes: XkvBytes,
 }
 
 impl GenerationReport {
     /// Speed and cache in one line.
     pub fn summary(&self) -> String {
+        let compressed = self.xkv.map_or_else(String::new, |x| {
+            let of = |bytes: usize| units::bytes(bytes as u64);
+            let bytes = x.prompt_cache_bytes;
+            format!(" (the prompt's: {} instead of {})", of(bytes.compressed), of(bytes.exact))
+        });
         format!(
-            "prompt: {} tokens, {:.1} tokens/s; generated: {} tokens, {:.1} tokens/s; cache: {}; {}",
+            "prompt: {} tokens, {:.1} tokens/s; generated: {} tokens, {:.1} tokens/s; cache: {}{compressed}; {}",
             self.prefill.tokens,
             self.prefill.tokens_per_second,
             self.tokens.len(),

@@ -248,7 +248,7 @@ fn finite(p: (f64, f64)) -> bool {
 }
 
 /// Text safe inside XML; characters XML 1.0 forbids become U+FFFD.
-fn escape(s: &str) -> String {
+pub(super) fn escape(s: &str) -> String {
     let mut out = String::with_capacity(s.len());
     for c in s.chars() {
         match c {

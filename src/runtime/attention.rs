@@ -1,6 +1,11 @@
 //! The two attention variants on a backend: projections, cores and caches.
 
+mod compressed;
+mod raw;
 mod sliced;
+
+pub(super) use compressed::{CompressedPrompt, Factored};
+pub use raw::RawKv;
 
 use ndarray::Array2;
 
@@ -575,6 +580,13 @@ impl<T: Send + Sync> Mla<T> {
         cached: &T,
         spans: &[Span],
     ) -> Result<T, RuntimeError> {
+        let (q, shape) = self.absorb(backend, q);
+        let mixed = core(backend, cap, (&q, cached, cached), &shape, spans)?;
+        Ok(self.unabsorb(backend, &mixed))
+    }
+
+    /// Queries for cached rows: `q [T, H (d_N + d_R)]` to `[T, H (r + d_R)]`, and how they attend.
+    fn absorb<B: Backend<Tensor = T>>(&self, backend: &B, q: &T) -> (T, AttentionShape) {
         let s = &self.shape;
         let (rank, nope, rope, value) = (s.kv_lora_rank, s.qk_nope_head_dim, s.qk_rope_head_dim, s.v_head_dim);
         let plain = HeadColumns { start: 0, stride: self.qk(), width: nope };
@@ -594,8 +606,13 @@ impl<T: Send + Sync> Mla<T> {
             scale: s.score_scale,
             sliding_window: self.window,
         };
-        let mixed = core(backend, cap, (&q, cached, cached), &shape, spans)?;
+        (q, shape)
+    }
+
+    /// Head outputs `[T, H d_V]` of mixed latents `[T, H r]`.
+    fn unabsorb<B: Backend<Tensor = T>>(&self, backend: &B, mixed: &T) -> T {
+        let (nope, value) = (self.shape.qk_nope_head_dim, self.shape.v_head_dim);
         let value_rows = HeadColumns { start: nope, stride: nope + value, width: value };
-        Ok(backend.head_linear(&mixed, &self.kv_b.weight, value_rows, self.heads, false))
+        backend.head_linear(mixed, &self.kv_b.weight, value_rows, self.heads, false)
     }
 }

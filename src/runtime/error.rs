@@ -76,6 +76,9 @@ pub enum RuntimeError {
         /// Where it appeared first: `layer 3`, `the embedding`, `the output head`.
         place: String,
     },
+    /// A prompt's cache could not be compressed.
+    #[error(transparent)]
+    Xkv(#[from] super::XkvError),
     /// There is no such device.
     #[error(
         "there is no device `{wanted}`; this machine has:\n  {}\n\nhint: `--device gpu` takes any GPU, NVIDIA's included, `--device cpu` works everywhere",

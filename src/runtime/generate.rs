@@ -34,13 +34,38 @@ pub struct Generation {
     pub decode_seconds: f64,
 }
 
+/// One sequence that tokens are fed to.
+pub trait Decode {
+    /// Feed tokens; the logits `[V]` that follow the last of them.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    fn prefill(&mut self, tokens: &[u32]) -> Result<Vec<f32>, RuntimeError>;
+
+    /// Feed one token; the logits `[V]` that follow it.
+    ///
+    /// # Errors
+    /// As [`Session::feed`].
+    fn step(&mut self, token: u32) -> Result<Vec<f32>, RuntimeError>;
+}
+
+impl<B: Backend> Decode for Session<'_, '_, B> {
+    fn prefill(&mut self, tokens: &[u32]) -> Result<Vec<f32>, RuntimeError> {
+        Session::prefill(self, tokens)
+    }
+
+    fn step(&mut self, token: u32) -> Result<Vec<f32>, RuntimeError> {
+        Session::step(self, token)
+    }
+}
+
 /// Feed `prompt` to a session of one sequence, then up to `max_tokens` tokens of its own choice, until one of `ends`.
 /// Every new token goes to `receive`.
 ///
 /// # Errors
 /// As [`Session::feed`].
-pub fn generate<B: Backend>(
-    session: &mut Session<'_, '_, B>,
+pub fn generate(
+    session: &mut impl Decode,
     prompt: &[u32],
     max_tokens: usize,
     ends: &[u32],

@@ -1,11 +1,13 @@
 //! One decoder layer, fed and read as host arrays.
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
-use super::attention::{AttentionBlock, Cache, LatentPath, Step, vector};
-use super::feed_forward::FeedForward;
+use super::attention::{AttentionBlock, Cache, CompressedPrompt, LatentPath, Step, vector};
+use super::feed_forward::{ExpertLoader, FeedForward};
 use super::tensors::LayerTensors;
-use super::{Backend, HeadColumns, HeadPart, Qkv, Rotation, RuntimeError, Span};
+use super::{Backend, Cpu, HeadColumns, HeadPart, Qkv, RawKv, Rotation, RuntimeError, Span};
 use crate::arch::{Architecture, Rope};
 
 /// Tokens that are worked on at once: bounds the MLP's intermediate and the expanded keys and values.
@@ -16,7 +18,7 @@ const CHUNK: usize = 4096;
 pub struct MlpTrace {
     /// Normed input, `[T, D]`.
     pub input: Array2<f32>,
-    /// `act(gate) * up`, `[T, I]`: the input of `down`. `[T, 0]` in a layer of experts.
+    /// `act(gate) * up` (or `act(up)`), `[T, I]`: the input of `down`. `[T, 0]` in a layer of experts.
     pub activated: Array2<f32>,
     /// Output, `[T, D]`, to be added to the hidden state.
     pub output: Array2<f32>,
@@ -34,7 +36,7 @@ pub struct Layer<'b, B: Backend> {
     pub(super) attention: AttentionBlock<B::Tensor>,
     attention_out_norm: Option<B::Tensor>,
     post_norm: Option<B::Tensor>,
-    mlp: FeedForward<B::Tensor>,
+    mlp: FeedForward<'b, B::Tensor>,
     mlp_out_norm: Option<B::Tensor>,
 }
 
@@ -50,6 +52,16 @@ impl<'b, B: Backend> Layer<'b, B> {
     /// # Errors
     /// [`RuntimeError::Shape`] or [`RuntimeError::Variant`] when weights and architecture disagree.
     pub fn new(backend: &'b B, arch: &Architecture, tensors: LayerTensors) -> Result<Self, RuntimeError> {
+        Self::with_loader(backend, arch, tensors, None)
+    }
+
+    /// As [`Layer::new`]; with a `loader`, the routed experts are read through it whenever tokens go to them.
+    pub(super) fn with_loader(
+        backend: &'b B,
+        arch: &Architecture,
+        tensors: LayerTensors,
+        loader: Option<ExpertLoader<'b>>,
+    ) -> Result<Self, RuntimeError> {
         let d = arch.hidden;
         let norm = |role: &'static str, gain: Option<Vec<f32>>| match gain {
             None => Ok(None),
@@ -66,7 +78,7 @@ impl<'b, B: Backend> Layer<'b, B> {
             attention,
             attention_out_norm: norm("attention_out_norm", tensors.extras.attention_out_norm)?,
             post_norm: norm("post_norm", some(tensors.post_norm))?,
-            mlp: FeedForward::new(backend, arch, tensors.mlp)?,
+            mlp: FeedForward::new(backend, arch, tensors.mlp, loader)?,
             mlp_out_norm: norm("mlp_out_norm", tensors.extras.mlp_out_norm)?,
         })
     }
@@ -153,6 +165,16 @@ impl<'b, B: Backend> Layer<'b, B> {
         })
     }
 
+    /// Keys and values before RoPE, or latents before their norm, of `x [T, D]` ([`Layer::attention_input`]). Not chunked:
+    /// holds all `T` rows.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`].
+    pub fn raw_kv(&self, x: ArrayView2<'_, f32>) -> Result<RawKv, RuntimeError> {
+        self.check(x, self.hidden, None)?;
+        self.attention.raw(self.backend, &self.backend.upload_view(x))
+    }
+
     /// What MLA caches for `x [T, D]` ([`Layer::attention_input`]): `[T, r + d_R]`, the normed latent times its gain, then
     /// the rotated shared key. Not chunked.
     ///
@@ -169,7 +191,7 @@ impl<'b, B: Backend> Layer<'b, B> {
         )?)
     }
 
-    /// Norm and gated MLP of the hidden state after attention: `[T, D]`, to be added to it.
+    /// Norm and MLP of the hidden state after attention: `[T, D]`, to be added to it.
     ///
     /// # Errors
     /// [`RuntimeError::Width`].
@@ -249,6 +271,11 @@ impl<'b, B: Backend> Layer<'b, B> {
     /// An empty cache for `capacity` positions.
     pub(super) fn cache(&self, capacity: usize) -> Cache<B::Tensor> {
         self.attention.cache(self.backend, capacity)
+    }
+
+    /// Bytes of an exact cache for `tokens` positions: allocated, measured and dropped.
+    pub(crate) fn cache_bytes(&self, tokens: usize) -> usize {
+        self.cache(tokens).bytes(self.backend)
     }
 
     /// Rotary embedding of this layer.
@@ -343,6 +370,24 @@ impl<'b, B: Backend> Layer<'b, B> {
             first += rows;
         }
         join(parts)
+    }
+}
+
+impl Layer<'_, Cpu> {
+    /// The whole layer in place on rows at `positions` of one sequence, behind a compressed prompt; `tail` holds the rows
+    /// from there on, and gets the new ones. The rotation covers every position from 0 on.
+    pub(super) fn decode_compressed(
+        &self,
+        x: &mut Array2<f32>,
+        prompt: &CompressedPrompt<'_>,
+        tail: &mut Cache<Array2<f32>>,
+        at: (&Rotation, Range<usize>),
+    ) -> Result<(), RuntimeError> {
+        let heads = self.behind_norm(x, &self.input_norm, |x| self.attention.decode_compressed(x, prompt, tail, at))?;
+        self.add_output(x, self.attention.output(self.backend, &heads));
+        let out = self.mlp(x)?;
+        self.backend.add(x, &out);
+        Ok(())
     }
 }
 

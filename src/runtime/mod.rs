@@ -21,19 +21,21 @@ pub mod gpu;
 mod layer;
 mod model;
 mod rotation;
+mod router;
 mod sampling;
 mod session;
 mod sliced;
 mod statistics;
 mod tensors;
+mod xkv;
 
-pub use attention::{RankTensors, Ranks};
+pub use attention::{RankTensors, Ranks, RawKv};
 pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, Span};
 pub use bench::{Case, Trial, median};
 pub use cpu::Cpu;
 pub use device::{Device, DeviceChoice, DeviceDescription, DeviceTensor, devices};
 pub use error::RuntimeError;
-pub use generate::{Generation, Stop, generate};
+pub use generate::{Decode, Generation, Stop, generate};
 pub use layer::{Layer, MlpTrace};
 pub use model::{Head, Model};
 pub use rotation::Rotation;
@@ -44,3 +46,5 @@ pub use tensors::{
     AttentionTensors, ExpertTensors, FeedForwardTensors, GqaTensors, LayerExtras, LayerTensors, Linear, MlaTensors,
     MlpTensors, QueryTensors,
 };
+pub(crate) use xkv::GroupCache;
+pub use xkv::{XkvBytes, XkvError, XkvSession, XkvSettings};

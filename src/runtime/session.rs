@@ -9,7 +9,12 @@ use super::{Backend, Head, Layer, Model, Rotation, RuntimeError, Span};
 /// Up to this many new rows of a sequence, MLA attends to the latent itself; above, expanding keys and values is cheaper.
 const ABSORB_ROWS: usize = 8;
 /// New rows of all sequences that go through the layers at once: bounds the MLP's intermediate and what is expanded.
-const PIECE: usize = 2048;
+pub(super) const PIECE: usize = 2048;
+
+/// How `rows` new rows of a sequence read an MLA cache.
+pub(super) fn latent_path(rows: usize) -> LatentPath {
+    if rows > ABSORB_ROWS { LatentPath::Expanded } else { LatentPath::Absorbed }
+}
 
 /// All layers of a model on a backend.
 #[derive(Debug)]
@@ -25,13 +30,23 @@ impl<'a, B: Backend> Resident<'a, B> {
     /// # Errors
     /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
     pub fn load(model: Model<'a, B>) -> Result<Self, RuntimeError> {
-        let layers = (0..model.architecture().layers).map(|i| model.layer(i)).collect::<Result<_, _>>()?;
+        let layers = (0..model.architecture().layers).map(|i| model.held_layer(i)).collect::<Result<_, _>>()?;
         Ok(Self { layers, head: model.head()?, model })
     }
 
     /// The model it was loaded from.
     pub fn model(&self) -> &Model<'a, B> {
         &self.model
+    }
+
+    /// All layers.
+    pub(super) fn layers(&self) -> &[Layer<'a, B>] {
+        &self.layers
+    }
+
+    /// The final norm and the output head.
+    pub(super) fn head(&self) -> &Head<'a, B> {
+        &self.head
     }
 
     /// Logits of every token of every window, `[T, V]`, without a cache.
@@ -218,7 +233,7 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
             piece.positions.extend(length..length + part.len());
             piece.slots.extend(slot + length..slot + length + part.len());
             piece.spans.push(Span { queries: row..row + part.len(), keys: slot..slot + length + part.len() });
-            if part.len() > ABSORB_ROWS {
+            if latent_path(part.len()) == LatentPath::Expanded {
                 piece.path = LatentPath::Expanded;
             }
             if first + part.len() == new.len() {

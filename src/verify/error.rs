@@ -30,6 +30,17 @@ pub enum VerifyError {
         /// Windows given.
         windows: usize,
     },
+    /// A prompt that leaves nothing to measure, or none.
+    #[error(
+        "a prompt of {prompt} tokens in windows of {window}: it has to have some and leave two\n\nhint: give 1 to {} with `--xkv-prompt`, or longer windows with `--seq-len`",
+        window.saturating_sub(2)
+    )]
+    Prompt {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens of the shortest window.
+        window: usize,
+    },
     /// A layer's latent has no principal directions.
     #[error("layer {layer}: {error}")]
     Turning {

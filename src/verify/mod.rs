@@ -11,6 +11,7 @@ mod rows;
 mod sliced;
 mod verdict;
 mod windows;
+mod xkv;
 
 pub use compare::{Comparison, compare};
 pub use error::VerifyError;
@@ -18,3 +19,5 @@ pub use perplexity::{Evaluation, perplexity};
 pub use sliced::{SharedOut, SlicedComparison, SlicedFigures, compare_sliced};
 pub use verdict::{Failure, Thresholds, Verdict};
 pub use windows::windows_from_text;
+use windows::windows_of;
+pub use xkv::{XkvEvaluation, xkv_perplexity};

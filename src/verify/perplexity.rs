@@ -1,13 +1,13 @@
 //! Perplexity on windows of text.
 
-use ndarray::s;
+use ndarray::{ArrayView2, s};
 use rayon::prelude::*;
 use serde::Serialize;
 
 use super::VerifyError;
 use super::rows::{log_sum_exp, next_tokens};
 use crate::observe::{Event, Observer};
-use crate::runtime::{Backend, Model, RuntimeError};
+use crate::runtime::{Backend, Head, Model, RuntimeError};
 
 /// Rows of logits held at a time.
 pub(super) const BLOCK: usize = 256;
@@ -44,14 +44,27 @@ pub fn perplexity<B: Backend>(
     observer: &dyn Observer,
 ) -> Result<Evaluation, VerifyError> {
     let run = |error: RuntimeError| VerifyError::Run { model: "evaluated", error: Box::new(error) };
-    let next = next_tokens(windows);
-    let tokens = next.iter().flatten().count();
-    if tokens == 0 {
+    if next_tokens(windows).iter().flatten().count() == 0 {
         return Err(VerifyError::TooShort { windows: windows.len() });
     }
     observer.event(Event::Phase { name: "layers", steps: Some(model.architecture().layers as u64) });
     let hidden = model.final_hidden(windows, observer).map_err(run)?;
     let head = model.head().map_err(run)?;
+    negative_log_likelihood(&head, hidden.view(), windows, observer)
+}
+
+/// Perplexity of windows from the residual stream behind the last layer, `[T, D]`, windows under each other.
+///
+/// Phase reported: `logits` (one step per block of rows).
+pub(super) fn negative_log_likelihood<B: Backend>(
+    head: &Head<'_, B>,
+    hidden: ArrayView2<'_, f32>,
+    windows: &[Vec<u32>],
+    observer: &dyn Observer,
+) -> Result<Evaluation, VerifyError> {
+    let run = |error: RuntimeError| VerifyError::Run { model: "evaluated", error: Box::new(error) };
+    let next = next_tokens(windows);
+    let tokens = next.iter().flatten().count();
     observer.event(Event::Phase { name: "logits", steps: Some(next.len().div_ceil(BLOCK) as u64) });
     let mut nll = 0.0;
     for (block, next) in next.chunks(BLOCK).enumerate() {

@@ -1,5 +1,7 @@
 //! Text windows for measuring.
 
+use std::ops::Range;
+
 /// Cut `tokens` into windows of exactly `seq_len`, dropping the rest; keep windows `0, every, 2 every, ...`, of those at
 /// most `limit`.
 ///
@@ -10,6 +12,17 @@ pub fn windows_from_text(tokens: &[u32], seq_len: usize, every: usize, limit: Op
     }
     let windows = tokens.chunks_exact(seq_len).step_by(every.max(1)).map(<[u32]>::to_vec);
     windows.take(limit.unwrap_or(usize::MAX)).collect()
+}
+
+/// Rows of windows that lie under each other.
+pub(super) fn windows_of(lengths: &[usize]) -> Vec<Range<usize>> {
+    let mut first = 0;
+    let rows = |&length: &usize| {
+        let rows = first..first + length;
+        first += length;
+        rows
+    };
+    lengths.iter().map(rows).collect()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ mod decode;
 mod elementwise;
 mod gemm;
 mod simd;
+mod tiles;
 
 use std::ops::Range;
 
@@ -18,6 +19,7 @@ use crate::arch::Activation;
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
 
 pub(super) use attention::{probability_tile, tile_rows};
+pub(super) use tiles::TiledAttention;
 
 /// Rows per task of elementwise work.
 const ROWS: usize = 16;
@@ -201,6 +203,11 @@ impl Backend for Cpu {
             }
         });
         Ok(gate)
+    }
+
+    fn activated(&self, mut x: Array2<f32>, activation: Activation) -> Result<Array2<f32>, RuntimeError> {
+        for_row_blocks(&mut x, |_, rows| rows.iter_mut().for_each(|x| *x = elementwise::activate(*x, activation)));
+        Ok(x)
     }
 
     fn rms_norm_heads(
