@@ -98,6 +98,10 @@ def expert_mlp(w: Weights, c: dict, i: int) -> None:
     stem, hidden, inner = f"model.layers.{i}.mlp", c["hidden_size"], c["moe_intermediate_size"]
     experts = c.get("num_experts") or c["n_routed_experts"]
     w.linear(f"{stem}.gate", experts, hidden, ROUTER_SCALE)
+    if c.get("topk_method") == "noaux_tc":
+        # As large as the differences between scores, so that leaving it out, or weighting by it, shows.
+        w.normal(f"{stem}.gate.e_score_correction_bias", (experts,), 0.2)
+        w.tensors[f"{stem}.gate.e_score_correction_bias"] = w.tensors[f"{stem}.gate.e_score_correction_bias"].float()
     for e in range(experts):
         gated_mlp(w, f"{stem}.experts.{e}", hidden, inner)
     if "shared_expert_intermediate_size" in c:
@@ -139,6 +143,20 @@ def grouped(w: Weights, c: dict, qkv_bias: bool = False, o_bias: bool = False) -
         w.linear(f"{attn}.k_proj", groups * d, hidden, QUERY_KEY_SCALE, qkv_bias)
         w.linear(f"{attn}.v_proj", groups * d, hidden, 1.0, qkv_bias)
         w.linear(f"{attn}.o_proj", hidden, heads * d, 1.0, o_bias)
+
+
+def plain_relu2_mlp(w: Weights, c: dict, i: int) -> None:
+    stem, hidden, inner = f"model.layers.{i}.mlp", c["hidden_size"], c["intermediate_size"]
+    w.linear(f"{stem}.up_proj", inner, hidden)
+    w.linear(f"{stem}.down_proj", hidden, inner, 0.7)
+
+
+def mtp_layer(w: Weights, c: dict) -> None:
+    """Some tensors of the layer that predicts a further token, which nobody runs here: they have to be read past."""
+    layer, hidden = f"model.layers.{c['num_hidden_layers']}", c["hidden_size"]
+    for norm in ("enorm", "hnorm", "input_layernorm", "shared_head.norm"):
+        w.norm(f"{layer}.{norm}", hidden)
+    w.linear(f"{layer}.eh_proj", hidden, 2 * hidden)
 
 
 def latent(w: Weights, c: dict) -> None:
@@ -492,6 +510,108 @@ MODELS |= {
     ),
 }
 
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+MODELS |= {
+    # Experts of the two best of four groups by their best expert, YaRN whose softmax factor is on and whose amplitude is
+    # one, as DeepSeek-V2 is published.
+    "pico-deepseek-v2-groups": (
+        {
+            **deepseek(
+                "bfloat16",
+                vocab_size=87, hidden_size=40, intermediate_size=48, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=4,
+                q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=12, v_head_dim=8,
+                max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=False,
+                rope_theta=100.0,
+                rope_scaling={
+                    "type": "yarn", "factor": 4.0, "mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 4,
+                    "beta_slow": 1, "original_max_position_embeddings": 32,
+                },
+            ),
+            "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "first_k_dense_replace": 1,
+            "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+            "topk_method": "group_limited_greedy", "scoring_func": "softmax", "norm_topk_prob": False,
+            "routed_scaling_factor": 1.6,
+        },
+        latent,
+        1,
+        {"mlp": expert_mlp},
+    ),
+    # Everything of DeepSeek-V3's router (sigmoid, a bias for the choice, groups by their two best experts, weights made to
+    # sum to one and scaled), YaRN with an amplitude and a softmax factor of its own, and a layer behind the last.
+    "pico-deepseek-v3-moe": (
+        {
+            **deepseek(
+                "bfloat16",
+                vocab_size=85, hidden_size=40, intermediate_size=48, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=4,
+                q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=12, v_head_dim=10,
+                max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=False,
+                rope_theta=100.0,
+                rope_scaling={
+                    "type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 4,
+                    "beta_slow": 1, "original_max_position_embeddings": 32,
+                },
+            ),
+            "first_k_dense_replace": 1, "moe_intermediate_size": 12, "n_routed_experts": 12, "num_experts_per_tok": 3,
+            "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1,
+        },
+        lambda w, c: (latent(w, c), mtp_layer(w, c)),
+        1,
+        {"mlp": expert_mlp},
+    ),
+    # Weights in blocks of FP8, some of them cut off at an edge; one group, as Kimi-K2 routes.
+    "pico-deepseek-v3-fp8": (
+        {
+            **deepseek(
+                "bfloat16",
+                vocab_size=53, hidden_size=136, intermediate_size=132, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=4,
+                q_lora_rank=40, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16,
+                max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=False, attention_bias=False,
+                rope_theta=10000.0, rope_scaling=None,
+            ),
+            "first_k_dense_replace": 1, "n_routed_experts": 6, "routed_scaling_factor": 2.827,
+            "quantization_config": FP8,
+        },
+        latent,
+        1,
+        {"mlp": expert_mlp},
+    ),
+    # MiniCPM3 as it is published: LongRoPE, here past the original context.
+    "pico-minicpm3-long": (
+        config(
+            "MiniCPM3ForCausalLM", "minicpm3", "torch_dtype", "bfloat16",
+            vocab_size=79, hidden_size=40, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, pad_token_id=0,
+            q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=12, v_head_dim=8,
+            max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=True, attention_bias=False,
+            scale_emb=12, scale_depth=1.4, dim_model_base=16, rope_theta=10000.0,
+            rope_scaling={
+                "type": "longrope", "short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": 16,
+            },
+        ),
+        latent,
+        1,
+    ),
+    # DeepSeek's attention and a squared ReLU without a gate. No class of transformers: golden logits are a formula's.
+    "pico-plm": (
+        config(
+            "PLMForCausalLM", "plm", "torch_dtype", "float32",
+            vocab_size=83, hidden_size=40, intermediate_size=56, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4,
+            q_lora_rank=None, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
+            max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=True, attention_bias=False,
+            rope_theta=10000.0, rope_scaling=None,
+        )
+        | {"hidden_act": "relu2"},
+        latent,
+        1,
+        {"mlp": plain_relu2_mlp},
+    ),
+}
+
 
 TRAINED = "pico-trained"
 
@@ -525,12 +645,75 @@ def write_weights(folder: Path, tensors: dict, shards: int) -> None:
     write_json(folder / "model.safetensors.index.json", index)
 
 
+def quantised(tensors: dict) -> tuple[dict, dict]:
+    """Weights of attention, MLPs and experts as DeepSeek-V3 stores them, and the same dequantised, everything in float32."""
+    stored, plain, largest = {}, {}, torch.finfo(torch.float8_e4m3fn).max
+    for name, tensor in tensors.items():
+        stored[name], plain[name] = tensor, tensor.float()
+        if ".layers." not in name or not name.endswith("_proj.weight") and "_proj_with_mqa" not in name:
+            continue
+        rows, columns = tensor.shape
+        scales = torch.empty((-(-rows // 128), -(-columns // 128)))
+        values = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn)
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                at = (slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1)))
+                scales[i, j] = plain[name][at].abs().max() / largest
+                values[at] = (plain[name][at] / scales[i, j]).to(torch.float8_e4m3fn)
+                plain[name][at] = values[at].float() * scales[i, j]
+        stored[name], stored[f"{name}_scale_inv"] = values, scales
+    return stored, plain
+
+
+def plm_logits(c: dict, tensors: dict, tokens: np.ndarray) -> np.ndarray:
+    """PLM (arXiv 2503.12167) written out in float64: latent attention without a query latent, y = down(relu(up x)^2)."""
+    t = {name: value.double().numpy() for name, value in tensors.items()}
+    heads, nope, rope, v = c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    rank, n = c["kv_lora_rank"], len(tokens)
+    norm = lambda x, gain, eps: x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * gain
+    # Neighbours 2j and 2j + 1 turn by position * theta^(-2j / d_R).
+    turn = np.exp(1j * np.outer(np.arange(n), c["rope_theta"] ** (-np.arange(0, rope, 2) / rope)))
+    x = t["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        w = lambda name: t[f"model.layers.{i}.{name}.weight"]
+        y = norm(x, w("input_layernorm"), c["rms_norm_eps"])
+        down = y @ w("self_attn.kv_a_proj_with_mqa").T
+        latents = norm(down[:, :rank], w("self_attn.kv_a_layernorm"), 1e-6)
+        shared = (down[:, rank::2] + 1j * down[:, rank + 1 :: 2]) * turn
+        outputs = []
+        for h in range(heads):
+            q = y @ w("self_attn.q_proj")[h * (nope + rope) : (h + 1) * (nope + rope)].T
+            up = w("self_attn.kv_b_proj")[h * (nope + v) : (h + 1) * (nope + v)]
+            turned = (q[:, nope::2] + 1j * q[:, nope + 1 :: 2]) * turn
+            scores = q[:, :nope] @ (latents @ up[:nope].T).T + (turned @ shared.conj().T).real
+            scores = scores / np.sqrt(nope + rope) + np.triu(np.full((n, n), -np.inf), 1)
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            outputs.append(p / p.sum(-1, keepdims=True) @ (latents @ up[nope:].T))
+        x = x + np.concatenate(outputs, -1) @ w("self_attn.o_proj").T
+        y = norm(x, w("post_attention_layernorm"), c["rms_norm_eps"])
+        x = x + np.maximum(y @ w("mlp.up_proj").T, 0) ** 2 @ w("mlp.down_proj").T
+    return norm(x, t["model.norm.weight"], c["rms_norm_eps"]) @ t["model.embed_tokens.weight"].T
+
+
+def plm_in_deepseek(folder: Path, c: dict, tensors: dict) -> None:
+    """The same model as a stock class holds it: relu(u)^2 = relu(u) u, a ReLU gate that is `up` again."""
+    held = {**deepseek("float32", num_hidden_layers=c["num_hidden_layers"]), **c}
+    held |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_act": "relu"}
+    gates = {name.replace("up_proj", "gate_proj"): t.clone() for name, t in tensors.items() if "up_proj" in name}
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", held)
+    write_weights(folder, tensors | gates, 1)
+
+
 @torch.no_grad()
 def golden(folder: Path, name: str, sequences: list[np.ndarray]) -> tuple[dict, dict]:
     """What stock transformers makes of the folder and these token sequences: tensors and facts."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    # Layers that predict further tokens are stored behind the others, and the class leaves them out.
+    behind = tuple(f"model.layers.{model.config.num_hidden_layers + i}." for i in range(4))
+    info["unexpected_keys"] = [k for k in info["unexpected_keys"] if not k.startswith(behind)]
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
             raise SystemExit(f"{name}: {problem}: {info[problem]}")
@@ -564,9 +747,35 @@ def make(name: str, folder: Path) -> None:
     attention(weights, cfg)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", cfg)
-    write_weights(folder, weights.tensors, shards)
     draw = lambda i, n: np.random.default_rng([SEED, zlib.crc32(name.encode()), i]).integers(0, cfg["vocab_size"], n)
-    write_golden(folder, *golden(folder, name, [draw(i, n) for i, n in enumerate(LENGTHS)]))
+    sequences = [draw(i, n) for i, n in enumerate(LENGTHS)]
+    if "quantization_config" not in cfg and cfg["model_type"] != "plm":
+        write_weights(folder, weights.tensors, shards)
+        return write_golden(folder, *golden(folder, name, sequences))
+    with tempfile.TemporaryDirectory() as scratch:
+        # What transformers reads is the same model in another form.
+        other = Path(scratch) / name
+        if cfg["model_type"] == "plm":
+            write_weights(folder, weights.tensors, shards)
+            plm_in_deepseek(other, cfg, weights.tensors)
+        else:
+            stored, plain = quantised(weights.tensors)
+            write_weights(folder, stored, shards)
+            other.mkdir()
+            write_json(other / "config.json", {k: v for k, v in cfg.items() if k != "quantization_config"})
+            write_weights(other, plain, 1)
+        tensors, facts = golden(other, name, sequences)
+    if cfg["model_type"] == "plm":
+        for i, sequence in enumerate(sequences):
+            formula = torch.from_numpy(plm_logits(cfg, weights.tensors, sequence)).float()
+            worst = (formula - tensors[f"logits.{i}"]).abs().max() / formula.abs().max()
+            if not worst <= TOLERANCE:
+                raise SystemExit(f"{name}: the formula and the stock class differ by {worst:.3g}")
+            tensors[f"logits.{i}"] = formula
+        facts |= {"class": "formula of arXiv 2503.12167", "computed_in": "float64"}
+    else:
+        facts["class"] += ", dequantised"
+    write_golden(folder, tensors, facts)
 
 
 def write_golden(folder: Path, tensors: dict, facts: dict) -> None:

@@ -16,6 +16,7 @@ pub mod convert;
 pub mod factor;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod latent;
 pub mod methods;
 pub mod observe;
 mod random;

@@ -6,6 +6,9 @@ use std::process::ExitCode;
 
 use cli::{exit, interrupt, output, resume};
 
+#[global_allocator]
+static ALLOCATOR: cli::pages::Advised = cli::pages::Advised;
+
 fn main() -> ExitCode {
     let cli = match cli::parse() {
         Ok(cli) => cli,

@@ -70,7 +70,7 @@ impl Random {
             attention,
             post_norm: self.vector(d, 1.0),
             mlp: MlpTensors {
-                gate: self.linear(i, d, arch.mlp_bias),
+                gate: Some(self.linear(i, d, arch.mlp_bias)),
                 up: self.linear(i, d, arch.mlp_bias),
                 down: self.linear(d, i, arch.mlp_bias),
             }

@@ -65,6 +65,16 @@ impl<'a> Config<'a> {
         self.count(key)?.ok_or_else(|| self.missing(key))
     }
 
+    /// A whole number that may be zero, no larger than any model's number of layers.
+    pub(super) fn whole(&self, key: &str) -> Result<Option<usize>, ArchError> {
+        match self.number(key)? {
+            Some(n) if !(0.0..=10_000.0).contains(&n) || n.fract() != 0.0 => {
+                Err(self.bad(key, "a whole number up to 10000"))
+            }
+            n => Ok(n.map(|n| n as usize)),
+        }
+    }
+
     pub(super) fn number(&self, key: &str) -> Result<Option<f64>, ArchError> {
         match self.present(key) {
             None => Ok(None),

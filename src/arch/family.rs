@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::ArchError;
 
-const EMBEDDED: [(&str, &str); 16] = [
+const EMBEDDED: [(&str, &str); 17] = [
     ("deepseek_v2", include_str!("families/deepseek_v2.toml")),
     ("deepseek_v3", include_str!("families/deepseek_v3.toml")),
     ("gemma2", include_str!("families/gemma2.toml")),
@@ -18,6 +18,7 @@ const EMBEDDED: [(&str, &str); 16] = [
     ("mixtral", include_str!("families/mixtral.toml")),
     ("olmo2", include_str!("families/olmo2.toml")),
     ("phi3", include_str!("families/phi3.toml")),
+    ("plm", include_str!("families/plm.toml")),
     ("qwen2", include_str!("families/qwen2.toml")),
     ("qwen2_moe", include_str!("families/qwen2_moe.toml")),
     ("qwen3", include_str!("families/qwen3.toml")),
@@ -45,9 +46,12 @@ pub struct Family {
     /// Whether the MLP's linear layers carry biases.
     #[serde(default)]
     pub mlp_bias: Switch,
-    /// Config key of the gate activation.
+    /// Config key of the activation.
     #[serde(default = "hidden_act")]
     pub activation: String,
+    /// Whether the MLP has a gate.
+    #[serde(default)]
+    pub mlp: MlpKind,
     /// Added to every stored norm weight (Gemma stores the weight minus one).
     #[serde(default)]
     pub norm_offset: f64,
@@ -101,6 +105,9 @@ pub struct Family {
     /// Mixture of experts, where the family has one.
     #[serde(default)]
     pub moe: Option<MoeKeys>,
+    /// Config key of the number of layers behind the last one that predict further tokens.
+    #[serde(default)]
+    pub mtp_layers: Option<String>,
     /// Other names of config keys, tried where a key is absent.
     #[serde(default)]
     pub aliases: BTreeMap<String, String>,
@@ -172,6 +179,30 @@ impl Default for Switch {
     }
 }
 
+/// Whether an MLP has a gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MlpKind {
+    /// `down(act(gate x) * up x)`.
+    #[default]
+    Gated,
+    /// `down(act(up x))`.
+    Plain,
+}
+
+/// One of several, fixed for the family or named by a config key.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum Rule<T> {
+    /// The same in every checkpoint.
+    Fixed(T),
+    /// Read from this config key.
+    Key {
+        /// Config key.
+        key: String,
+    },
+}
+
 /// Config keys of a mixture of experts.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -183,7 +214,16 @@ pub struct MoeKeys {
     /// Key of an expert's width.
     pub width: String,
     /// How router logits become weights.
-    pub scoring: super::Scoring,
+    pub scoring: Rule<super::Scoring>,
+    /// How experts are picked; absent: the best of all, by scores with `router_bias` where there is that role.
+    #[serde(default)]
+    pub selection: Option<Rule<super::Selection>>,
+    /// Key of the number of groups of experts.
+    #[serde(default)]
+    pub groups: Option<String>,
+    /// Key of the number of groups a token may go to.
+    #[serde(default)]
+    pub groups_kept: Option<String>,
     /// Whether the chosen weights are made to sum to one.
     #[serde(default)]
     pub renormalise: Switch,
@@ -199,6 +239,9 @@ pub struct MoeKeys {
     /// Key of the period: layer `i` is sparse where `(i + 1)` is a multiple of it.
     #[serde(default)]
     pub sparse_step: Option<String>,
+    /// Key of a period that counts from the bottom: layer `i` is sparse where `i` is a multiple of it.
+    #[serde(default)]
+    pub sparse_every: Option<String>,
     /// Key of the number of dense layers at the bottom.
     #[serde(default)]
     pub first_dense: Option<String>,
@@ -238,8 +281,13 @@ impl Family {
             AttentionKind::Gqa => needed.extend(["q", "k", "v"]),
             AttentionKind::Mla => needed.extend(["q", "q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b"]),
         }
-        if !has("gate_up") {
-            needed.extend(["gate", "up"]);
+        match self.mlp {
+            MlpKind::Plain if self.moe.is_some() || has("gate") || has("gate_up") => {
+                return Err("`mlp = \"plain\"` has no gate, and no experts".to_owned());
+            }
+            MlpKind::Plain => needed.push("up"),
+            MlpKind::Gated if has("gate_up") => {}
+            MlpKind::Gated => needed.extend(["gate", "up"]),
         }
         if self.qk_norm.is_some() {
             needed.extend(["q_norm", "k_norm"]);

@@ -3,11 +3,11 @@
 use serde_json::Value;
 
 use super::config::Config;
-use super::family::{AttentionKind, MoeKeys, QkNormRule};
+use super::family::{AttentionKind, QkNormRule};
 use super::scale::evaluate;
 use super::{
-    Activation, ArchError, Architecture, Attention, Family, GqaShape, MlaShape, Moe, Multipliers, QkNormScope, Rope,
-    RopeLayout, TensorNames,
+    Activation, ArchError, Architecture, Attention, Family, GqaShape, MlaShape, Multipliers, QkNormScope, Rope,
+    RopeLayout, TensorNames, moe,
 };
 use crate::source::Dtype;
 
@@ -68,8 +68,12 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
         logits: factor(&family.logit_scale)?,
     };
     let moe = match &family.moe {
-        Some(keys) => read_moe(config, family, keys, layers)?,
+        Some(keys) => moe::read(config, family, keys, layers)?,
         None => None,
+    };
+    let mtp_layers = match &family.mtp_layers {
+        Some(key) => config.whole(key)?.unwrap_or(0),
+        None => 0,
     };
     let qk_norm = match &family.qk_norm {
         None => None,
@@ -87,6 +91,7 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
             names.remove(role);
         }
     }
+    names.read_past_layers(layers..layers.saturating_add(mtp_layers));
     Ok(Architecture {
         family: family.name.clone(),
         model_type: model_type.to_owned(),
@@ -97,6 +102,7 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
         intermediate: config.need_count("intermediate_size")?,
         norm_eps,
         activation: activation(config, &family.activation)?,
+        mlp: family.mlp,
         tied_head: config.flag("tie_word_embeddings")?.unwrap_or(false),
         mlp_bias: config.switch(&family.mlp_bias)?,
         max_position: config.need_count("max_position_embeddings")?,
@@ -111,6 +117,7 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
         logit_softcap: config.positive(family.logit_softcap.as_ref())?,
         windows,
         moe,
+        mtp_layers,
     })
 }
 
@@ -292,52 +299,4 @@ fn read_mla(config: &Config<'_>, family: &Family, heads: usize) -> Result<(Atten
         score_scale,
     };
     Ok((Attention::Mla(shape), rope))
-}
-
-/// The experts, or `None` where every layer is dense after all.
-fn read_moe(config: &Config<'_>, family: &Family, keys: &MoeKeys, layers: usize) -> Result<Option<Moe>, ArchError> {
-    let whole = |key: &Option<String>| match key {
-        None => Ok(None),
-        Some(key) => match config.number(key)? {
-            Some(n) if n < 0.0 || n.fract() != 0.0 => Err(config.bad(key, "a whole number")),
-            n => Ok(n.map(|n| n as usize)),
-        },
-    };
-    let dense: Vec<usize> = match &keys.dense_layers {
-        None => Vec::new(),
-        Some(key) => config.list(key)?.into_iter().flatten().filter_map(Value::as_u64).map(|n| n as usize).collect(),
-    };
-    let step = whole(&keys.sparse_step)?.unwrap_or(1);
-    let first = whole(&keys.first_dense)?.unwrap_or(0);
-    let sparse = |i: usize| i >= first && !dense.contains(&i) && step > 0 && (i + 1).is_multiple_of(step);
-    let sparse: Vec<bool> = (0..layers).map(sparse).collect();
-    if !sparse.contains(&true) {
-        return Ok(None);
-    }
-    // Classes that can be dense too leave the number out.
-    let Some(experts) = config.count(&keys.experts)? else { return Ok(None) };
-    config.must_be_neutral(&keys.neutral)?;
-    let per_token = config.need_count(&keys.per_token)?;
-    if per_token > experts {
-        return Err(config.bad(&keys.per_token, &format!("at most {} ({experts})", keys.experts)));
-    }
-    let shared_width = match &keys.shared_width {
-        None => None,
-        Some(e) => evaluate(config, e)?.map(|w| w as usize).filter(|w| *w > 0),
-    };
-    Ok(Some(Moe {
-        experts,
-        per_token,
-        width: config.need_count(&keys.width)?,
-        scoring: keys.scoring,
-        renormalise: config.switch(&keys.renormalise)?,
-        scale: config.positive(keys.scale.as_ref())?.unwrap_or(1.0),
-        choice_bias: family.layer.contains_key("router_bias"),
-        shared_width,
-        shared_gated: match family.optional.get("shared_router") {
-            Some(key) => config.flag(key)?.unwrap_or(false),
-            None => family.layer.contains_key("shared_router"),
-        },
-        sparse,
-    }))
 }

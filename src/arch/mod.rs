@@ -8,6 +8,7 @@ mod config;
 mod error;
 mod family;
 mod interpret;
+mod moe;
 mod rope;
 mod scale;
 mod tensors;
@@ -16,7 +17,8 @@ mod wrapper;
 
 pub use attention::{AttentionSource, load_attention_source};
 pub use error::ArchError;
-pub use family::{Family, QkNormScope, known_families};
+pub use family::{Family, MlpKind, QkNormScope, known_families};
+pub use moe::{ExpertGroups, GroupScore, Moe, Scoring, Selection};
 pub(crate) use rope::base_power;
 pub use rope::{LongRope, Rope, RopeLayout};
 pub use tensors::{ExpectedTensor, LayerNames, Part, TensorNames, check_tensors};
@@ -44,8 +46,10 @@ pub struct Architecture {
     pub intermediate: usize,
     /// Epsilon of the RMSNorms on the residual stream.
     pub norm_eps: f64,
-    /// Gate activation of the MLP.
+    /// Activation of the MLP.
     pub activation: Activation,
+    /// Whether the MLP has a gate.
+    pub mlp: MlpKind,
     /// Whether `lm_head` is the embedding.
     pub tied_head: bool,
     /// Whether gate, up and down projections carry biases.
@@ -74,6 +78,9 @@ pub struct Architecture {
     pub windows: Vec<Option<usize>>,
     /// Mixture of experts, where some layer has one.
     pub moe: Option<Moe>,
+    /// Layers behind the last one that predict further tokens (DeepSeek-V3's MTP, arXiv 2412.19437, section 2.2). They may
+    /// be stored; no figure here counts them, and the reference runtime does not run them.
+    pub mtp_layers: usize,
 }
 
 /// Factors on the residual stream and at its ends; 1 where a family has none.
@@ -87,42 +94,7 @@ pub struct Multipliers {
     pub logits: f64,
 }
 
-/// Mixture of experts.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Moe {
-    /// Experts to choose from.
-    pub experts: usize,
-    /// Experts a token goes to.
-    pub per_token: usize,
-    /// Width `I` of an expert.
-    pub width: usize,
-    /// How router logits become weights.
-    pub scoring: Scoring,
-    /// Whether the chosen weights are made to sum to one.
-    pub renormalise: bool,
-    /// Factor on the chosen weights.
-    pub scale: f64,
-    /// Whether a bias is added to the scores for the choice (not for the weights).
-    pub choice_bias: bool,
-    /// Width of the expert that sees every token.
-    pub shared_width: Option<usize>,
-    /// Whether a sigmoid gate multiplies the shared expert's output.
-    pub shared_gated: bool,
-    /// Which layers have experts, `[layers]`.
-    pub sparse: Vec<bool>,
-}
-
-/// How router logits become weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Scoring {
-    /// Over all experts.
-    Softmax,
-    /// Each by itself.
-    Sigmoid,
-}
-
-/// Gate activation of a gated MLP `down(act(gate x) * up x)`.
+/// Activation of an MLP: on the gate of `down(act(gate x) * up x)`, or of `down(act(up x))`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// `x * sigmoid(x)`.
@@ -133,15 +105,18 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+    /// `max(x, 0)^2`.
+    Relu2,
 }
 
 impl Activation {
     /// Every activation with the names configs have for it, the preferred one first.
-    pub const NAMES: [(Activation, &'static [&'static str]); 4] = [
+    pub const NAMES: [(Activation, &'static [&'static str]); 5] = [
         (Activation::Silu, &["silu", "swish"]),
         (Activation::Gelu, &["gelu"]),
         (Activation::GeluTanh, &["gelu_pytorch_tanh", "gelu_new"]),
         (Activation::Relu, &["relu"]),
+        (Activation::Relu2, &["relu2"]),
     ];
 
     /// Name in a config.

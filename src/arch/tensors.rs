@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::weights::{BLOCK, SCALE_SUFFIX};
-use super::{ArchError, Architecture, Attention, Family, MlaShape, QkNormScope};
+use super::{ArchError, Architecture, Attention, Family, MlaShape, MlpKind, QkNormScope};
 use crate::source::{Dtype, TensorDirectory};
 
 /// Tensor names of a model, resolved from its family.
@@ -18,6 +18,8 @@ pub struct TensorNames {
     pub head: String,
     layer: BTreeMap<String, String>,
     ignore: Vec<String>,
+    /// What names of layers behind the last one begin with.
+    past: Vec<String>,
     /// Of a multimodal model only the language model is read: what its names begin with, and its head.
     only: Option<(String, String)>,
 }
@@ -54,6 +56,7 @@ impl TensorNames {
             head: get("head"),
             layer: family.layer.clone(),
             ignore: family.ignore.suffixes.clone(),
+            past: Vec::new(),
             only: None,
         }
     }
@@ -66,11 +69,24 @@ impl TensorNames {
     /// Whether a tensor carries no information of its own (such as a stored `inv_freq`), or belongs to what is not read.
     pub fn is_ignored(&self, name: &str) -> bool {
         self.ignore.iter().any(|s| name.ends_with(s.as_str()))
+            || self.is_past(name)
             || self.only.as_ref().is_some_and(|(body, head)| !name.starts_with(body.as_str()) && name != head)
+    }
+
+    /// Whether a tensor belongs to a layer behind the last one ([`Architecture::mtp_layers`]).
+    pub fn is_past(&self, name: &str) -> bool {
+        self.past.iter().any(|layer| name.starts_with(layer.as_str()))
     }
 
     pub(super) fn remove(&mut self, role: &str) {
         self.layer.remove(role);
+    }
+
+    /// Read past these layers.
+    pub(super) fn read_past_layers(&mut self, layers: Range<usize>) {
+        // Every name of a layer begins so: `model.layers.`.
+        let Some((stem, _)) = self.layer.get("o").and_then(|name| name.split_once("{layer}")) else { return };
+        self.past = layers.map(|layer| format!("{stem}{layer}.")).collect();
     }
 
     /// Names of the language model inside a multimodal one: `from` at the start of a name becomes `to`.
@@ -81,7 +97,7 @@ impl TensorNames {
             }
         };
         [&mut self.embed, &mut self.final_norm].into_iter().for_each(rename);
-        self.layer.values_mut().for_each(rename);
+        self.layer.values_mut().chain(&mut self.past).for_each(rename);
         head.clone_into(&mut self.head);
         self.only = Some((to.to_owned(), head.to_owned()));
     }
@@ -271,11 +287,13 @@ impl Architecture {
                 }
             }
             _ => {
-                if names.has("gate") {
-                    linears.push(("gate", self.intermediate, hidden, self.mlp_bias));
-                    linears.push(("up", self.intermediate, hidden, self.mlp_bias));
-                } else {
+                if self.mlp == MlpKind::Gated && !names.has("gate") {
                     linears.push(("gate_up", 2 * self.intermediate, hidden, self.mlp_bias));
+                } else {
+                    if self.mlp == MlpKind::Gated {
+                        linears.push(("gate", self.intermediate, hidden, self.mlp_bias));
+                    }
+                    linears.push(("up", self.intermediate, hidden, self.mlp_bias));
                 }
                 linears.push(("down", hidden, self.intermediate, self.mlp_bias));
             }

@@ -42,8 +42,8 @@ impl<'a> LatentAttention<'a> {
         let q_nope = project(inner, &query.nope, query.nope_bias.as_ref());
         let mut q_rope = project(inner, &query.rope, query.rope_bias.as_ref());
         let mut k_rope = project(x, &mla.k_rope, mla.k_rope_bias.as_ref());
-        rotation.turn_windows(&mut q_rope, windows, false);
-        rotation.turn_windows(&mut k_rope, windows, false);
+        rotation.turn_windows(&mut q_rope, windows);
+        rotation.turn_windows(&mut k_rope, windows);
         Self { mla, windows, latent: project(x, &mla.latent, None), k_rope, q_nope, q_rope, cap: None }
     }
 

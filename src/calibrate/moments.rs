@@ -5,7 +5,7 @@
 
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
-use crate::factor::linalg::{matmul, matmul_f32, symmetrise};
+use crate::factor::linalg::{matmul, matmul_f32_into, symmetrise};
 
 /// Rows per f32 product: each product's rounding stays that of a few hundred additions, sums run on in f64.
 const BLOCK: usize = 512;
@@ -13,8 +13,9 @@ const BLOCK: usize = 512;
 /// `sum += a^T b` for tokens in rows: `a` `[T, A]`, `b` `[T, B]`, `sum` `[A, B]`. Products in f32, sums in f64, in row order
 /// whatever the thread count.
 pub(crate) fn add_products(mut sum: ArrayViewMut2<'_, f64>, a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) {
+    let mut product = Array2::zeros(sum.raw_dim());
     for (a, b) in a.axis_chunks_iter(Axis(0), BLOCK).zip(b.axis_chunks_iter(Axis(0), BLOCK)) {
-        let product = matmul_f32(&a.t(), &b);
+        matmul_f32_into(&mut product, a.reversed_axes(), b);
         ndarray::Zip::from(&mut sum).and(&product).par_for_each(|s, &p| *s += f64::from(p));
     }
 }

@@ -1,7 +1,7 @@
 //! How far back each head looks: attention mass by distance, and the phases that follow.
 
 use faer::c64;
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, s};
 
 /// Mean attention mass of each query head at each distance, `[H, max distance]`.
 #[derive(Debug, Clone)]
@@ -17,15 +17,16 @@ impl DistanceProfile {
 
     /// Add rows of one head's probabilities: `probs[i, n]` is the weight of key `n` for the query at position
     /// `first_row + i`.
+    ///
+    /// # Panics
+    /// If a query has a later position than the profile has distances, or fewer keys than its position.
     pub fn add(&mut self, head: usize, first_row: usize, probs: ArrayView2<'_, f32>) {
         let mut mass = self.mass.row_mut(head);
         for (i, row) in probs.rows().into_iter().enumerate() {
             let m = first_row + i;
-            for (n, p) in row.iter().enumerate().take(m + 1) {
-                if let Some(slot) = mass.get_mut(m - n) {
-                    *slot += f64::from(*p);
-                }
-            }
+            // Key `n` is at distance `m - n`.
+            let (slots, row) = (mass.slice_mut(s![..=m; -1]), row.slice(s![..=m]));
+            ndarray::Zip::from(slots).and(row).for_each(|slot, p| *slot += f64::from(*p));
         }
     }
 

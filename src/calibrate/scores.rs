@@ -12,10 +12,14 @@
 //! With `u = 0` this is twice the second-order term of `KL(p || softmax(s))`. The share `u` of uniform weight keeps keys
 //! down that get no attention, which that term alone does not see.
 
-use ndarray::{Array2, ArrayView1, Axis, s};
+use std::ops::Range;
+
+use faer::Accum;
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
+use pulp::{Arch, Simd, WithSimd};
 
 use super::attend::side_by_side;
-use crate::factor::linalg::{matmul_f32_sequential, symmetrise};
+use crate::factor::linalg::{gemm, matmul_f32_sequential, symmetrise};
 use crate::runtime::{ProbabilityTile, Qkv, Span};
 
 /// Share `u` of uniform weight (measured flat between 0.1 and 0.6, docs/methods.md).
@@ -35,8 +39,15 @@ pub enum At<'a> {
 pub struct ScoreGradient {
     /// `[T, H w]`: per token of queries `scale sum_n w_mn (e_mn - ebar_m) k_n`, of keys `scale sum_m ... q_m`.
     pub rows: Array2<f32>,
-    /// `J` summed over heads and queries.
-    pub error: f64,
+    /// `J` summed over queries, `[H]`.
+    pub errors: Array1<f64>,
+}
+
+impl ScoreGradient {
+    /// `J` of all heads together.
+    pub fn error(&self) -> f64 {
+        self.errors.sum()
+    }
 }
 
 /// Scores of a source layer on calibration tokens, to be approached.
@@ -55,13 +66,23 @@ impl<'a> ScoreTarget<'a> {
 
     /// Error and gradient of converted scores `scale <q, k>`; `q`, `k` `[T, H w]` after rotation.
     pub fn residual(&self, q: &Array2<f32>, k: &Array2<f32>, at: At<'_>) -> ScoreGradient {
-        self.pass(q, k, at, true)
+        self.gradient(q, k, at, true)
     }
 
     /// The same for a change of scores `scale <q, k>` alone, `t` left out: with one of the two a direction this is the
     /// quadratic form of `J` along it.
     pub fn curvature(&self, q: &Array2<f32>, k: &Array2<f32>, at: At<'_>) -> ScoreGradient {
-        self.pass(q, k, at, false)
+        self.gradient(q, k, at, false)
+    }
+
+    /// `J` alone of such a change, per head, `[H]`.
+    pub fn curvatures(&self, q: &Array2<f32>, k: &Array2<f32>) -> Array1<f64> {
+        let parts = self.source.fold_probabilities(
+            self.windows,
+            |_, _| 0.0_f64,
+            |error, tile| *error += self.weighted(q, k, &tile, false).1,
+        );
+        self.by_head(parts.into_iter())
     }
 
     /// What `J` sees of keys `k` `[T, H w]`, per head: `sum_m sum_n w_mn (k_n - kbar_m)(k_n - kbar_m)^T`, `[w, w]`, with
@@ -76,10 +97,12 @@ impl<'a> ScoreTarget<'a> {
                 let mut w = tile.probabilities.to_owned();
                 for (i, mut row) in w.rows_mut().into_iter().enumerate() {
                     let seen = tile.row0 + i + 1;
-                    for (w, r) in row.iter_mut().zip(received.iter_mut()).take(seen) {
-                        *w = weight(*w, seen);
+                    let row = row.slice_mut(s![..seen]);
+                    let (share, uniform) = weights(seen);
+                    ndarray::Zip::from(row).and(&mut received[..seen]).for_each(|w, r| {
+                        *w = share * *w + uniform;
                         *r += *w;
-                    }
+                    });
                 }
                 let columns = tile.head * width..(tile.head + 1) * width;
                 let keys = k.slice(s![tile.window_start..tile.window_start + w.ncols(), columns]);
@@ -100,55 +123,84 @@ impl<'a> ScoreTarget<'a> {
         out.iter().map(symmetrise).collect()
     }
 
-    fn pass(&self, q: &Array2<f32>, k: &Array2<f32>, at: At<'_>, residual: bool) -> ScoreGradient {
+    fn gradient(&self, q: &Array2<f32>, k: &Array2<f32>, at: At<'_>, residual: bool) -> ScoreGradient {
         let heads = self.source.heads;
         let width = q.ncols() / heads;
         let parts = self.source.fold_probabilities(
             self.windows,
             |window, _| (Array2::<f32>::zeros((self.windows[window], width)), 0.0_f64),
             |(rows, error), tile| {
-                let columns = tile.head * width..(tile.head + 1) * width;
-                let first = tile.window_start;
-                let (from, to) = (first + tile.row0, first + tile.probabilities.ncols());
-                let (queries, keys) = (s![from..to, columns.clone()], s![first..to, columns]);
-                let mut e = matmul_f32_sequential(q.slice(queries), k.slice(keys).t());
+                let (mut e, of_tile) = self.weighted(q, k, &tile, residual);
+                *error += of_tile;
                 e *= self.scale;
-                if residual {
-                    e -= &self.source_scores(&tile);
-                }
-                *error += weigh(&mut e, &tile);
-                e *= self.scale;
+                let (queries, keys) = places(&tile, width);
                 match at {
                     At::Keys(k) => {
-                        let part = matmul_f32_sequential(e.view(), k.slice(keys));
-                        rows.slice_mut(s![tile.row0.., ..]).slice_mut(s![..part.nrows(), ..]).assign(&part);
+                        let mut part = rows.slice_mut(s![tile.row0..tile.row0 + e.nrows(), ..]);
+                        gemm(part.view_mut(), Accum::Replace, e.view(), k.slice(s![keys.0, keys.1]), 1.0);
                     }
                     At::Queries(q) => {
-                        let part = matmul_f32_sequential(e.t(), q.slice(queries));
-                        let mut seen = rows.slice_mut(s![..part.nrows(), ..]);
-                        seen += &part;
+                        let mut seen = rows.slice_mut(s![..e.ncols(), ..]);
+                        gemm(seen.view_mut(), Accum::Add, e.t(), q.slice(s![queries.0, queries.1]), 1.0);
                     }
                 }
             },
         );
         let rows = side_by_side(parts.iter().map(|(rows, _)| rows), self.windows, heads, width);
-        ScoreGradient { rows, error: parts.iter().map(|(_, error)| error).sum() }
+        ScoreGradient { rows, errors: self.by_head(parts.iter().map(|(_, error)| *error)) }
     }
 
-    fn source_scores(&self, tile: &ProbabilityTile<'_>) -> Array2<f32> {
-        let (rows, keys) = tile.probabilities.dim();
-        let d = self.source.qk_dim;
-        let (first, kv) = (tile.window_start, self.source.kv_head(tile.head));
-        let q =
-            self.source.q.slice(s![first + tile.row0..first + tile.row0 + rows, self.source.query_columns(tile.head)]);
-        let k = self.source.k.slice(s![first..first + keys, kv * d..(kv + 1) * d]);
-        matmul_f32_sequential(q, k.t()) * self.source.scale as f32
+    /// `w (e - ebar)` of a tile, and its share of `J`.
+    fn weighted(
+        &self,
+        q: &Array2<f32>,
+        k: &Array2<f32>,
+        tile: &ProbabilityTile<'_>,
+        residual: bool,
+    ) -> (Array2<f32>, f64) {
+        let (queries, keys) = places(tile, q.ncols() / self.source.heads);
+        let (q, k) = (q.slice(s![queries.0, queries.1]), k.slice(s![keys.0, keys.1]));
+        let mut e = Array2::zeros(tile.probabilities.raw_dim());
+        gemm(e.view_mut(), Accum::Replace, q, k.t(), self.scale);
+        if residual {
+            let (q, k) = self.source_factors(tile);
+            gemm(e.view_mut(), Accum::Add, q, k.t(), -self.source.scale as f32);
+        }
+        let error = weigh(&mut e, tile);
+        (e, error)
+    }
+
+    /// Sums over windows, in order, of what [`Qkv::fold_probabilities`] gave.
+    fn by_head(&self, parts: impl Iterator<Item = f64>) -> Array1<f64> {
+        let heads = self.source.heads;
+        let mut out = Array1::zeros(heads);
+        parts.enumerate().for_each(|(i, part)| out[i % heads] += part);
+        out
+    }
+
+    /// The source's queries and keys of a tile, `[rows, d]` and `[keys, d]`.
+    fn source_factors(&self, tile: &ProbabilityTile<'_>) -> (ArrayView2<'_, f32>, ArrayView2<'_, f32>) {
+        let (source, kv) = (self.source, self.source.kv_head(tile.head));
+        let (queries, keys) = places(tile, source.qk_dim);
+        let columns = kv * source.qk_dim..(kv + 1) * source.qk_dim;
+        (source.q.slice(s![queries.0, queries.1]), source.k.slice(s![keys.0, columns]))
     }
 }
 
-/// `w_mn` of a query that sees `seen` keys.
-fn weight(p: f32, seen: usize) -> f32 {
-    (1.0 - UNIFORM) * p + UNIFORM / seen as f32
+/// Rows and columns of a region of `[T, H w]`.
+type Place = (Range<usize>, Range<usize>);
+
+/// Where the queries and the keys of a tile are.
+fn places(tile: &ProbabilityTile<'_>, width: usize) -> (Place, Place) {
+    let columns = tile.head * width..(tile.head + 1) * width;
+    let first = tile.window_start;
+    let to = first + tile.probabilities.ncols();
+    ((first + tile.row0..to, columns.clone()), (first..to, columns))
+}
+
+/// Factor of `p_mn` and constant of `w_mn`, for a query that sees `seen` keys.
+fn weights(seen: usize) -> (f32, f32) {
+    (1.0 - UNIFORM, UNIFORM / seen as f32)
 }
 
 /// `e` to `w (e - ebar)` in place, zero where a query does not see; returns the tile's share of `J`.
@@ -156,16 +208,52 @@ fn weigh(e: &mut Array2<f32>, tile: &ProbabilityTile<'_>) -> f64 {
     let mut total = 0.0;
     for (i, (mut e, p)) in e.rows_mut().into_iter().zip(tile.probabilities.rows()).enumerate() {
         let seen = tile.row0 + i + 1;
-        let mean: f32 = e.iter().zip(p).take(seen).map(|(e, p)| weight(*p, seen) * e).sum();
-        let mut error = 0.0_f32;
-        for (n, (e, p)) in e.iter_mut().zip(p).enumerate() {
-            let distance = *e - mean;
-            *e = if n < seen { weight(*p, seen) * distance } else { 0.0 };
-            error += *e * distance;
+        if let (Some(e), Some(p)) = (e.as_slice_mut(), p.as_slice()) {
+            e[seen..].fill(0.0);
+            total += f64::from(Arch::new().dispatch(Weigh { e: &mut e[..seen], p: &p[..seen] }));
         }
-        total += f64::from(error);
     }
     total
+}
+
+/// One query's row of [`weigh`]; a type, since a closure would not be compiled for the wider vectors.
+struct Weigh<'a> {
+    e: &'a mut [f32],
+    p: &'a [f32],
+}
+
+impl WithSimd for Weigh<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> f32 {
+        let (share, uniform) = weights(self.e.len());
+        let weight = |p: f32| share * p + uniform;
+        let mean = sum(self.e, self.p, |e, p| weight(p) * e);
+        for e in self.e.iter_mut() {
+            *e -= mean;
+        }
+        let error = sum(self.e, self.p, |e, p| weight(p) * e * e);
+        for (e, p) in self.e.iter_mut().zip(self.p) {
+            *e *= weight(*p);
+        }
+        error
+    }
+}
+
+/// `sum f(e_i, p_i)` in sixteen sums side by side.
+#[inline(always)]
+fn sum(e: &[f32], p: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    const LANES: usize = 16;
+    let mut sums = [0.0_f32; LANES];
+    let (es, ps) = (e.chunks_exact(LANES), p.chunks_exact(LANES));
+    let rest: f32 = es.remainder().iter().zip(ps.remainder()).map(|(e, p)| f(*e, *p)).sum();
+    for (e, p) in es.zip(ps) {
+        for ((sum, e), p) in sums.iter_mut().zip(e).zip(p) {
+            *sum += f(*e, *p);
+        }
+    }
+    sums.iter().sum::<f32>() + rest
 }
 
 #[cfg(test)]
@@ -198,10 +286,10 @@ mod tests {
         let k = ndarray::concatenate![ndarray::Axis(1), source.k, source.k];
         let found = target.residual(&source.q, &k, At::Keys(&k));
         // Rounding of sums of at most 14 scores of size 2 in f32.
-        assert!(found.error.abs() < 1e-8 && found.rows.iter().all(|g| g.abs() < 1e-5), "{}", found.error);
+        assert!(found.error().abs() < 1e-8 && found.rows.iter().all(|g| g.abs() < 1e-5), "{}", found.error());
         // The same vector added to every key moves all scores of a row alike.
         let moved = target.residual(&source.q, &(&k + 0.7), At::Keys(&k));
-        assert!(moved.error.abs() < 1e-8, "{}", moved.error);
+        assert!(moved.error().abs() < 1e-8, "{}", moved.error());
     }
 
     #[test]
@@ -216,11 +304,15 @@ mod tests {
         let dot = |a: &Array2<f32>, b: &Array2<f32>| -> f64 {
             a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
         };
-        let moved = target.residual(&(&q + &dq), &k, At::Keys(&k)).error;
-        let predicted = by_query.error + 2.0 * dot(&by_query.rows, &dq) + target.curvature(&dq, &k, At::Keys(&k)).error;
+        let moved = target.residual(&(&q + &dq), &k, At::Keys(&k)).error();
+        let predicted =
+            by_query.error() + 2.0 * dot(&by_query.rows, &dq) + target.curvature(&dq, &k, At::Keys(&k)).error();
         assert!((moved / predicted - 1.0).abs() < 1e-4, "{moved} {predicted}");
-        let moved = target.residual(&q, &(&k + &dk), At::Queries(&q)).error;
-        let predicted = by_key.error + 2.0 * dot(&by_key.rows, &dk) + target.curvature(&q, &dk, At::Queries(&q)).error;
+        let alone = target.curvatures(&dq, &k);
+        assert_eq!(alone, target.curvature(&dq, &k, At::Keys(&k)).errors);
+        let moved = target.residual(&q, &(&k + &dk), At::Queries(&q)).error();
+        let predicted =
+            by_key.error() + 2.0 * dot(&by_key.rows, &dk) + target.curvature(&q, &dk, At::Queries(&q)).error();
         assert!((moved / predicted - 1.0).abs() < 1e-4, "{moved} {predicted}");
     }
 
@@ -241,7 +333,7 @@ mod tests {
             }
             let u = ndarray::arr1(&u);
             let want = 0.4 * 0.4 * u.dot(&covariance.dot(&u));
-            let got = target.curvature(&q, &k, At::Keys(&k)).error;
+            let got = target.curvature(&q, &k, At::Keys(&k)).error();
             assert!((got / want - 1.0).abs() < 1e-4, "{got} {want}");
         }
     }

@@ -125,7 +125,7 @@ pub fn verification(
     let options = TextOptions { text: None, seq_len: 512, windows: Count(8), every: 1 };
     let windows = measure::Windows::new(&options, &[source, converted])?;
     let figures = measure::compare(source, converted, &windows, device, &context.progress)?;
-    let (thresholds, from) = measure::default_thresholds(converted);
+    let (thresholds, from) = measure::default_thresholds(source, converted);
     let names = (source.source.spec.as_str(), converted.source.spec.as_str());
     Ok(Verification::new(names, (&windows.text, windows.seq_len), figures, thresholds, from))
 }

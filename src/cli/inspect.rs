@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use clap::Args;
 use gqa2mla::arch::{Architecture, language_config};
-use gqa2mla::report::{InspectedModel, SCHEMA_VERSION, text};
+use gqa2mla::report::{InspectedModel, KvRow, SCHEMA_VERSION, text};
 use gqa2mla::source::{Dtype, ModelSource, OpenOptions, SourceError};
 
 use super::exit::ExitStatus;
@@ -15,8 +15,8 @@ use super::{Context, model};
 /// Show what models are, what their caches cost, and which engines would load them as MLA.
 ///
 /// For a GQA model: possible cache budgets, and for each whether stock transformers, vLLM, SGLang, llama.cpp and MLX-LM
-/// would load the conversion, and why not. For an MLA model: the same for the model as it is. A folder that holds only
-/// a config.json is inspected from that.
+/// would load the conversion, and why not. For an MLA model: the same for the model as it is. Several models are also
+/// compared by the bytes that a token takes in their caches. A folder that holds only a config.json is inspected from that.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     /// Model folders or hub ids `org/name[@revision]`
@@ -37,7 +37,9 @@ impl InspectArgs {
                 context.show(one, |_| text::inspect(&models, width()))?;
             }
             (Format::Json, several) => {
-                let document = serde_json::json!({ "schema_version": SCHEMA_VERSION, "models": several });
+                let table = KvRow::table(several);
+                let document =
+                    serde_json::json!({ "schema_version": SCHEMA_VERSION, "models": several, "kv_table": table });
                 context.show(&document, |_| String::new())?;
             }
         }

@@ -19,10 +19,14 @@ mod inspect;
 mod measure;
 mod model;
 mod options;
+pub mod pages;
 mod plan;
 mod progress;
 mod reference;
 pub mod resume;
+mod rotate;
+mod shard;
+mod sliced;
 mod values;
 mod verify;
 mod verify_files;
@@ -85,6 +89,8 @@ enum Command {
     Check(check::CheckArgs),
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
+    Rotate(rotate::RotateArgs),
+    Shard(shard::ShardArgs),
     Verify(verify::VerifyArgs),
     VerifyFiles(verify_files::VerifyFilesArgs),
     Eval(eval::EvalArgs),
@@ -180,6 +186,8 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Check(args) => args.execute(&context),
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
+        Command::Rotate(args) => args.execute(&context),
+        Command::Shard(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),
         Command::VerifyFiles(args) => args.execute(&context),
         Command::Eval(args) => args.execute(&context),

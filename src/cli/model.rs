@@ -2,6 +2,7 @@
 
 use anyhow::Context as _;
 use gqa2mla::arch::{Architecture, check_tensors, language_config};
+use gqa2mla::observe::{Event, Observer as _};
 use gqa2mla::source::{ModelSource, OpenOptions};
 
 use super::Context;
@@ -20,6 +21,10 @@ pub fn open(spec: &str, context: &Context) -> anyhow::Result<OpenModel> {
     let unusable = || format!("cannot use model `{spec}`");
     let mut source = ModelSource::open(spec, &OpenOptions::default(), &context.progress).with_context(unusable)?;
     let arch = understand(&mut source, context).with_context(unusable)?;
+    if source.tensors.names().any(|name| arch.names.is_past(name)) {
+        let note = format!("`{spec}` stores layers that predict further tokens (MTP): they are read past and not run");
+        context.progress.event(Event::Note(note));
+    }
     Ok(OpenModel { source, arch })
 }
 
@@ -49,7 +54,10 @@ pub fn understand(source: &mut ModelSource, context: &Context) -> anyhow::Result
 pub fn open_convertible(spec: &str, context: &Context) -> anyhow::Result<OpenModel> {
     let model = open(spec, context)?;
     if model.arch.mla().is_some() {
-        anyhow::bail!("`{spec}` is an MLA model already\n\nhint: give the GQA checkpoint it was made from");
+        anyhow::bail!(
+            "`{spec}` is an MLA model already\n\nhint: give the GQA checkpoint it was made from; one that was trained as MLA needs \
+             no conversion: `inspect`, `check`, `eval`, `generate` and `bench` take it as it is"
+        );
     }
     Ok(model)
 }

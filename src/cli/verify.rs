@@ -8,13 +8,17 @@ use super::devices::DeviceOption;
 use super::exit::ExitStatus;
 use super::options::TextOptions;
 use super::output::width;
+use super::sliced::SlicedOptions;
 use super::{Context, measure, model, values};
 
 /// Compare the logits of a conversion with those of its source; exit 1 if a threshold does not hold.
 ///
 /// Without thresholds: a conversion by method exact has to give the source's logits (within 2e-3 in f32) and the same
 /// likeliest token everywhere; any other has to give finite figures, and the same logits with its cache as without.
-/// Thresholds that are given replace the defaults, but for the agreement of cached decoding.
+/// A rotation of SOURCE has to give its logits as well. Thresholds that are given replace the defaults, but for the
+/// agreement of cached decoding.
+///
+/// With --tp the conversion is decoded by T ranks that share its latents out (TPLA), and the figures say what that costs.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     /// Source: model folder or hub id `org/name[@revision]`
@@ -27,6 +31,8 @@ pub struct VerifyArgs {
     text: TextOptions,
     #[command(flatten)]
     thresholds: ThresholdOptions,
+    #[command(flatten)]
+    sliced: SlicedOptions,
     #[command(flatten)]
     device: DeviceOption,
 }
@@ -48,6 +54,18 @@ struct ThresholdOptions {
     max_ppl_ratio: Option<f64>,
 }
 
+impl ThresholdOptions {
+    fn given(self) -> Thresholds {
+        Thresholds {
+            max_abs_dlogit: self.max_dlogit,
+            kl: self.max_kl,
+            top1: self.min_top1,
+            ppl_ratio: self.max_ppl_ratio,
+            cached_vs_full: None,
+        }
+    }
+}
+
 impl VerifyArgs {
     /// Run the command.
     ///
@@ -58,16 +76,13 @@ impl VerifyArgs {
         let source = model::open(&self.source, context)?;
         let converted = model::open(&self.converted, context)?;
         let windows = measure::Windows::new(&self.text, &[&source, &converted])?;
+        if self.sliced.asked()? {
+            let limits = self.thresholds.given();
+            return self.sliced.execute((&source, &converted), &windows, limits, &device, context);
+        }
         let figures = measure::compare(&source, &converted, &windows, &device, &context.progress)?;
-        let (defaults, why) = measure::default_thresholds(&converted);
-        let t = self.thresholds;
-        let given = Thresholds {
-            max_abs_dlogit: t.max_dlogit,
-            kl: t.max_kl,
-            top1: t.min_top1,
-            ppl_ratio: t.max_ppl_ratio,
-            cached_vs_full: None,
-        };
+        let (defaults, why) = measure::default_thresholds(&source, &converted);
+        let given = self.thresholds.given();
         let (thresholds, why) = if given == Thresholds::default() {
             (defaults, why)
         } else {

@@ -7,15 +7,17 @@
 
 use std::ops::Range;
 
+use faer::Accum;
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
+use rayon::prelude::*;
 
 use super::Steps;
 use crate::calibrate::{At, Moments, ScoreGradient, ScoreTarget, add_products};
 use crate::factor::FactorError;
-use crate::factor::conjugate::conjugate_gradients;
-use crate::factor::linalg::{matmul, matmul_f32, solve_right_spd, symmetrise};
+use crate::factor::conjugate::{System, conjugate_gradients};
+use crate::factor::linalg::{gemm, matmul, matmul_f32, solve_right_spd, symmetrise};
 use crate::methods::MlaLayer;
-use crate::runtime::{Qkv, Rotation, Span};
+use crate::runtime::{HeadColumns, Qkv, Rotation, Span};
 
 /// Tokens that the refits look at, at most.
 pub(super) const TOKENS: usize = 12288;
@@ -25,10 +27,13 @@ const QUERY_STEPS: usize = 2;
 const KEY_STEPS: usize = 1;
 /// Ridge towards the closed form, as a share of the preconditioner (the curvature that uniform attention would have).
 const RIDGE: f64 = 0.01;
+/// Rows of keys per task.
+const BLOCK: usize = 256;
 /// Ridge of the preconditioner's two factors, as a share of their mean diagonal.
 const PRECONDITIONER_RIDGE: f64 = 1e-3;
 
-/// What the refits of one layer share.
+/// What the refits of one layer share. Queries and keys of a head lie side by side, `n` values without rotation and `r` with:
+/// `w = n + r` columns of activations, or rows of weights.
 struct Scores<'a> {
     target: ScoreTarget<'a>,
     windows: &'a [usize],
@@ -36,7 +41,13 @@ struct Scores<'a> {
     x: Array2<f32>,
     /// `E x^ x^T`, `[D + 1, D + 1]`.
     moment: Array2<f64>,
+    /// Turns by the angles of each position.
     rotation: Rotation,
+    /// Turns back.
+    back: Rotation,
+    heads: usize,
+    /// `n`.
+    nope: usize,
 }
 
 /// Refit queries and keys as `steps` ask. `source` are the source's queries and keys on its own stream ([`of_chosen`]), `x`
@@ -60,12 +71,16 @@ pub(super) fn refit_scores(
     let mut moments = Moments::new(x.ncols());
     moments.add(x.view());
     let ones = Array2::ones((x.nrows(), 1));
+    let rotation = layer.rotation(lengths.iter().copied().max().unwrap_or(0));
     let scores = Scores {
         target: ScoreTarget::new(source, &lengths, layer.score_scale),
         windows: &lengths,
         x: concatenate![Axis(1), x, ones],
         moment: moments.augmented(),
-        rotation: layer.rotation(lengths.iter().copied().max().unwrap_or(0)),
+        back: rotation.reversed(),
+        rotation,
+        heads: layer.heads,
+        nope: layer.nope_dim(),
     };
     if steps.query_refit {
         scores.refit_queries(layer)?;
@@ -104,12 +119,6 @@ fn augmented(weight: &Array2<f64>, bias: Option<&Array1<f64>>) -> Array2<f64> {
     }
 }
 
-/// Both query projections with their biases, `[H n, D]` and `[H r, D]`, or a column more.
-fn query_weights(layer: &MlaLayer) -> (Array2<f64>, Array2<f64>) {
-    let q = &layer.query;
-    (augmented(&q.nope, q.nope_bias.as_ref()), augmented(&q.rope, q.rope_bias.as_ref()))
-}
-
 /// The projection of the rotated key with its bias, `[r, D]` or a column more.
 fn rotated_key(layer: &MlaLayer) -> Array2<f64> {
     augmented(&layer.k_rope, layer.k_rope_bias.as_ref())
@@ -130,64 +139,121 @@ fn regularised(mut m: Array2<f64>) -> Array2<f64> {
     m
 }
 
-/// Energy of rotated pairs, each half for both of its rows: rotation mixes the two.
-fn pair_energies(weight: &Array2<f64>, moment: &Array2<f64>) -> Array1<f64> {
-    pair_means(&(matmul(weight, moment) * weight).sum_axis(Axis(1)))
-}
-
 /// Mean of the two rows of each pair, for both, held above zero.
 fn pair_means(rows: &Array1<f64>) -> Array1<f64> {
     let level = PRECONDITIONER_RIDGE * rows.mean().unwrap_or(0.0).max(f64::MIN_POSITIVE);
     Array1::from_shape_fn(rows.len(), |i| (rows[i / 2 * 2] + rows[i / 2 * 2 + 1]) / 2.0 + level)
 }
 
-/// `blkdiag(K_h) X C`, the curvature that uniform, independent queries and keys would have: rows of `x` belong to heads.
-fn curvature(k: &[Array2<f64>], x: &Array2<f64>, c: &Array2<f64>) -> Array2<f64> {
-    let mut out = matmul(x, c);
-    for (mut rows, k) in out.axis_chunks_iter_mut(Axis(0), x.nrows() / k.len().max(1)).zip(k) {
-        let product = matmul(k, &rows);
-        rows.assign(&product);
+/// Curvature that uniform, independent queries and keys would have: `blkdiag(K_h) X C` for the rows of each head in
+/// `X [H w, C]`, with `K_h` a full matrix where nothing turns and, since rotation mixes the two rows of a pair and hardly any
+/// pair with another, one number per row where pairs turn.
+struct Curvature {
+    /// `[n, n]` per head, none where only one shared rotated key is meant.
+    nope: Vec<Array2<f64>>,
+    /// `[r]` per head.
+    rope: Vec<Array1<f64>>,
+    /// `C`, moments of what the weight meets.
+    moment: Array2<f64>,
+}
+
+impl Curvature {
+    /// `blkdiag(K_h) X C`.
+    fn apply(&self, x: &Array2<f64>) -> Array2<f64> {
+        let mut out = matmul(x, &self.moment);
+        for (h, mut rows) in out.axis_chunks_iter_mut(Axis(0), self.width()).enumerate() {
+            let n = self.nope.get(h).map_or(0, Array2::nrows);
+            if let Some(k) = self.nope.get(h) {
+                let product = matmul(k, &rows.slice(s![..n, ..]));
+                rows.slice_mut(s![..n, ..]).assign(&product);
+            }
+            let mut turned = rows.slice_mut(s![n.., ..]);
+            turned *= &self.rope[h].view().insert_axis(Axis(1));
+        }
+        out
+    }
+
+    /// `blkdiag(K_h)^-1 R C^-1`.
+    fn divide(&self, r: &Array2<f64>) -> Result<Array2<f64>, FactorError> {
+        let (mut out, _) = solve_right_spd(&self.moment, r, 0.0, "moments of the layer's input")?;
+        for (h, mut rows) in out.axis_chunks_iter_mut(Axis(0), self.width()).enumerate() {
+            let n = self.nope.get(h).map_or(0, Array2::nrows);
+            if let Some(k) = self.nope.get(h) {
+                let right = rows.slice(s![..n, ..]).t().to_owned();
+                let (left, _) = solve_right_spd(k, &right, 0.0, "moments of queries and keys")?;
+                rows.slice_mut(s![..n, ..]).assign(&left.t());
+            }
+            let mut turned = rows.slice_mut(s![n.., ..]);
+            turned /= &self.rope[h].view().insert_axis(Axis(1));
+        }
+        Ok(out)
+    }
+
+    /// `w`.
+    fn width(&self) -> usize {
+        (self.nope.first().map_or(0, Array2::nrows) + self.rope.first().map_or(0, Array1::len)).max(1)
+    }
+}
+
+/// Both parts of every head under each other, `[H (n + r), C]`, from `[H n, C]` and `[H r, C]`.
+fn join(nope: &Array2<f64>, rope: &Array2<f64>, heads: usize) -> Array2<f64> {
+    let (n, r) = (nope.nrows() / heads, rope.nrows() / heads);
+    let mut out = Array2::zeros((heads * (n + r), nope.ncols()));
+    for (h, mut rows) in out.axis_chunks_iter_mut(Axis(0), (n + r).max(1)).enumerate() {
+        rows.slice_mut(s![..n, ..]).assign(&nope.slice(s![h * n..(h + 1) * n, ..]));
+        rows.slice_mut(s![n.., ..]).assign(&rope.slice(s![h * r..(h + 1) * r, ..]));
     }
     out
 }
 
-/// `blkdiag(K_h)^-1 R C^-1`.
-fn divided(k: &[Array2<f64>], r: &Array2<f64>, c: &Array2<f64>) -> Result<Array2<f64>, FactorError> {
-    let (mut out, _) = solve_right_spd(c, r, 0.0, "moments of the layer's input")?;
-    for (mut rows, k) in out.axis_chunks_iter_mut(Axis(0), r.nrows() / k.len().max(1)).zip(k) {
-        let (left, _) = solve_right_spd(k, &rows.t().to_owned(), 0.0, "moments of queries and keys")?;
-        rows.assign(&left.t());
+/// The rows `part` of every head, `[H part, C]`.
+fn part(joined: &Array2<f64>, heads: usize, part: Range<usize>) -> Array2<f64> {
+    let width = joined.nrows() / heads;
+    let mut out = Array2::zeros((heads * part.len(), joined.ncols()));
+    for (h, mut rows) in out.axis_chunks_iter_mut(Axis(0), part.len().max(1)).enumerate() {
+        rows.assign(&joined.slice(s![h * width + part.start..h * width + part.end, ..]));
     }
-    Ok(out)
-}
-
-/// Each row times its own factor.
-fn scale_rows(x: Array2<f64>, factors: &Array1<f64>) -> Array2<f64> {
-    x * factors.view().insert_axis(Axis(1))
+    out
 }
 
 impl Scores<'_> {
+    /// Columns of a head that turn.
+    fn turned(&self) -> HeadColumns {
+        let r = self.rotation.width();
+        HeadColumns { start: self.nope, stride: self.nope + r, width: r }
+    }
+
     /// `x^ W^T`, `[T, rows]`, for a weight with or without bias column.
     fn project(&self, weight: &Array2<f64>) -> Array2<f32> {
         matmul_f32(&self.x.slice(s![.., ..weight.ncols()]), &weight.mapv(|v| v as f32).t())
     }
 
-    /// The same for rotated pairs, turned.
-    fn rotated(&self, weight: &Array2<f64>) -> Array2<f32> {
+    /// Queries of every head, `[T, H w]`, from their projection `[H w, D]` or a column more.
+    fn queries(&self, weight: &Array2<f64>) -> Array2<f32> {
         let mut out = self.project(weight);
-        self.rotation.turn_windows(&mut out, self.windows, false);
+        self.rotation.turn_columns(&mut out, self.windows, self.turned());
         out
     }
 
-    /// Queries of every head, `[T, H (n + r)]`, from their projections.
-    fn queries(&self, nope: &Array2<f64>, rope: &Array2<f64>, heads: usize) -> Array2<f32> {
-        join(&self.project(nope), &self.rotated(rope), heads, rope.nrows() / heads)
-    }
-
-    /// Keys of every head, `[T, H (n + r)]`, from latents `c` `[T, r]`, their up-projection and the projection of the rotated
-    /// key.
-    fn keys(&self, c: &Array2<f32>, up: &Array2<f64>, rope: &Array2<f64>, heads: usize) -> Array2<f32> {
-        join(&matmul_f32(c, &up.mapv(|v| v as f32).t()), &self.rotated(rope), heads, rope.nrows())
+    /// Keys of every head, `[T, H w]`, from latents `c` `[T, r_kv]`, their up-projection `[H n, r_kv]` and the projection of
+    /// the rotated key.
+    fn keys(&self, c: &Array2<f32>, up: &Array2<f64>, rope: &Array2<f64>) -> Array2<f32> {
+        let mut shared = self.project(rope);
+        self.rotation.turn_windows(&mut shared, self.windows);
+        let (up, n, width) = (up.mapv(|v| v as f32), self.nope, self.nope + shared.ncols());
+        let mut out = Array2::zeros((c.nrows(), self.heads * width));
+        let blocks = out.axis_chunks_iter_mut(Axis(0), BLOCK).into_par_iter();
+        blocks.zip(c.axis_chunks_iter(Axis(0), BLOCK)).zip(shared.axis_chunks_iter(Axis(0), BLOCK)).for_each(
+            |((mut out, c), shared)| {
+                for h in 0..self.heads {
+                    let first = h * width;
+                    let up = up.slice(s![h * n..(h + 1) * n, ..]);
+                    gemm(out.slice_mut(s![.., first..first + n]), Accum::Replace, c, up.t(), 1.0);
+                    out.slice_mut(s![.., first + n..first + width]).assign(&shared);
+                }
+            },
+        );
+        out
     }
 
     /// `sum g^T x^` over tokens, `[G, columns]`.
@@ -202,91 +268,66 @@ impl Scores<'_> {
         regularised(self.moment.slice(s![..columns, ..columns]).to_owned()) * self.x.nrows() as f64
     }
 
+    /// `E y y^T` of `y = W x^`, for some rows of a weight.
+    fn output_moment(&self, weight: ArrayView2<'_, f64>) -> Array2<f64> {
+        let columns = weight.ncols();
+        matmul(&matmul(&weight, &self.moment.slice(s![..columns, ..columns])), &weight.t())
+    }
+
     fn refit_queries(&self, layer: &mut MlaLayer) -> Result<(), FactorError> {
-        let (heads, n) = (layer.heads, layer.nope_dim());
-        let (nope, rope) = query_weights(layer);
-        let q = self.queries(&nope, &rope, heads);
-        let k = self.keys(&self.project(&layer.latent), &layer.k_up, &rotated_key(layer), heads);
-        let collect = |gradient: ScoreGradient| -> Vec<Array2<f64>> {
-            let (g_nope, mut g_rope) = split(&gradient.rows, heads, n);
-            self.rotation.turn_windows(&mut g_rope, self.windows, true);
-            let x = self.x.slice(s![.., ..nope.ncols()]);
-            vec![self.against(&g_nope, x), self.against(&g_rope, x)]
-        };
-        let c = self.moment(nope.ncols());
-        // Curvature if queries were independent of what they meet: key covariances by inputs. Rotation mixes the two rows
-        // of a pair, and hardly any pair with another.
+        let (heads, n) = (self.heads, self.nope);
+        let query = &mut layer.query;
+        let weight = join(
+            &augmented(&query.nope, query.nope_bias.as_ref()),
+            &augmented(&query.rope, query.rope_bias.as_ref()),
+            heads,
+        );
+        let k = self.keys(&self.project(&layer.latent), &layer.k_up, &rotated_key(layer));
         let scale = layer.score_scale.powi(2) / self.x.nrows() as f64;
         let seen = self.target.key_covariances(&k);
-        let by_head: Vec<Array2<f64>> =
-            seen.iter().map(|k| regularised(k.slice(s![..n, ..n]).to_owned()) * scale).collect();
-        let pairs = seen.iter().flat_map(|k| pair_means(&k.diag().slice(s![n..]).to_owned()).to_vec());
-        let pairs = Array1::from_iter(pairs) * scale;
-
-        let b = collect(self.target.residual(&q, &k, At::Keys(&k))).into_iter().map(|g| -g).collect();
-        let apply = |p: &[Array2<f64>]| {
-            let q = self.queries(&p[0], &p[1], heads);
-            let mut out = collect(self.target.curvature(&q, &k, At::Keys(&k)));
-            out[0].scaled_add(RIDGE, &curvature(&by_head, &p[0], &c));
-            out[1].scaled_add(RIDGE, &scale_rows(matmul(&p[1], &c), &pairs));
-            Ok(out)
+        let curvature = Curvature {
+            nope: seen.iter().map(|k| regularised(k.slice(s![..n, ..n]).to_owned()) * scale).collect(),
+            rope: seen.iter().map(|k| pair_means(&k.diag().slice(s![n..]).to_owned()) * scale).collect(),
+            moment: self.moment(weight.ncols()),
         };
-        let precondition = |r: &[Array2<f64>]| {
-            let (right, _) = solve_right_spd(&c, &r[1], 0.0, "moments of the layer's input")?;
-            Ok(vec![divided(&by_head, &r[0], &c)?, scale_rows(right, &pairs.mapv(|v| 1.0 / v))])
-        };
-        let found = conjugate_gradients(b, heads, apply, precondition, QUERY_STEPS)?;
+        let mut system = OfQueries { scores: self, k: &k, curvature };
+        let b = system.against(self.target.residual(&self.queries(&weight), &k, At::Keys(&k)));
+        let found = conjugate_gradients(vec![-b], heads, &mut system, QUERY_STEPS)?;
         let query = &mut layer.query;
-        add(&mut query.nope, query.nope_bias.as_mut(), &found.x[0]);
-        add(&mut query.rope, query.rope_bias.as_mut(), &found.x[1]);
+        let width = weight.nrows() / heads;
+        add(&mut query.nope, query.nope_bias.as_mut(), &part(&found.x[0], heads, 0..n));
+        add(&mut query.rope, query.rope_bias.as_mut(), &part(&found.x[0], heads, n..width));
         Ok(())
     }
 
     fn refit_keys(&self, layer: &mut MlaLayer) -> Result<(), FactorError> {
-        let (heads, n) = (layer.heads, layer.nope_dim());
-        let (nope, rope) = query_weights(layer);
+        let (heads, n) = (self.heads, self.nope);
+        let query = &layer.query;
+        let (nope, rope) =
+            (augmented(&query.nope, query.nope_bias.as_ref()), augmented(&query.rope, query.rope_bias.as_ref()));
+        let q = self.queries(&join(&nope, &rope, heads));
         let k_rope = rotated_key(layer);
         let c = self.project(&layer.latent);
-        let q = self.queries(&nope, &rope, heads);
-        let k = self.keys(&c, &layer.k_up, &k_rope, heads);
-        let collect = |gradient: ScoreGradient| -> Vec<Array2<f64>> {
-            let (g_nope, g_rope) = split(&gradient.rows, heads, n);
-            // One rotated key serves all heads.
-            let mut shared = Array2::<f32>::zeros((g_rope.nrows(), k_rope.nrows()));
-            for part in g_rope.axis_chunks_iter(Axis(1), k_rope.nrows().max(1)) {
-                shared += &part;
-            }
-            self.rotation.turn_windows(&mut shared, self.windows, true);
-            let all = self.against(&g_nope, c.view());
-            vec![all, self.against(&shared, self.x.slice(s![.., ..k_rope.ncols()]))]
-        };
         let scale = layer.score_scale.powi(2);
-        let latent_moment = regularised(self.covariance(&layer.latent)) * self.x.nrows() as f64;
-        let query_moment = self.moment.slice(s![..nope.ncols(), ..nope.ncols()]).to_owned();
-        let by_head: Vec<Array2<f64>> = nope
-            .axis_chunks_iter(Axis(0), n)
-            .map(|w| regularised(matmul(&matmul(&w, &query_moment), &w.t())) * scale)
-            .collect();
-        let by_row = pair_energies(&rope, &self.moment.slice(s![..rope.ncols(), ..rope.ncols()]).to_owned()) * scale;
+        let of_head = |w: ArrayView2<'_, f64>| self.output_moment(w);
         let mut pairs = Array1::zeros(k_rope.nrows());
-        for part in by_row.axis_chunks_iter(Axis(0), k_rope.nrows().max(1)) {
-            pairs += &part;
+        for w in rope.axis_chunks_iter(Axis(0), k_rope.nrows().max(1)) {
+            pairs += &pair_means(&of_head(w).diag().to_owned());
         }
-        let moment = self.moment(k_rope.ncols());
-
-        let b = collect(self.target.residual(&q, &k, At::Queries(&q))).into_iter().map(|g| -g).collect();
-        let apply = |p: &[Array2<f64>]| {
-            let k = self.keys(&c, &p[0], &p[1], heads);
-            let mut out = collect(self.target.curvature(&q, &k, At::Queries(&q)));
-            out[0].scaled_add(RIDGE, &curvature(&by_head, &p[0], &latent_moment));
-            out[1].scaled_add(RIDGE, &scale_rows(matmul(&p[1], &moment), &pairs));
-            Ok(out)
+        let mut system = OfKeys {
+            scores: self,
+            q: &q,
+            c: &c,
+            up: Curvature {
+                nope: nope.axis_chunks_iter(Axis(0), n.max(1)).map(|w| regularised(of_head(w)) * scale).collect(),
+                rope: vec![Array1::zeros(0); heads],
+                moment: regularised(self.covariance(&layer.latent)) * self.x.nrows() as f64,
+            },
+            shared: Curvature { nope: Vec::new(), rope: vec![pairs * scale], moment: self.moment(k_rope.ncols()) },
         };
-        let precondition = |r: &[Array2<f64>]| {
-            let (right, _) = solve_right_spd(&moment, &r[1], 0.0, "moments of the layer's input")?;
-            Ok(vec![divided(&by_head, &r[0], &latent_moment)?, scale_rows(right, &pairs.mapv(|v| 1.0 / v))])
-        };
-        let found = conjugate_gradients(b, 1, apply, precondition, KEY_STEPS)?;
+        let k = self.keys(&c, &layer.k_up, &k_rope);
+        let b = system.against(self.target.residual(&q, &k, At::Queries(&q))).into_iter().map(|g| -g).collect();
+        let found = conjugate_gradients(b, 1, &mut system, KEY_STEPS)?;
         layer.k_up += &found.x[0];
         add(&mut layer.k_rope, layer.k_rope_bias.as_mut(), &found.x[1]);
         Ok(())
@@ -301,27 +342,99 @@ impl Scores<'_> {
     }
 }
 
-/// Heads of both parts side by side, `[T, H (n + r)]`: `nope [T, H n]`, `rope [T, H r]`, or `[T, r]` for all heads.
-fn join(nope: &Array2<f32>, rope: &Array2<f32>, heads: usize, r: usize) -> Array2<f32> {
-    let n = nope.ncols() / heads;
-    let stride = if rope.ncols() == r { 0 } else { r };
-    let mut out = Array2::zeros((nope.nrows(), heads * (n + r)));
-    for h in 0..heads {
-        let first = h * (n + r);
-        out.slice_mut(s![.., first..first + n]).assign(&nope.slice(s![.., h * n..(h + 1) * n]));
-        out.slice_mut(s![.., first + n..first + n + r]).assign(&rope.slice(s![.., h * stride..h * stride + r]));
-    }
-    out
+/// `<a, b>` of the rows of each of `systems`.
+fn inner(a: &Array2<f64>, b: &Array2<f64>, systems: usize) -> Array1<f64> {
+    let rows = (a.nrows() / systems).max(1);
+    let parts = a.axis_chunks_iter(Axis(0), rows).zip(b.axis_chunks_iter(Axis(0), rows));
+    parts.map(|(a, b)| (&a * &b).sum()).collect()
 }
 
-/// [`join`] undone: `[T, H n]` and `[T, H r]`.
-fn split(rows: &Array2<f32>, heads: usize, n: usize) -> (Array2<f32>, Array2<f32>) {
-    let width = rows.ncols() / heads;
-    let part = |columns: Range<usize>| {
-        let parts: Vec<_> =
-            (0..heads).map(|h| rows.slice(s![.., h * width + columns.start..h * width + columns.end])).collect();
-        let out = concatenate(Axis(1), &parts).unwrap_or_else(|_| Array2::zeros((rows.nrows(), 0)));
-        out.as_standard_layout().into_owned()
-    };
-    (part(0..n), part(n..width))
+/// The query projections of every head, `[H w, D]` or a column more, each head on its own, at fixed keys.
+struct OfQueries<'a> {
+    scores: &'a Scores<'a>,
+    /// `[T, H w]`.
+    k: &'a Array2<f32>,
+    curvature: Curvature,
+}
+
+impl OfQueries<'_> {
+    /// A gradient by queries as one by their projection.
+    fn against(&self, gradient: ScoreGradient) -> Array2<f64> {
+        let scores = self.scores;
+        let mut rows = gradient.rows;
+        scores.back.turn_columns(&mut rows, scores.windows, scores.turned());
+        scores.against(&rows, scores.x.slice(s![.., ..self.curvature.moment.ncols()]))
+    }
+}
+
+impl System for OfQueries<'_> {
+    type Error = FactorError;
+
+    fn apply(&mut self, p: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, FactorError> {
+        let q = self.scores.queries(&p[0]);
+        let mut out = self.against(self.scores.target.curvature(&q, self.k, At::Keys(self.k)));
+        out.scaled_add(RIDGE, &self.curvature.apply(&p[0]));
+        Ok(vec![out])
+    }
+
+    fn form(&mut self, p: &[Array2<f64>]) -> Result<Array1<f64>, FactorError> {
+        let found = self.scores.target.curvatures(&self.scores.queries(&p[0]), self.k);
+        Ok(found + inner(&p[0], &self.curvature.apply(&p[0]), self.scores.heads) * RIDGE)
+    }
+
+    fn precondition(&mut self, r: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, FactorError> {
+        Ok(vec![self.curvature.divide(&r[0])?])
+    }
+}
+
+/// The key up-projections `[H n, r_kv]` and the projection of the rotated key, at fixed queries.
+struct OfKeys<'a> {
+    scores: &'a Scores<'a>,
+    /// `[T, H w]`.
+    q: &'a Array2<f32>,
+    /// Latents, `[T, r_kv]`.
+    c: &'a Array2<f32>,
+    up: Curvature,
+    shared: Curvature,
+}
+
+impl OfKeys<'_> {
+    /// A gradient by keys as one by what makes them.
+    fn against(&self, gradient: ScoreGradient) -> Vec<Array2<f64>> {
+        let (scores, rows) = (self.scores, gradient.rows);
+        let turned = scores.turned();
+        // One rotated key serves all heads.
+        let mut shared = Array2::<f32>::zeros((rows.nrows(), turned.width));
+        let mut up = Array2::zeros((scores.heads * scores.nope, self.c.ncols()));
+        for h in 0..scores.heads {
+            let first = h * turned.stride;
+            let of_head = up.slice_mut(s![h * scores.nope..(h + 1) * scores.nope, ..]);
+            add_products(of_head, rows.slice(s![.., first..first + scores.nope]), self.c.view());
+            shared += &rows.slice(s![.., turned.of(h)]);
+        }
+        scores.back.turn_windows(&mut shared, scores.windows);
+        vec![up, scores.against(&shared, scores.x.slice(s![.., ..self.shared.moment.ncols()]))]
+    }
+}
+
+impl System for OfKeys<'_> {
+    type Error = FactorError;
+
+    fn apply(&mut self, p: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, FactorError> {
+        let k = self.scores.keys(self.c, &p[0], &p[1]);
+        let mut out = self.against(self.scores.target.curvature(self.q, &k, At::Queries(self.q)));
+        out[0].scaled_add(RIDGE, &self.up.apply(&p[0]));
+        out[1].scaled_add(RIDGE, &self.shared.apply(&p[1]));
+        Ok(out)
+    }
+
+    fn form(&mut self, p: &[Array2<f64>]) -> Result<Array1<f64>, FactorError> {
+        let found = self.scores.target.curvatures(self.q, &self.scores.keys(self.c, &p[0], &p[1])).sum();
+        let ridge = inner(&p[0], &self.up.apply(&p[0]), 1) + inner(&p[1], &self.shared.apply(&p[1]), 1);
+        Ok(ridge * RIDGE + found)
+    }
+
+    fn precondition(&mut self, r: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, FactorError> {
+        Ok(vec![self.up.divide(&r[0])?, self.shared.divide(&r[1])?])
+    }
 }

@@ -42,8 +42,31 @@ fn combine(a: &mut [Array2<f64>], scale: &Array1<f64>, factor: &Array1<f64>, b: 
     }
 }
 
-/// Solve `A x = b` from `x = 0` by at most `iterations` steps, for a symmetric positive semidefinite `A` known by its action
-/// `apply`, with a symmetric positive definite `precondition ~ A^-1`.
+/// What conjugate gradients know of a system.
+pub trait System {
+    /// Why the action cannot be had.
+    type Error;
+
+    /// `A p`, with `A` symmetric positive semidefinite.
+    ///
+    /// # Errors
+    /// Those of the system.
+    fn apply(&mut self, p: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, Self::Error>;
+
+    /// `<p, A p>` of each independent system: all that the last step needs, which is often cheaper than [`System::apply`].
+    ///
+    /// # Errors
+    /// Those of the system.
+    fn form(&mut self, p: &[Array2<f64>]) -> Result<Array1<f64>, Self::Error>;
+
+    /// `M r`, with `M ~ A^-1` symmetric positive definite.
+    ///
+    /// # Errors
+    /// Those of the system.
+    fn precondition(&mut self, r: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, Self::Error>;
+}
+
+/// Solve `A x = b` from `x = 0` by at most `iterations` steps.
 ///
 /// `A` is block-diagonal of `systems` independent systems, each owning an equal share of the rows of every matrix, in
 /// order; each takes steps of its own length. Each step is the best in its direction, so that stopping early still
@@ -51,28 +74,27 @@ fn combine(a: &mut [Array2<f64>], scale: &Array1<f64>, factor: &Array1<f64>, b: 
 /// solved one.
 ///
 /// # Errors
-/// Those of `apply` and `precondition`.
+/// Those of the system.
 ///
 /// # Panics
 /// If `systems` is zero or does not divide the rows of every matrix.
-pub fn conjugate_gradients<E>(
+pub fn conjugate_gradients<S: System>(
     b: Vec<Array2<f64>>,
     systems: usize,
-    mut apply: impl FnMut(&[Array2<f64>]) -> Result<Vec<Array2<f64>>, E>,
-    mut precondition: impl FnMut(&[Array2<f64>]) -> Result<Vec<Array2<f64>>, E>,
+    system: &mut S,
     iterations: usize,
-) -> Result<Solution, E> {
+) -> Result<Solution, S::Error> {
     assert!(b.iter().all(|m| m.nrows().is_multiple_of(systems)), "rows do not belong to {systems} systems");
     let mut x: Vec<Array2<f64>> = b.iter().map(|m| Array2::zeros(m.raw_dim())).collect();
     let ones = Array1::ones(systems);
     let mut decrease = 0.0;
     let mut residual = b;
-    let mut direction = precondition(&residual)?;
+    let mut direction = system.precondition(&residual)?;
     let mut energy = dot(&residual, &direction, systems);
     let first = energy.clone();
     // What is divided by must be a positive number; a system without it takes no step.
-    let ratio = |a: &Array1<f64>, b: &Array1<f64>, least: &dyn Fn(usize) -> f64| {
-        Array1::from_shape_fn(systems, |i| if a[i].is_finite() && b[i] > least(i) { a[i] / b[i] } else { 0.0 })
+    let ratio = |a: &Array1<f64>, b: &Array1<f64>| {
+        Array1::from_shape_fn(systems, |i| if a[i].is_finite() && b[i] > 0.0 { a[i] / b[i] } else { 0.0 })
     };
     for iteration in 0..iterations {
         for (e, f) in energy.iter_mut().zip(&first) {
@@ -83,17 +105,19 @@ pub fn conjugate_gradients<E>(
         if energy.iter().all(|e| *e == 0.0) {
             break;
         }
-        let image = apply(&direction)?;
-        let step = ratio(&energy, &dot(&direction, &image, systems), &|_| 0.0);
+        let last = iteration + 1 == iterations;
+        let image = if last { Vec::new() } else { system.apply(&direction)? };
+        let form = if last { system.form(&direction)? } else { dot(&direction, &image, systems) };
+        let step = ratio(&energy, &form);
         combine(&mut x, &ones, &step, &direction);
         decrease += step.dot(&energy);
-        if iteration + 1 == iterations {
+        if last {
             break;
         }
         combine(&mut residual, &ones, &-&step, &image);
-        let preconditioned = precondition(&residual)?;
+        let preconditioned = system.precondition(&residual)?;
         let next = dot(&residual, &preconditioned, systems);
-        combine(&mut direction, &ratio(&next, &energy, &|_| 0.0), &ones, &preconditioned);
+        combine(&mut direction, &ratio(&next, &energy), &ones, &preconditioned);
         energy = next;
     }
     Ok(Solution { x, decrease })
@@ -118,17 +142,39 @@ mod tests {
         ]
     }
 
-    /// `A(X) = K X C` for each of two matrices.
-    fn apply(x: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, Infallible> {
-        let (k, c) = ([spd(3, 0.1), spd(2, 0.2)], [spd(4, 0.3), spd(5, 0.4)]);
-        Ok(x.iter().zip(&k).zip(&c).map(|((x, k), c)| matmul(&matmul(k, x), c)).collect())
+    /// `A(X) = K X C` for each of several matrices; `K` is block-diagonal where `X` has as many times its rows.
+    struct Products {
+        k: Vec<Array2<f64>>,
+        c: Vec<Array2<f64>>,
+        systems: usize,
+    }
+
+    impl System for Products {
+        type Error = Infallible;
+
+        fn apply(&mut self, p: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, Infallible> {
+            Ok(p.iter().zip(&self.k).zip(&self.c).map(|((x, k), c)| matmul(&matmul(k, x), c)).collect())
+        }
+
+        fn form(&mut self, p: &[Array2<f64>]) -> Result<Array1<f64>, Infallible> {
+            let image = self.apply(p)?;
+            Ok(dot(p, &image, self.systems))
+        }
+
+        fn precondition(&mut self, r: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, Infallible> {
+            Ok(r.to_vec())
+        }
+    }
+
+    fn two() -> Products {
+        Products { k: vec![spd(3, 0.1), spd(2, 0.2)], c: vec![spd(4, 0.3), spd(5, 0.4)], systems: 1 }
     }
 
     #[test]
     fn a_system_is_solved_in_as_many_steps_as_it_has_unknowns() {
         let b = right_hand_side();
-        let found = conjugate_gradients(b.clone(), 1, apply, |r| Ok(r.to_vec()), 40).unwrap();
-        for (got, want) in apply(&found.x).unwrap().iter().zip(&b) {
+        let found = conjugate_gradients(b.clone(), 1, &mut two(), 40).unwrap();
+        for (got, want) in two().apply(&found.x).unwrap().iter().zip(&b) {
             assert!((got - want).iter().all(|e| e.abs() < 1e-7), "{got} {want}");
         }
         // At the solution the quadratic is -<x, b>.
@@ -140,8 +186,8 @@ mod tests {
         let b = right_hand_side();
         let mut last = 0.0;
         for steps in 0..5 {
-            let found = conjugate_gradients(b.clone(), 1, apply, |r| Ok(r.to_vec()), steps).unwrap();
-            let value = dot(&found.x, &apply(&found.x).unwrap(), 1)[0] - 2.0 * dot(&found.x, &b, 1)[0];
+            let found = conjugate_gradients(b.clone(), 1, &mut two(), steps).unwrap();
+            let value = two().form(&found.x).unwrap()[0] - 2.0 * dot(&found.x, &b, 1)[0];
             assert!((value + found.decrease).abs() < 1e-9 * (1.0 + value.abs()));
             assert!(steps == 0 || found.decrease > last);
             last = found.decrease;
@@ -150,9 +196,8 @@ mod tests {
 
     #[test]
     fn nothing_to_solve_gives_zeros() {
-        let zero = vec![Array2::zeros((2, 2))];
-        let found =
-            conjugate_gradients::<Infallible>(zero.clone(), 1, |x| Ok(x.to_vec()), |r| Ok(r.to_vec()), 3).unwrap();
+        let zero: Vec<Array2<f64>> = right_hand_side().iter().map(|b| Array2::zeros(b.raw_dim())).collect();
+        let found = conjugate_gradients(zero.clone(), 1, &mut two(), 3).unwrap();
         assert_eq!((found.x, found.decrease), (zero, 0.0));
     }
 
@@ -163,16 +208,16 @@ mod tests {
             (0..2).map(|i| Array2::from_shape_fn((3, 4), |(a, b)| (a * 3 + b + 5 * i) as f64 - 4.0)).collect();
         let alone: Vec<Solution> = (0..2)
             .map(|i| {
-                let apply = |x: &[Array2<f64>]| Ok::<_, Infallible>(vec![matmul(&matmul(&k[i], &x[0]), &c)]);
-                conjugate_gradients(vec![parts[i].clone()], 1, apply, |r| Ok(r.to_vec()), 3).unwrap()
+                let mut system = Products { k: vec![k[i].clone()], c: vec![c.clone()], systems: 1 };
+                conjugate_gradients(vec![parts[i].clone()], 1, &mut system, 3).unwrap()
             })
             .collect();
         let stack = |a: &Array2<f64>, b: &Array2<f64>| ndarray::concatenate![ndarray::Axis(0), a.view(), b.view()];
-        let apply = |x: &[Array2<f64>]| {
-            let (a, b) = (x[0].slice(s![..3, ..]), x[0].slice(s![3.., ..]));
-            Ok::<_, Infallible>(vec![stack(&matmul(&matmul(&k[0], &a), &c), &matmul(&matmul(&k[1], &b), &c))])
-        };
-        let both = conjugate_gradients(vec![stack(&parts[0], &parts[1])], 2, apply, |r| Ok(r.to_vec()), 3).unwrap();
+        let mut blocks = Array2::zeros((6, 6));
+        blocks.slice_mut(s![..3, ..3]).assign(&k[0]);
+        blocks.slice_mut(s![3.., 3..]).assign(&k[1]);
+        let mut system = Products { k: vec![blocks], c: vec![c], systems: 2 };
+        let both = conjugate_gradients(vec![stack(&parts[0], &parts[1])], 2, &mut system, 3).unwrap();
         let want = stack(&alone[0].x[0], &alone[1].x[0]);
         assert!(
             (&both.x[0] - &want).iter().all(|e| e.abs() < 1e-10 * want.iter().fold(0.0, |m: f64, v| m.max(v.abs())))

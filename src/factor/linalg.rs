@@ -9,7 +9,7 @@ use faer::linalg::matmul::matmul as faer_matmul;
 use faer::linalg::solvers::Solve;
 use faer::traits::ComplexField;
 use faer::{Accum, Mat, MatMut, MatRef, Par, Side, c64};
-use ndarray::{Array1, Array2, ArrayBase, ArrayView2, ArrayViewMut2, CowArray, Data, Ix2};
+use ndarray::{Array1, Array2, ArrayBase, ArrayView2, ArrayViewMut2, Data, Ix2};
 
 use super::FactorError;
 
@@ -18,39 +18,8 @@ fn sequential_solvers() {
     ONCE.call_once(|| faer::set_global_parallelism(Par::Seq));
 }
 
-/// A contiguous operand: borrowed where the view is row-major or column-major already, copied otherwise.
-enum Operand<'a, T> {
-    Rows(CowArray<'a, T, Ix2>),
-    Cols(ArrayView2<'a, T>),
-}
-
-impl<'a, T: Copy> Operand<'a, T> {
-    fn new(view: ArrayView2<'a, T>) -> Self {
-        if !view.is_standard_layout() && view.t().is_standard_layout() {
-            return Operand::Cols(view.reversed_axes());
-        }
-        if view.is_standard_layout() {
-            return Operand::Rows(CowArray::from(view));
-        }
-        Operand::Rows(CowArray::from(view.as_standard_layout().into_owned()))
-    }
-
-    fn as_faer(&self) -> MatRef<'_, T> {
-        match self {
-            Operand::Rows(a) => {
-                let (rows, cols) = a.dim();
-                MatRef::from_row_major_slice(a.as_slice().unwrap_or(&[]), rows, cols)
-            }
-            Operand::Cols(t) => {
-                let (cols, rows) = t.dim();
-                MatRef::from_column_major_slice(t.as_slice().unwrap_or(&[]), rows, cols)
-            }
-        }
-    }
-}
-
 macro_rules! product {
-    ($name:ident, $add:ident, $t:ty, $doc:literal) => {
+    ($name:ident, $t:ty, $doc:literal) => {
         #[doc = $doc]
         ///
         /// # Panics
@@ -60,48 +29,57 @@ macro_rules! product {
             b: &ArrayBase<B, Ix2>,
         ) -> Array2<$t> {
             let mut out = Array2::<$t>::zeros((a.nrows(), b.ncols()));
-            $add(&mut out, 1.0, a, b);
+            strided(out.view_mut(), Accum::Replace, a.view(), b.view(), 1.0, Par::rayon(0));
             out
-        }
-
-        /// `out += alpha * a * b` on a row-major `out`.
-        ///
-        /// # Panics
-        /// If the dimensions do not fit.
-        pub fn $add<A: Data<Elem = $t>, B: Data<Elem = $t>>(
-            out: &mut Array2<$t>,
-            alpha: $t,
-            a: &ArrayBase<A, Ix2>,
-            b: &ArrayBase<B, Ix2>,
-        ) {
-            assert_eq!(a.ncols(), b.nrows(), "inner dimensions differ");
-            assert_eq!((a.nrows(), b.ncols()), out.dim(), "the output has another shape");
-            if a.nrows() == 0 || b.ncols() == 0 || a.ncols() == 0 {
-                return;
-            }
-            let (a, b) = (Operand::new(a.view()), Operand::new(b.view()));
-            let (rows, cols) = out.dim();
-            let dst = out.as_slice_mut().map(|s| MatMut::from_row_major_slice_mut(s, rows, cols));
-            if let Some(dst) = dst {
-                faer_matmul(dst, Accum::Add, a.as_faer(), b.as_faer(), alpha, Par::rayon(0));
-            }
         }
     };
 }
 
-product!(matmul, matmul_add, f64, "`a * b` in f64.");
-product!(matmul_f32, matmul_add_f32, f32, "`a * b` in f32.");
+product!(matmul, f64, "`a * b` in f64.");
+product!(matmul_f32, f32, "`a * b` in f32.");
+
+/// `out += alpha * a * b` in f64.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn matmul_add<A: Data<Elem = f64>, B: Data<Elem = f64>>(
+    out: &mut Array2<f64>,
+    alpha: f64,
+    a: &ArrayBase<A, Ix2>,
+    b: &ArrayBase<B, Ix2>,
+) {
+    strided(out.view_mut(), Accum::Add, a.view(), b.view(), alpha, Par::rayon(0));
+}
+
+/// `out = a * b` in f32, on the rayon pool, for views of any layout.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub(crate) fn matmul_f32_into(out: &mut Array2<f32>, a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) {
+    strided(out.view_mut(), Accum::Replace, a, b, 1.0, Par::rayon(0));
+}
 
 /// `out = scale * a b`, or `out += scale * a b`, on the calling thread, for views of any layout.
 ///
 /// # Panics
 /// If the shapes do not fit.
 pub(crate) fn gemm<T: ComplexField>(
+    out: ArrayViewMut2<'_, T>,
+    accum: Accum,
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    scale: T,
+) {
+    strided(out, accum, a, b, scale, Par::Seq);
+}
+
+fn strided<T: ComplexField>(
     mut out: ArrayViewMut2<'_, T>,
     accum: Accum,
     a: ArrayView2<'_, T>,
     b: ArrayView2<'_, T>,
     scale: T,
+    par: Par,
 ) {
     let (rows, columns) = out.dim();
     let inner = a.ncols();
@@ -114,7 +92,7 @@ pub(crate) fn gemm<T: ComplexField>(
     let a = unsafe { MatRef::from_raw_parts(a.as_ptr(), rows, inner, a.strides()[0], a.strides()[1]) };
     // SAFETY: as above, shared.
     let b = unsafe { MatRef::from_raw_parts(b.as_ptr(), inner, columns, b.strides()[0], b.strides()[1]) };
-    faer_matmul(out, accum, a, b, scale, Par::Seq);
+    faer_matmul(out, accum, a, b, scale, par);
 }
 
 /// `a * b` in f32 on the calling thread, for work that is parallel one level up.

@@ -95,7 +95,7 @@ fn hub_id(source: &str) -> Option<&str> {
 }
 
 /// Last component of a path or hub id.
-fn short_name(source: &str) -> &str {
+pub(super) fn short_name(source: &str) -> &str {
     source.trim_end_matches('/').rsplit('/').next().filter(|s| !s.is_empty()).unwrap_or("model")
 }
 
@@ -105,7 +105,7 @@ fn yaml(s: &str) -> String {
 }
 
 /// One line of Markdown that opens no markup of its own.
-fn inline(s: &str) -> String {
+pub(super) fn inline(s: &str) -> String {
     s.chars()
         .map(|c| match c {
             '`' => '\'',
@@ -117,7 +117,7 @@ fn inline(s: &str) -> String {
 }
 
 /// Text that cannot close the code fence around it.
-fn fenced(s: &str) -> String {
+pub(super) fn fenced(s: &str) -> String {
     s.lines().map(|l| if l.trim_start().starts_with("```") { "" } else { l }).collect::<Vec<_>>().join("\n")
 }
 

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::SCHEMA_VERSION;
 use super::engines::{EngineVerdict, Facts, judge};
-use crate::arch::{Architecture, Attention, GqaShape};
+use crate::arch::{Architecture, Attention, GqaShape, MlpKind};
 use crate::convert::{PlannedGeometry, RopeGrid};
 use crate::source::Dtype;
 use crate::target::choose;
@@ -33,6 +33,14 @@ pub struct InspectedModel {
     /// `None` unless MLA.
     pub mla: Option<InspectedMla>,
     pub intermediate: usize,
+    /// Activation of the MLP, as configs name it.
+    pub activation: &'static str,
+    /// Whether the MLP has a gate.
+    pub gated_mlp: bool,
+    /// `None` where every layer is dense.
+    pub experts: Option<InspectedExperts>,
+    /// Layers behind the last that predict further tokens; no other figure counts them, and they are not run.
+    pub mtp_layers: usize,
     pub vocab: usize,
     pub max_position: usize,
     pub rope_type: String,
@@ -43,6 +51,8 @@ pub struct InspectedModel {
     pub sliding_window: Option<usize>,
     /// Parameters stored; a tied head counts once.
     pub parameters: u64,
+    /// Those that a token meets: experts it does not go to are not counted.
+    pub active_parameters: u64,
     /// Bytes of the weights: as stored, or for the config's dtype where the weights are not there.
     pub weight_bytes: u64,
     /// Name of the weights' dtype.
@@ -68,6 +78,51 @@ pub struct InspectedMla {
     pub geometry: PlannedGeometry,
     /// Epsilon of the latent norms.
     pub latent_eps: f64,
+}
+
+/// A mixture of experts.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[allow(missing_docs)]
+pub struct InspectedExperts {
+    pub routed: usize,
+    pub per_token: usize,
+    /// Width of a routed expert.
+    pub width: usize,
+    /// Width of what sees every token, 0 where there is none.
+    pub shared_width: usize,
+    /// Layers that have experts.
+    pub layers: usize,
+    /// `softmax` or `sigmoid`.
+    pub scoring: &'static str,
+    /// Groups of experts, where the choice is limited to some.
+    pub groups: Option<usize>,
+    /// Groups a token may go to.
+    pub groups_per_token: Option<usize>,
+    /// Whether a bias is added to the scores for the choice.
+    pub choice_bias: bool,
+}
+
+impl InspectedExperts {
+    fn of(arch: &Architecture) -> Option<Self> {
+        let moe = arch.moe.as_ref()?;
+        Some(Self {
+            routed: moe.experts,
+            per_token: moe.per_token,
+            width: moe.width,
+            shared_width: moe.shared_width.unwrap_or(0),
+            layers: moe.sparse.iter().filter(|s| **s).count(),
+            scoring: moe.scoring.name(),
+            groups: moe.groups.map(|g| g.count),
+            groups_per_token: moe.groups.map(|g| g.kept),
+            choice_bias: moe.choice_bias,
+        })
+    }
+
+    /// Parameters of the experts that a token does not go to.
+    fn idle(&self, hidden: usize) -> u64 {
+        let experts = (self.layers * (self.routed - self.per_token)) as u64;
+        experts.saturating_mul(3 * self.width as u64 * hidden as u64)
+    }
 }
 
 /// One possible output.
@@ -100,6 +155,7 @@ impl InspectedModel {
         let per_layer = arch.cache_values();
         let per_token = (per_layer * arch.layers) as u64 * CACHE_VALUE_BYTES;
         let gqa = arch.gqa();
+        let experts = InspectedExperts::of(arch);
         Self {
             schema_version: SCHEMA_VERSION,
             model: model.to_owned(),
@@ -121,6 +177,10 @@ impl InspectedModel {
                 Some(InspectedMla { geometry, latent_eps: m.latent_eps })
             }),
             intermediate: arch.intermediate,
+            activation: arch.activation.name(),
+            gated_mlp: arch.mlp == MlpKind::Gated,
+            experts,
+            mtp_layers: arch.mtp_layers,
             vocab: arch.vocab,
             max_position: arch.max_position,
             rope_type: arch.rope.kind.clone(),
@@ -130,6 +190,7 @@ impl InspectedModel {
             tied_head: arch.tied_head,
             sliding_window: gqa.and_then(|a| a.sliding_window),
             parameters,
+            active_parameters: parameters.saturating_sub(experts.map_or(0, |e| e.idle(arch.hidden))),
             weight_bytes,
             weight_dtype: dtype.name().to_owned(),
             weights_present: stored.is_some(),

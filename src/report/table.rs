@@ -52,15 +52,27 @@ impl Table {
     /// Text of at most `width` characters a line where words allow; the last column wraps, others never do.
     /// Every line ends with a newline and has no trailing blanks.
     pub fn render(&self, width: usize) -> String {
+        self.render_wrapping(width, self.columns.len().saturating_sub(1))
+    }
+
+    /// As [`Table::render`], where the columns from `first` on wrap: those that are wider than their share of the room give
+    /// way. Headings never wrap.
+    pub fn render_wrapping(&self, width: usize, first: usize) -> String {
         let mut widths: Vec<usize> = self.columns.iter().map(|(h, _)| length(h)).collect();
         for row in &self.rows {
             for (w, cell) in widths.iter_mut().zip(row) {
                 *w = (*w).max(length(cell));
             }
         }
-        if let Some((last, fixed)) = widths.split_last_mut() {
-            let taken: usize = fixed.iter().map(|w| w + GAP).sum();
-            *last = (*last).min(width.saturating_sub(taken).max(NARROWEST));
+        let taken: usize = widths.iter().take(first).map(|w| w + GAP).sum();
+        let mut wrapping: Vec<usize> = (first..widths.len()).collect();
+        let mut room = width.saturating_sub(taken + GAP * wrapping.len().saturating_sub(1));
+        // The narrowest first: what it leaves of its share is the others'.
+        wrapping.sort_by_key(|i| widths[*i]);
+        for (done, &i) in wrapping.iter().enumerate() {
+            let share = room / (wrapping.len() - done);
+            widths[i] = widths[i].min(share.max(NARROWEST).max(length(&self.columns[i].0)));
+            room = room.saturating_sub(widths[i]);
         }
         let mut out = String::new();
         if self.columns.iter().any(|(h, _)| !h.is_empty()) {
@@ -70,13 +82,15 @@ impl Table {
             self.line(&rule.iter().map(String::as_str).collect::<Vec<_>>(), &widths, &mut out);
         }
         for row in &self.rows {
-            let Some((last, fixed)) = row.split_last() else { continue };
-            let wrapped = wrap(last, widths.last().copied().unwrap_or(width));
-            for (i, piece) in wrapped.iter().enumerate() {
-                let mut cells: Vec<&str> =
-                    if i == 0 { fixed.iter().map(String::as_str).collect() } else { vec![""; fixed.len()] };
-                cells.push(piece);
-                self.line(&cells, &widths, &mut out);
+            let cells: Vec<Vec<String>> = row
+                .iter()
+                .zip(&widths)
+                .enumerate()
+                .map(|(i, (cell, width))| if i < first { vec![cell.clone()] } else { wrap(cell, *width) })
+                .collect();
+            for i in 0..cells.iter().map(Vec::len).max().unwrap_or(0) {
+                let line: Vec<&str> = cells.iter().map(|c| c.get(i).map_or("", String::as_str)).collect();
+                self.line(&line, &widths, &mut out);
             }
         }
         out
@@ -155,6 +169,25 @@ mod tests {
         assert!(lines.len() > 4, "the long cell wraps: {text}");
         assert_eq!(lines[2].find('1').map(|i| i + 1), lines[3].find("1000").map(|i| i + 4));
         assert!(lines.iter().all(|l| !l.ends_with(' ')));
+    }
+
+    #[test]
+    fn several_columns_share_the_room() {
+        let mut t = Table::new(&["", "a", "b", "c"]);
+        t.row([
+            "key",
+            "short",
+            "a cell of many words that does not fit in its share",
+            "another one of several words too",
+        ]);
+        let text = t.render_wrapping(60, 1);
+        assert!(text.lines().all(|l| l.chars().count() <= 60), "{text}");
+        // The short column leaves its room to the others.
+        assert!(text.lines().count() <= 5, "{text}");
+        for word in ["key", "short", "share", "another", "too"] {
+            assert!(text.contains(word), "{text}");
+        }
+        assert_eq!(t.render(1000), t.render_wrapping(1000, 1));
     }
 
     #[test]

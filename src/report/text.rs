@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::engines::{EngineVerdict, Loads};
 use super::table::Table;
-use super::{Evaluation, InspectedModel, Verification, units};
+use super::{Evaluation, InspectedModel, Verification, kv_table, units};
 use crate::convert::{ConversionReport, Plan, PlannedGeometry};
 
 /// Models side by side, then the budgets of each.
@@ -22,13 +22,25 @@ pub fn inspect(models: &[InspectedModel], width: usize) -> String {
     line("attention", &attention);
     line("hidden size", &|m| m.hidden.to_string());
     line("layers", &|m| m.layers.to_string());
-    line("MLP width", &|m| m.intermediate.to_string());
+    line("MLP width", &|m| match m.gated_mlp {
+        true => m.intermediate.to_string(),
+        false => format!("{}, {} without a gate", m.intermediate, m.activation),
+    });
+    line("experts", &experts);
+    line("MTP layers", &|m| match m.mtp_layers {
+        0 => String::new(),
+        1 => format!("layer {}, not run and not counted here", m.layers),
+        n => format!("layers {} to {}, not run and not counted here", m.layers, m.layers + n - 1),
+    });
     line("vocabulary", &|m| format!("{}{}", m.vocab, if m.tied_head { ", tied head" } else { "" }));
     line("RoPE", &|m| format!("{}, theta {}", m.rope_type, m.rope_theta));
     line("context", &|m| format!("{} tokens", m.max_position));
     line("sliding window", &|m| m.sliding_window.map_or_else(String::new, |w| format!("{w} tokens")));
     line("attention biases", &biases);
-    line("parameters", &|m| units::count(m.parameters));
+    line("parameters", &|m| match m.active_parameters == m.parameters {
+        true => units::count(m.parameters),
+        false => format!("{}, {} of them for a token", units::count(m.parameters), units::count(m.active_parameters)),
+    });
     line("weights", &|m| {
         let note = if m.weights_present { "" } else { " (from the config: no weights here)" };
         format!("{} in {}{note}", units::bytes(m.weight_bytes), m.weight_dtype)
@@ -38,7 +50,11 @@ pub fn inspect(models: &[InspectedModel], width: usize) -> String {
     });
     line("cache per token", &|m| format!("{} in bf16", units::bytes(m.kv_bytes_per_token)));
     line("cache at full context", &|m| format!("{} in bf16", units::bytes(m.kv_bytes_at_max_position)));
-    let mut out = t.render(width);
+    let mut out = t.render_wrapping(width, 1);
+    if models.len() > 1 {
+        out.push('\n');
+        out += &kv_table::text(models, width);
+    }
     for m in models {
         out.push('\n');
         if models.len() > 1 {
@@ -57,6 +73,20 @@ fn attention(m: &InspectedModel) -> String {
         }
         _ => m.attention.to_uppercase(),
     }
+}
+
+fn experts(m: &InspectedModel) -> String {
+    let Some(e) = &m.experts else { return String::new() };
+    let shared = if e.shared_width == 0 { String::new() } else { format!(", beside one of {}", e.shared_width) };
+    let groups = match (e.groups, e.groups_per_token) {
+        (Some(groups), Some(kept)) => format!(" in {kept} of {groups} groups"),
+        _ => String::new(),
+    };
+    let bias = if e.choice_bias { " and a bias" } else { "" };
+    format!(
+        "{} of {} of width {}{groups}{shared}, in {} layers, by {}{bias}",
+        e.per_token, e.routed, e.width, e.layers, e.scoring
+    )
 }
 
 fn biases(m: &InspectedModel) -> String {

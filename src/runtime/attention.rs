@@ -2,11 +2,14 @@
 
 mod compressed;
 mod raw;
+mod sliced;
 
 pub(super) use compressed::{CompressedPrompt, Factored};
 pub use raw::RawKv;
 
 use ndarray::Array2;
+
+pub use sliced::{RankTensors, Ranks};
 
 use super::tensors::{AttentionTensors, GqaTensors, LayerExtras, Linear, MlaTensors, QueryTensors};
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
@@ -257,6 +260,20 @@ impl<T: Send + Sync> AttentionBlock<T> {
                 let q = a.queries(backend, x, rotation, positions)?;
                 Ok(a.expand(backend, q, &latent))
             }
+        }
+    }
+
+    /// What MLA caches: `[T, r + d_R]`.
+    pub(super) fn latents<B: Backend<Tensor = T>>(
+        &self,
+        backend: &B,
+        x: &T,
+        rotation: &Rotation,
+        positions: &[usize],
+    ) -> Result<T, RuntimeError> {
+        match &self.kind {
+            Kind::Mla(a) => a.latent(backend, x, rotation, positions),
+            Kind::Gqa(_) => Err(RuntimeError::Variant { expected: "mla", found: "gqa" }),
         }
     }
 

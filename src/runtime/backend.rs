@@ -195,6 +195,14 @@ pub trait Backend: Sync {
         Ok(self.upload(Cpu.gated(self.download(gate)?, &self.copy_to_host(up)?, activation)?))
     }
 
+    /// `act(x)`, element by element.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
+    fn activated(&self, x: Self::Tensor, activation: Activation) -> Result<Self::Tensor, RuntimeError> {
+        Ok(self.upload(Cpu.activated(self.download(x)?, activation)?))
+    }
+
     /// RMSNorm of the given columns of each head by itself, in place; `gain [1, width]` serves all heads.
     ///
     /// # Errors

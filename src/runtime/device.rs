@@ -468,6 +468,10 @@ impl Backend for Device {
         on!(self, |b, get, get_mut, into, made| b.gated(into(gate), get(up), activation).map(made))
     }
 
+    fn activated(&self, x: DeviceTensor, activation: Activation) -> Result<DeviceTensor, RuntimeError> {
+        on!(self, |b, get, get_mut, into, made| b.activated(into(x), activation).map(made))
+    }
+
     fn rms_norm_heads(
         &self,
         x: &mut DeviceTensor,

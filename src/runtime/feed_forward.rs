@@ -1,15 +1,14 @@
-//! What follows attention in a layer: a gated MLP, or a mixture of experts.
-
-use ndarray::Array2;
+//! What follows attention in a layer: an MLP, or a mixture of experts.
 
 use super::attention::{Projection, vector_of};
+use super::router::{choose, sigmoid};
 use super::tensors::{ExpertTensors, FeedForwardTensors, MlpTensors};
 use super::{Backend, RuntimeError};
-use crate::arch::{Activation, Architecture, Moe, Scoring};
+use crate::arch::{Activation, Architecture, MlpKind, Moe};
 
-/// Gated MLP `down(act(gate x) * up x)`.
+/// MLP `down(act(gate x) * up x)`, or `down(act(up x))` without a gate.
 pub(super) struct Mlp<T> {
-    gate: Projection<T>,
+    gate: Option<Projection<T>>,
     up: Projection<T>,
     pub(super) down: Projection<T>,
     activation: Activation,
@@ -23,17 +22,25 @@ impl<T> Mlp<T> {
         width: usize,
         activation: Activation,
     ) -> Result<Self, RuntimeError> {
+        let gate = match tensors.gate {
+            Some(gate) => Some(Projection::new(backend, "gate", gate, width, hidden)?),
+            None => None,
+        };
         Ok(Self {
-            gate: Projection::new(backend, "gate", tensors.gate, width, hidden)?,
+            gate,
             up: Projection::new(backend, "up", tensors.up, width, hidden)?,
             down: Projection::new(backend, "down", tensors.down, hidden, width)?,
             activation,
         })
     }
 
-    /// `act(gate x) * up x`, `[T, I]`.
+    /// `act(gate x) * up x`, or `act(up x)`, `[T, I]`.
     pub(super) fn activated<B: Backend<Tensor = T>>(&self, b: &B, x: &T) -> Result<T, RuntimeError> {
-        b.gated(self.gate.apply(b, x), &self.up.apply(b, x), self.activation)
+        let up = self.up.apply(b, x);
+        match &self.gate {
+            Some(gate) => b.gated(gate.apply(b, x), &up, self.activation),
+            None => b.activated(up, self.activation),
+        }
     }
 
     fn apply<B: Backend<Tensor = T>>(&self, b: &B, x: &T) -> Result<T, RuntimeError> {
@@ -41,33 +48,55 @@ impl<T> Mlp<T> {
     }
 }
 
+/// Reads the weights of one routed expert.
+pub(super) type ExpertLoader<'a> = Box<dyn Fn(usize) -> Result<MlpTensors, RuntimeError> + 'a>;
+
+/// Where the routed experts are.
+enum Routed<'a, T> {
+    Held(Vec<Mlp<T>>),
+    /// Read when a token goes to them, and dropped again.
+    Streamed(ExpertLoader<'a>),
+}
+
 /// A mixture of experts.
-pub(super) struct Experts<T> {
+pub(super) struct Experts<'a, T> {
     shape: Moe,
+    hidden: usize,
+    activation: Activation,
     router: Projection<T>,
     choice_bias: Vec<f32>,
-    experts: Vec<Mlp<T>>,
+    experts: Routed<'a, T>,
     shared: Option<Mlp<T>>,
     shared_router: Option<Projection<T>>,
 }
 
 /// MLP or experts of one layer.
-pub(super) enum FeedForward<T> {
+pub(super) enum FeedForward<'a, T> {
     Dense(Mlp<T>),
-    Experts(Box<Experts<T>>),
+    Experts(Box<Experts<'a, T>>),
 }
 
-impl<T> FeedForward<T> {
+impl<'a, T> FeedForward<'a, T> {
+    /// With a `loader`, the routed experts are read through it as they are needed; the tensors then hold none.
     pub(super) fn new<B: Backend<Tensor = T>>(
         backend: &B,
         arch: &Architecture,
         tensors: FeedForwardTensors,
+        loader: Option<ExpertLoader<'a>>,
     ) -> Result<Self, RuntimeError> {
         let (d, act) = (arch.hidden, arch.activation);
         match (tensors, &arch.moe) {
-            (FeedForwardTensors::Dense(mlp), _) => Ok(Self::Dense(Mlp::new(backend, *mlp, d, arch.intermediate, act)?)),
+            (FeedForwardTensors::Dense(mlp), _) => {
+                if mlp.gate.is_some() != (arch.mlp == MlpKind::Gated) {
+                    return Err(match arch.mlp {
+                        MlpKind::Gated => RuntimeError::Variant { expected: "gated MLP", found: "MLP without a gate" },
+                        MlpKind::Plain => RuntimeError::Variant { expected: "MLP without a gate", found: "gated MLP" },
+                    });
+                }
+                Ok(Self::Dense(Mlp::new(backend, *mlp, d, arch.intermediate, act)?))
+            }
             (FeedForwardTensors::Experts(t), Some(moe)) => {
-                Ok(Self::Experts(Box::new(Experts::new(backend, moe, *t, d, act)?)))
+                Ok(Self::Experts(Box::new(Experts::new(backend, moe, *t, loader, (d, act))?)))
             }
             (FeedForwardTensors::Experts(_), None) => {
                 Err(RuntimeError::Variant { expected: "dense", found: "experts" })
@@ -84,13 +113,13 @@ impl<T> FeedForward<T> {
     }
 }
 
-impl<T> Experts<T> {
+impl<'a, T> Experts<'a, T> {
     fn new<B: Backend<Tensor = T>>(
         backend: &B,
         moe: &Moe,
         t: ExpertTensors,
-        hidden: usize,
-        activation: Activation,
+        loader: Option<ExpertLoader<'a>>,
+        (hidden, activation): (usize, Activation),
     ) -> Result<Self, RuntimeError> {
         let shared = match (t.shared, moe.shared_width) {
             (Some(mlp), Some(width)) => Some(Mlp::new(backend, mlp, hidden, width, activation)?),
@@ -103,12 +132,17 @@ impl<T> Experts<T> {
         let mlp = |mlp| Mlp::new(backend, mlp, hidden, moe.width, activation);
         Ok(Self {
             shape: moe.clone(),
+            hidden,
+            activation,
             router: Projection::new(backend, "router", t.router, moe.experts, hidden)?,
             choice_bias: match t.choice_bias {
                 Some(bias) => vector_of("router_bias", bias, moe.experts)?,
                 None => vec![0.0; moe.experts],
             },
-            experts: t.experts.into_iter().map(mlp).collect::<Result<_, _>>()?,
+            experts: match loader {
+                Some(loader) => Routed::Streamed(loader),
+                None => Routed::Held(t.experts.into_iter().map(mlp).collect::<Result<_, _>>()?),
+            },
             shared,
             shared_router,
         })
@@ -117,13 +151,13 @@ impl<T> Experts<T> {
     fn apply<B: Backend<Tensor = T>>(&self, b: &B, x: &T) -> Result<T, RuntimeError> {
         let (rows, columns) = b.shape(x);
         let mut out = b.zeros(rows, columns);
-        let chosen = self.choose(&b.download(self.router.apply(b, x))?);
-        for (expert, tokens) in self.experts.iter().zip(&chosen) {
+        let chosen = choose(&self.shape, &self.choice_bias, &b.download(self.router.apply(b, x))?);
+        for (expert, tokens) in chosen.iter().enumerate() {
             if tokens.is_empty() {
                 continue;
             }
             let (rows, weights): (Vec<usize>, Vec<f32>) = tokens.iter().copied().unzip();
-            let y = expert.apply(b, &b.gather_rows(x, &rows)?)?;
+            let y = self.routed(b, expert, &b.gather_rows(x, &rows)?)?;
             b.scatter_add_rows(&mut out, &rows, &weights, &y)?;
         }
         if let Some(shared) = &self.shared {
@@ -141,35 +175,20 @@ impl<T> Experts<T> {
         Ok(out)
     }
 
-    /// For every expert the tokens that go to it, in order, with their weights. `logits [T, E]`. Of equal scores the
-    /// expert with the lower index wins.
-    fn choose(&self, logits: &Array2<f32>) -> Vec<Vec<(usize, f32)>> {
-        let moe = &self.shape;
-        let mut chosen = vec![Vec::new(); moe.experts];
-        for (token, row) in logits.rows().into_iter().enumerate() {
-            let scores: Vec<f64> = match moe.scoring {
-                Scoring::Sigmoid => row.iter().map(|x| f64::from(sigmoid(*x))).collect(),
-                Scoring::Softmax => {
-                    let max = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-                    let e: Vec<f64> = row.iter().map(|x| f64::from(x - max).exp()).collect();
-                    let sum: f64 = e.iter().sum();
-                    e.into_iter().map(|x| x / sum).collect()
-                }
-            };
-            let rank = |e: usize| scores[e] + f64::from(self.choice_bias[e]);
-            let mut order: Vec<usize> = (0..moe.experts).collect();
-            order.sort_by(|a, b| rank(*b).total_cmp(&rank(*a)).then(a.cmp(b)));
-            order.truncate(moe.per_token);
-            let total: f64 = order.iter().map(|e| scores[*e]).sum();
-            for e in order {
-                let weight = if moe.renormalise { scores[e] / total } else { scores[e] };
-                chosen[e].push((token, (weight * moe.scale) as f32));
+    /// One expert's output for the tokens that go to it.
+    fn routed<B: Backend<Tensor = T>>(&self, b: &B, expert: usize, x: &T) -> Result<T, RuntimeError> {
+        match &self.experts {
+            Routed::Held(experts) => match experts.get(expert) {
+                Some(mlp) => mlp.apply(b, x),
+                None => Err(RuntimeError::Shape {
+                    role: "experts",
+                    expected: vec![self.shape.experts],
+                    found: vec![experts.len()],
+                }),
+            },
+            Routed::Streamed(load) => {
+                Mlp::new(b, load(expert)?, self.hidden, self.shape.width, self.activation)?.apply(b, x)
             }
         }
-        chosen
     }
-}
-
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
 }

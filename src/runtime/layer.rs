@@ -5,7 +5,7 @@ use std::ops::Range;
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
 use super::attention::{AttentionBlock, Cache, CompressedPrompt, LatentPath, Step, vector};
-use super::feed_forward::FeedForward;
+use super::feed_forward::{ExpertLoader, FeedForward};
 use super::tensors::LayerTensors;
 use super::{Backend, Cpu, HeadColumns, HeadPart, Qkv, RawKv, Rotation, RuntimeError, Span};
 use crate::arch::{Architecture, Rope};
@@ -18,7 +18,7 @@ const CHUNK: usize = 4096;
 pub struct MlpTrace {
     /// Normed input, `[T, D]`.
     pub input: Array2<f32>,
-    /// `act(gate) * up`, `[T, I]`: the input of `down`. `[T, 0]` in a layer of experts.
+    /// `act(gate) * up` (or `act(up)`), `[T, I]`: the input of `down`. `[T, 0]` in a layer of experts.
     pub activated: Array2<f32>,
     /// Output, `[T, D]`, to be added to the hidden state.
     pub output: Array2<f32>,
@@ -28,15 +28,15 @@ pub struct MlpTrace {
 ///
 /// Methods take activations `[T, D]` of windows that lie under each other, with their lengths in `windows`.
 pub struct Layer<'b, B: Backend> {
-    backend: &'b B,
+    pub(super) backend: &'b B,
     hidden: usize,
     norm_eps: f64,
     rope: Rope,
     input_norm: Option<B::Tensor>,
-    attention: AttentionBlock<B::Tensor>,
+    pub(super) attention: AttentionBlock<B::Tensor>,
     attention_out_norm: Option<B::Tensor>,
     post_norm: Option<B::Tensor>,
-    mlp: FeedForward<B::Tensor>,
+    mlp: FeedForward<'b, B::Tensor>,
     mlp_out_norm: Option<B::Tensor>,
 }
 
@@ -52,6 +52,16 @@ impl<'b, B: Backend> Layer<'b, B> {
     /// # Errors
     /// [`RuntimeError::Shape`] or [`RuntimeError::Variant`] when weights and architecture disagree.
     pub fn new(backend: &'b B, arch: &Architecture, tensors: LayerTensors) -> Result<Self, RuntimeError> {
+        Self::with_loader(backend, arch, tensors, None)
+    }
+
+    /// As [`Layer::new`]; with a `loader`, the routed experts are read through it whenever tokens go to them.
+    pub(super) fn with_loader(
+        backend: &'b B,
+        arch: &Architecture,
+        tensors: LayerTensors,
+        loader: Option<ExpertLoader<'b>>,
+    ) -> Result<Self, RuntimeError> {
         let d = arch.hidden;
         let norm = |role: &'static str, gain: Option<Vec<f32>>| match gain {
             None => Ok(None),
@@ -68,7 +78,7 @@ impl<'b, B: Backend> Layer<'b, B> {
             attention,
             attention_out_norm: norm("attention_out_norm", tensors.extras.attention_out_norm)?,
             post_norm: norm("post_norm", some(tensors.post_norm))?,
-            mlp: FeedForward::new(backend, arch, tensors.mlp)?,
+            mlp: FeedForward::new(backend, arch, tensors.mlp, loader)?,
             mlp_out_norm: norm("mlp_out_norm", tensors.extras.mlp_out_norm)?,
         })
     }
@@ -165,7 +175,23 @@ impl<'b, B: Backend> Layer<'b, B> {
         self.attention.raw(self.backend, &self.backend.upload_view(x))
     }
 
-    /// Norm and gated MLP of the hidden state after attention: `[T, D]`, to be added to it.
+    /// What MLA caches for `x [T, D]` ([`Layer::attention_input`]): `[T, r + d_R]`, the normed latent times its gain, then
+    /// the rotated shared key. Not chunked.
+    ///
+    /// # Errors
+    /// As [`Layer::attention_output`]; [`RuntimeError::Variant`] for a GQA layer.
+    pub fn latents(&self, x: ArrayView2<'_, f32>, windows: &[usize]) -> Result<Array2<f32>, RuntimeError> {
+        self.check(x, self.hidden, Some(windows))?;
+        let (rotation, positions) = self.rotation(windows);
+        self.backend.download(self.attention.latents(
+            self.backend,
+            &self.backend.upload_view(x),
+            &rotation,
+            &positions,
+        )?)
+    }
+
+    /// Norm and MLP of the hidden state after attention: `[T, D]`, to be added to it.
     ///
     /// # Errors
     /// [`RuntimeError::Width`].

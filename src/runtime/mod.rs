@@ -21,13 +21,15 @@ pub mod gpu;
 mod layer;
 mod model;
 mod rotation;
+mod router;
 mod sampling;
 mod session;
+mod sliced;
 mod statistics;
 mod tensors;
 mod xkv;
 
-pub use attention::RawKv;
+pub use attention::{RankTensors, Ranks, RawKv};
 pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, Span};
 pub use bench::{Case, Trial, median};
 pub use cpu::Cpu;

@@ -3,11 +3,16 @@
 use ndarray::{Array2, ArrayView2};
 
 use super::attention::{Projection, vector};
-use super::tensors::{LayerTensors, add_offset, load_matrix};
+use super::feed_forward::ExpertLoader;
+use super::tensors::{LayerTensors, add_offset, load_expert, load_matrix};
 use super::{Backend, Layer, RuntimeError};
 use crate::arch::{Architecture, Part};
 use crate::observe::{Event, Observer};
 use crate::source::ModelSource;
+
+/// Routed experts of a layer beyond this many bytes in f32 are read as tokens go to them, one in memory at a time: a
+/// layer of DeepSeek-V3 has 45 GB of them.
+const HELD_EXPERTS: u64 = 2 << 30;
 
 /// A checkpoint seen as a function of tokens. Loads what it needs when it needs it.
 #[derive(Debug)]
@@ -15,6 +20,7 @@ pub struct Model<'a, B: Backend> {
     source: &'a ModelSource,
     arch: &'a Architecture,
     backend: &'a B,
+    held_experts: u64,
 }
 
 impl<B: Backend> Clone for Model<'_, B> {
@@ -28,7 +34,14 @@ impl<B: Backend> Copy for Model<'_, B> {}
 impl<'a, B: Backend> Model<'a, B> {
     /// Nothing is read yet.
     pub fn new(source: &'a ModelSource, arch: &'a Architecture, backend: &'a B) -> Self {
-        Self { source, arch, backend }
+        Self { source, arch, backend, held_experts: HELD_EXPERTS }
+    }
+
+    /// The same with another limit on the bytes (f32) that the routed experts of a layer may take; beyond it they are read
+    /// one by one, as tokens go to them. The default is 2 GiB.
+    #[must_use]
+    pub fn with_held_experts(self, bytes: u64) -> Self {
+        Self { held_experts: bytes, ..self }
     }
 
     /// The model's shape.
@@ -68,11 +81,32 @@ impl<'a, B: Backend> Model<'a, B> {
         Ok(out)
     }
 
-    /// Load one layer.
+    /// Load one layer for streaming: routed experts that are too large to hold stay in their files until a token goes to
+    /// them.
     ///
     /// # Errors
     /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
     pub fn layer(&self, index: usize) -> Result<Layer<'a, B>, RuntimeError> {
+        let (source, arch) = (self.source, self.arch);
+        let bytes = match &arch.moe {
+            // Three matrices of f32 each.
+            Some(moe) if arch.is_sparse(index) => {
+                (12 * moe.width as u64 * arch.hidden as u64).saturating_mul(moe.experts as u64)
+            }
+            _ => 0,
+        };
+        if bytes <= self.held_experts {
+            return self.held_layer(index);
+        }
+        let loader: ExpertLoader<'a> = Box::new(move |expert| load_expert(source, arch, index, expert));
+        Layer::with_loader(self.backend, arch, LayerTensors::load_parts(source, arch, index, false)?, Some(loader))
+    }
+
+    /// Load one layer whole.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
+    pub fn held_layer(&self, index: usize) -> Result<Layer<'a, B>, RuntimeError> {
         Layer::new(self.backend, self.arch, LayerTensors::load(self.source, self.arch, index)?)
     }
 

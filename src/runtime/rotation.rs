@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
+use super::HeadColumns;
 use crate::arch::{Rope, RopeLayout};
 
 /// Number of the next table; 0 is the empty one.
@@ -105,31 +106,37 @@ impl Rotation {
     }
 
     /// Turn every head of every token of windows that lie under each other, `x [T, heads * width]`, each window from
-    /// position 0; backwards with `inverse`, which is the transpose where the amplitude is 1.
+    /// position 0.
     ///
     /// # Panics
     /// If the table does not start at position 0 or a window is longer than it.
-    pub fn turn_windows(&self, x: &mut Array2<f32>, windows: &[usize], inverse: bool) {
-        let width = self.width();
-        if width == 0 {
+    pub fn turn_windows(&self, x: &mut Array2<f32>, windows: &[usize]) {
+        self.turn_columns(x, windows, HeadColumns::dense(self.width()));
+    }
+
+    /// The same where heads are `columns.stride` wide and only `columns.width` of them, the rotation's own width, turn.
+    ///
+    /// # Panics
+    /// As [`Rotation::turn_windows`].
+    pub fn turn_columns(&self, x: &mut Array2<f32>, windows: &[usize], columns: HeadColumns) {
+        if columns.width == 0 {
             return;
         }
-        assert_eq!(self.first, 0, "windows start at position 0");
+        assert_eq!((self.first, columns.width), (0, self.width()), "windows start at position 0, and all pairs turn");
         let positions: Vec<usize> = windows.iter().flat_map(|&n| 0..n).collect();
-        let back = match inverse {
-            true => {
-                let table = self.table.iter().map(|&(cos, sin)| (cos, -sin)).collect();
-                Some(Self { table, ..self.clone() })
-            }
-            false => None,
-        };
-        let rotation = back.as_ref().unwrap_or(self);
         x.axis_iter_mut(Axis(0)).into_par_iter().zip(positions).for_each(|(mut row, position)| {
             if let Some(row) = row.as_slice_mut() {
-                for head in row.chunks_exact_mut(width) {
-                    rotation.turn(head, position);
+                for head in row.chunks_exact_mut(columns.stride) {
+                    self.turn(&mut head[columns.start..columns.start + columns.width], position);
                 }
             }
         });
+    }
+
+    /// Rotation by the opposite angles: the transpose, and where the amplitude is 1 the inverse.
+    #[must_use]
+    pub fn reversed(&self) -> Self {
+        let table = self.table.iter().map(|&(cos, sin)| (cos, -sin)).collect();
+        Self { id: NEXT.fetch_add(1, Ordering::Relaxed), table, ..*self }
     }
 }

@@ -30,7 +30,7 @@ impl<'a, B: Backend> Resident<'a, B> {
     /// # Errors
     /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
     pub fn load(model: Model<'a, B>) -> Result<Self, RuntimeError> {
-        let layers = (0..model.architecture().layers).map(|i| model.layer(i)).collect::<Result<_, _>>()?;
+        let layers = (0..model.architecture().layers).map(|i| model.held_layer(i)).collect::<Result<_, _>>()?;
         Ok(Self { layers, head: model.head()?, model })
     }
 

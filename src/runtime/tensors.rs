@@ -3,7 +3,7 @@
 use ndarray::Array2;
 
 use super::RuntimeError;
-use crate::arch::{Architecture, Attention, Part, QkNormScope, StoredPart};
+use crate::arch::{Architecture, Attention, MlpKind, Moe, Part, QkNormScope, StoredPart};
 use crate::source::ModelSource;
 
 /// A linear layer `y = W x + b`.
@@ -70,11 +70,11 @@ pub enum AttentionTensors {
     Mla(MlaTensors),
 }
 
-/// Gated MLP `down(act(gate x) * up x)`: `gate` and `up [I, D]`, `down [D, I]`.
+/// MLP `down(act(gate x) * up x)`, or `down(act(up x))` without a gate: `gate` and `up [I, D]`, `down [D, I]`.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub struct MlpTensors {
-    pub gate: Linear,
+    pub gate: Option<Linear>,
     pub up: Linear,
     pub down: Linear,
 }
@@ -86,7 +86,7 @@ pub struct ExpertTensors {
     pub router: Linear,
     /// Added to the scores for the choice, `[E]`.
     pub choice_bias: Option<Vec<f32>>,
-    /// `[E]`.
+    /// `[E]`, or none where each is read when a token goes to it.
     pub experts: Vec<MlpTensors>,
     /// The expert that sees every token.
     pub shared: Option<MlpTensors>,
@@ -139,6 +139,14 @@ pub struct LayerTensors {
 }
 
 impl LayerTensors {
+    /// Gain of the latent's norm; empty in a GQA layer and where the class norms no latent.
+    pub fn latent_gain(&self) -> &[f32] {
+        match &self.attention {
+            AttentionTensors::Mla(t) => &t.kv_a_norm,
+            AttentionTensors::Gqa(_) => &[],
+        }
+    }
+
     /// Gain of the input norm of layer `layer` alone, offset included; empty where the family has no such norm.
     ///
     /// # Errors
@@ -153,6 +161,19 @@ impl LayerTensors {
     /// [`RuntimeError::Source`] for a tensor that cannot be read, [`RuntimeError::Shape`] for one of another shape than
     /// the architecture implies.
     pub fn load(source: &ModelSource, arch: &Architecture, layer: usize) -> Result<Self, RuntimeError> {
+        Self::load_parts(source, arch, layer, true)
+    }
+
+    /// As [`LayerTensors::load`], where `experts` says whether the routed experts are read too.
+    ///
+    /// # Errors
+    /// As [`LayerTensors::load`].
+    pub(super) fn load_parts(
+        source: &ModelSource,
+        arch: &Architecture,
+        layer: usize,
+        experts: bool,
+    ) -> Result<Self, RuntimeError> {
         let load = Loader { source, arch, layer };
         let d = arch.hidden;
         let mut extras = LayerExtras {
@@ -208,10 +229,26 @@ impl LayerTensors {
             input_norm: load.optional_norm("input_norm")?,
             attention,
             post_norm: load.optional_norm("post_norm")?,
-            mlp: if arch.is_sparse(layer) { load.experts()? } else { load.dense()?.into() },
+            mlp: if arch.is_sparse(layer) { load.experts(experts)? } else { load.dense()?.into() },
             extras,
         })
     }
+}
+
+/// Read routed expert `expert` of layer `layer`.
+///
+/// # Errors
+/// As [`LayerTensors::load`].
+pub(super) fn load_expert(
+    source: &ModelSource,
+    arch: &Architecture,
+    layer: usize,
+    expert: usize,
+) -> Result<MlpTensors, RuntimeError> {
+    let Some(moe) = &arch.moe else {
+        return Err(RuntimeError::Variant { expected: "dense", found: "experts" });
+    };
+    Loader { source, arch, layer }.expert(moe, expert)
 }
 
 struct Loader<'a> {
@@ -248,31 +285,38 @@ impl Loader<'_> {
     fn dense(&self) -> Result<MlpTensors, RuntimeError> {
         let (d, i, bias) = (self.arch.hidden, self.arch.intermediate, self.arch.mlp_bias);
         Ok(MlpTensors {
-            gate: self.linear("gate", i, d, bias)?,
+            gate: match self.arch.mlp {
+                MlpKind::Gated => Some(self.linear("gate", i, d, bias)?),
+                MlpKind::Plain => None,
+            },
             up: self.linear("up", i, d, bias)?,
             down: self.added("down", i, bias)?,
         })
     }
 
-    fn experts(&self) -> Result<FeedForwardTensors, RuntimeError> {
+    /// One routed expert.
+    fn expert(&self, moe: &Moe, e: usize) -> Result<MlpTensors, RuntimeError> {
+        let (d, i) = (self.arch.hidden, moe.width);
+        let names = self.arch.names.layer(self.layer);
+        let one = |role: &'static str, out: usize, inner: usize| -> Result<Linear, RuntimeError> {
+            let part = Part::whole(format!("{}.weight", names.expert(role, e)));
+            Ok(load_matrix(self.source, role, &part, out, inner)?.into())
+        };
+        let mut down = one("expert_down", d, i)?;
+        self.fold(&mut down);
+        Ok(MlpTensors { gate: Some(one("expert_gate", i, d)?), up: one("expert_up", i, d)?, down })
+    }
+
+    fn experts(&self, routed: bool) -> Result<FeedForwardTensors, RuntimeError> {
         let Some(moe) = &self.arch.moe else {
             return Err(RuntimeError::Variant { expected: "dense", found: "experts" });
         };
-        let (d, i) = (self.arch.hidden, moe.width);
-        let names = self.arch.names.layer(self.layer);
-        let one = |role: &'static str, expert: usize, out: usize, inner: usize| -> Result<Linear, RuntimeError> {
-            let part = Part::whole(format!("{}.weight", names.expert(role, expert)));
-            Ok(load_matrix(self.source, role, &part, out, inner)?.into())
-        };
-        let expert = |e: usize| -> Result<MlpTensors, RuntimeError> {
-            let mut down = one("expert_down", e, d, i)?;
-            self.fold(&mut down);
-            Ok(MlpTensors { gate: one("expert_gate", e, i, d)?, up: one("expert_up", e, i, d)?, down })
-        };
+        let (d, names) = (self.arch.hidden, self.arch.names.layer(self.layer));
+        let held = if routed { moe.experts } else { 0 };
         let shared = match moe.shared_width {
             None => None,
             Some(width) => Some(MlpTensors {
-                gate: self.linear("shared_gate", width, d, false)?,
+                gate: Some(self.linear("shared_gate", width, d, false)?),
                 up: self.linear("shared_up", width, d, false)?,
                 down: self.added("shared_down", width, false)?,
             }),
@@ -283,7 +327,7 @@ impl Loader<'_> {
                 true => Some(self.vector("router_bias", &Part::whole(names.role("router_bias")), moe.experts)?),
                 false => None,
             },
-            experts: (0..moe.experts).map(expert).collect::<Result<_, _>>()?,
+            experts: (0..held).map(|e| self.expert(moe, e)).collect::<Result<_, _>>()?,
             shared_router: match (&shared, moe.shared_gated) {
                 (Some(_), true) => Some(self.linear("shared_router", 1, d, false)?),
                 _ => None,

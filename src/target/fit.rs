@@ -1,6 +1,6 @@
 //! Which target class can hold a source, and why another cannot.
 
-use crate::arch::{Activation, Architecture, Moe, Scoring};
+use crate::arch::{Activation, Architecture, MlpKind, Moe, Scoring};
 use crate::convert::TargetKind;
 
 /// What `kind` has no place for in `arch`, in plain words. `linear_norms`: norms of queries and keys are replaced by linear
@@ -11,6 +11,12 @@ pub fn obstacles(arch: &Architecture, kind: TargetKind, linear_norms: bool) -> V
     let partial = arch.gqa().is_some_and(|a| a.rotary_dim != a.head_dim);
     if partial && arch.qk_norm.is_some() {
         out.push("norms of heads that are rotated in part".to_owned());
+    }
+    if arch.mlp == MlpKind::Plain {
+        out.push("an MLP without a gate".to_owned());
+    }
+    if arch.moe.as_ref().is_some_and(|m| m.groups.is_some() || m.choice_bias) {
+        out.push("experts chosen by groups or with a bias".to_owned());
     }
     if kind == TargetKind::HfRemote {
         if arch.moe.as_ref().is_some_and(|m| m.scoring == Scoring::Sigmoid) {

@@ -103,17 +103,17 @@ pub fn compare<S: Backend, C: Backend>(
 }
 
 /// Sums over rows, in order.
-#[derive(Debug, Default)]
-struct Sums {
-    max_abs: f64,
-    kl: f64,
-    same_top1: usize,
-    nll_source: f64,
-    nll_converted: f64,
+#[derive(Debug, Clone, Default)]
+pub(super) struct Sums {
+    pub max_abs: f64,
+    pub kl: f64,
+    pub same_top1: usize,
+    pub nll_source: f64,
+    pub nll_converted: f64,
 }
 
 impl Sums {
-    fn add(&mut self, pair: &RowPair) {
+    pub fn add(&mut self, pair: &RowPair) {
         self.max_abs = self.max_abs.max(pair.max_abs);
         self.kl += pair.kl;
         self.same_top1 += usize::from(pair.same_top1);
@@ -143,7 +143,7 @@ fn streams<B: Backend>(
     Ok((hidden, cached))
 }
 
-fn max_abs_dlogit<B: Backend>(
+pub(super) fn max_abs_dlogit<B: Backend>(
     head: &Head<'_, B>,
     full: ArrayView2<'_, f32>,
     cached: ArrayView2<'_, f32>,

@@ -41,4 +41,15 @@ pub enum VerifyError {
         /// Tokens of the shortest window.
         window: usize,
     },
+    /// A layer's latent has no principal directions.
+    #[error("layer {layer}: {error}")]
+    Turning {
+        /// Layer index.
+        layer: usize,
+        /// Why.
+        error: crate::factor::FactorError,
+    },
+    /// Principal directions without calibration.
+    #[error("principal directions need the latents' moments on calibration text\n\nhint: give some with `--calib`")]
+    NoMoments,
 }

@@ -60,6 +60,8 @@ impl PlannedShard {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardPlan {
     shards: Vec<PlannedShard>,
+    /// Whether several files are the parts of one checkpoint.
+    indexed: bool,
 }
 
 /// Name of the index of a checkpoint with several shards.
@@ -125,7 +127,29 @@ impl ShardPlan {
             let header = header(&tensors)?;
             Ok(PlannedShard { file, tensors, header })
         });
-        Ok(ShardPlan { shards: shards.collect::<Result<_, WriteError>>()? })
+        Ok(ShardPlan { shards: shards.collect::<Result<_, WriteError>>()?, indexed: true })
+    }
+
+    /// Lays out files that are not parts of one checkpoint but checkpoints of their own, such as those of ranks: names may
+    /// repeat from file to file, and there is no index.
+    ///
+    /// # Errors
+    /// As [`ShardPlan::new`] for each file; a file whose tensors would not all begin at a multiple of their element size.
+    pub fn of_files(files: &[(String, Vec<PlannedTensor>)]) -> Result<Self, WriteError> {
+        let mut shards = Vec::with_capacity(files.len());
+        for (file, tensors) in files {
+            let mut own = Self::new(tensors, u64::MAX)?.shards;
+            match (own.pop(), own.pop()) {
+                (Some(shard), None) => shards.push(PlannedShard { file: file.clone(), ..shard }),
+                (Some(shard), Some(_)) => {
+                    let name = shard.tensors.first().map_or_else(String::new, |t| t.name.clone());
+                    let reason = format!("it does not begin at a multiple of its element size in {file}");
+                    return Err(WriteError::BadTensor { name, reason });
+                }
+                (None, _) => return Err(WriteError::EmptyPlan),
+            }
+        }
+        Ok(Self { shards, indexed: false })
     }
 
     /// The weight files, in order.
@@ -151,7 +175,7 @@ impl ShardPlan {
 
     /// Content of the index, for a checkpoint of several shards: sorted, indented as `transformers` does.
     pub(super) fn index(&self) -> Option<Vec<u8>> {
-        if self.shards.len() < 2 {
+        if self.shards.len() < 2 || !self.indexed {
             return None;
         }
         let map: BTreeMap<&str, &str> =

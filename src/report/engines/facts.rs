@@ -118,6 +118,9 @@ pub enum CandidateRope {
     Unknown,
 }
 
+/// Model types that engines have classes for, whatever code a folder brings.
+const NATIVE: [&str; 5] = ["deepseek_v2", "deepseek_v3", "kimi_k2", "youtu", "minicpm3"];
+
 impl CandidateRope {
     fn of(name: &str) -> Self {
         match name {
@@ -206,6 +209,12 @@ impl Facts {
             rope: CandidateRope::of(&arch.rope.kind),
             rope_name: arch.rope.kind.clone(),
             interleaved: arch.rope.layout == RopeLayout::Interleaved,
+            activation: arch.activation.name().into(),
+            routing: arch.moe.as_ref().map(|moe| Routing {
+                scoring: Some(moe.scoring.name().to_owned()),
+                renormalised: moe.renormalise && moe.per_token < moe.experts,
+                method: None,
+            }),
             ..Self::plain(geometry)
         })
     }
@@ -243,7 +252,7 @@ impl Facts {
             .unwrap_or("default")
             .to_owned();
         let first_dense = get("first_k_dense_replace").and_then(Value::as_u64).unwrap_or(0) as usize;
-        let may_route = !["youtu", "minicpm3"].contains(&model_type.as_str());
+        let may_route = !["youtu", "minicpm3", "plm"].contains(&model_type.as_str());
         let counts = ["n_routed_experts", "n_shared_experts"].iter().all(|k| get(k).is_some_and(Value::is_u64));
         let sparse = may_route && first_dense < layers && get("n_routed_experts").is_some();
         let routing = sparse.then(|| Routing {
@@ -253,7 +262,8 @@ impl Facts {
             method: get("topk_method").and_then(Value::as_str).map(str::to_owned),
         });
         let mut facts = Self {
-            own_code: get("auto_map").is_some(),
+            // Published models of these types bring code too, and engines have classes of their own for them.
+            own_code: get("auto_map").is_some() && !NATIVE.contains(&model_type.as_str()),
             hidden: number("hidden_size")?,
             heads,
             kv_heads: get("num_key_value_heads").and_then(Value::as_u64).map_or(heads, |n| n as usize),
@@ -271,7 +281,7 @@ impl Facts {
             activation: text("hidden_act", "silu"),
             tied: flag("tie_word_embeddings"),
             routing,
-            null_experts: ["deepseek_v2", "deepseek_v3"].contains(&model_type.as_str()) && !counts,
+            null_experts: ["deepseek_v2", "deepseek_v3", "kimi_k2"].contains(&model_type.as_str()) && !counts,
             sglang_keys: ["moe_layer_freq", "scoring_func", "topk_method"].iter().all(|k| get(k).is_some()),
             sparse_index: get("index_topk").is_some(),
             f16: ["float16", "half"].contains(&text("dtype", &text("torch_dtype", "")).as_str()),

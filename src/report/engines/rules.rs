@@ -35,7 +35,7 @@ const PREFILL: &[(usize, usize, usize)] = &[(128, 64, 128), (64, 64, 128), (192,
 const DECODE: &[usize] = &[320, 512, 576];
 
 fn deepseek(f: &Facts) -> bool {
-    f.is(&["deepseek_v2", "deepseek_v3"])
+    f.is(&["deepseek_v2", "deepseek_v3", "kimi_k2"])
 }
 
 fn scaled(f: &Facts) -> bool {
@@ -46,10 +46,38 @@ pub(super) const RULES: &[Rule] = &[
     // Classes.
     Rule {
         engines: ALL,
-        when: |f| !f.own_code && !f.is(&["deepseek_v2", "deepseek_v3", "youtu", "minicpm3"]),
+        when: |f| !f.own_code && !f.is(&["deepseek_v2", "deepseek_v3", "kimi_k2", "youtu", "minicpm3", "plm"]),
         then: No,
         why: "this model type is none of the MLA classes whose rules are known here",
         change: "write it as deepseek_v3, deepseek_v2, youtu or minicpm3, or ship its code with `auto_map`",
+    },
+    Rule {
+        engines: &[TRANSFORMERS, VLLM_TF, MLX],
+        when: |f| f.is(&["kimi_k2"]),
+        then: Conditionally,
+        why: "knows this layout as deepseek_v3 only",
+        change: "set model_type to deepseek_v3 in config.json: tensors and keys are the same",
+    },
+    Rule {
+        engines: &[TRANSFORMERS],
+        when: |f| f.is(&["plm"]) && !f.own_code,
+        then: No,
+        why: "has no class for PLM",
+        change: "load it with the code it is published with",
+    },
+    Rule {
+        engines: &[VLLM_TF, VLLM, SGLANG, MLX],
+        when: |f| f.is(&["plm"]),
+        then: No,
+        why: "has no class for PLM",
+        change: "load it with transformers and the code it is published with, or with llama.cpp",
+    },
+    Rule {
+        engines: &[LLAMA],
+        when: |f| f.is(&["plm"]),
+        then: Conditionally,
+        why: "runs PLM with expanded keys and values: the small cache is lost",
+        change: "nothing has to be done",
     },
     Rule {
         engines: &[TRANSFORMERS],
@@ -60,7 +88,7 @@ pub(super) const RULES: &[Rule] = &[
     },
     Rule {
         engines: &[VLLM_TF, VLLM, SGLANG, LLAMA, MLX],
-        when: |f| f.own_code,
+        when: |f| f.own_code && !f.is(&["plm"]),
         then: No,
         why: "the class is code in the folder, which the engine does not run",
         change: "only transformers runs it; a stock target serves elsewhere, where one holds the model",
@@ -316,7 +344,7 @@ pub(super) const RULES: &[Rule] = &[
     },
     Rule {
         engines: OTHERS,
-        when: |f| f.activation != "silu",
+        when: |f| f.activation != "silu" && !f.is(&["plm"]),
         then: No,
         why: "its MLA classes know SiLU only",
         change: "transformers takes any activation",
@@ -406,7 +434,7 @@ pub(super) const RULES: &[Rule] = &[
     },
     Rule {
         engines: &[LLAMA],
-        when: |f| f.geometry.q_lora_rank.is_none(),
+        when: |f| f.geometry.q_lora_rank.is_none() && !f.is(&["plm"]),
         then: Conditionally,
         why: "convert to GGUF from a copy of config.json with \"q_lora_rank\": 0, and keep attn_kv_a_mqa in F32 or BF16 when quantising",
         change: "change that copy; the folder itself stays as it is",
@@ -420,7 +448,7 @@ pub(super) const RULES: &[Rule] = &[
     },
     Rule {
         engines: &[LLAMA],
-        when: |f| ![320, 576].contains(&f.cache_width()),
+        when: |f| ![320, 576].contains(&f.cache_width()) && !f.is(&["plm"]),
         then: Conditionally,
         why: "flash attention on CUDA is off for caches other than 256 + 64 and 512 + 64",
         change: "nothing has to be done; --pad kernels makes it faster",

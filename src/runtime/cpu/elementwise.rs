@@ -66,6 +66,7 @@ pub(super) fn activate(x: f32, activation: Activation) -> f32 {
             0.5 * x * (1.0 + tanh(inner))
         }
         Activation::Relu => x.max(0.0),
+        Activation::Relu2 => x.max(0.0) * x.max(0.0),
     }
 }
 

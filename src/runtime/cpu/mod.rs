@@ -205,6 +205,11 @@ impl Backend for Cpu {
         Ok(gate)
     }
 
+    fn activated(&self, mut x: Array2<f32>, activation: Activation) -> Result<Array2<f32>, RuntimeError> {
+        for_row_blocks(&mut x, |_, rows| rows.iter_mut().for_each(|x| *x = elementwise::activate(*x, activation)));
+        Ok(x)
+    }
+
     fn rms_norm_heads(
         &self,
         x: &mut Array2<f32>,

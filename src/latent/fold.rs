@@ -1,0 +1,163 @@
+//! Folding an orthogonal matrix and the latent norm's gain into an MLA layer's weights.
+//!
+//! An RMSNorm without its gain commutes with an orthogonal `U`: `ms(U^T c) = ms(c)`, so `norm(U^T c) = U^T norm(c)`. Hence
+//!
+//! ```text
+//! kv_a[latent rows] <- U^T W_a          (the bias likewise; the rotated key's rows stay)
+//! kv_a_layernorm    <- g                 one number for all coordinates
+//! kv_b              <- W_b diag(gamma / g) U
+//! ```
+//!
+//! is the same function (TPLA, arXiv 2508.15881; algorithms.md 2.2). The published form has `g = 1`. Here `g` is the gain
+//! itself where it is one number already - the neutralised norm of our own conversions (14.1), whose gain lifts the latent
+//! to the scale that low-precision caches want - and otherwise the power of two nearest to the gain's root mean square, so
+//! that what is cached keeps its scale.
+
+use ndarray::{Array1, Array2, s};
+
+use super::Turn;
+
+/// The weights of one MLA layer that touch the latent. `r` latent, `d_R` rotated key, `D` hidden.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentWeights {
+    /// `kv_a_proj_with_mqa`, `[r + d_R, D]`, rows `[latent | rotated key]`.
+    pub kv_a: Array2<f64>,
+    /// Its bias, `[r + d_R]`.
+    pub bias: Option<Array1<f64>>,
+    /// `kv_a_layernorm`, `[r]`; `None` in a class that does not norm the latent.
+    pub gain: Option<Array1<f64>>,
+    /// `kv_b_proj`, `[H (d_N + d_V), r]`.
+    pub kv_b: Array2<f64>,
+}
+
+impl LatentWeights {
+    /// Latent width `r`.
+    pub fn rank(&self) -> usize {
+        self.kv_b.ncols()
+    }
+
+    /// Fold `turn` and the gain in.
+    ///
+    /// # Panics
+    /// If `turn` has another width than the latent.
+    pub fn turn(&mut self, turn: &Turn) {
+        if matches!(turn, Turn::None) {
+            return;
+        }
+        let r = self.rank();
+        if let Some(gain) = &mut self.gain {
+            let common = common_gain(gain.as_slice().unwrap_or(&[]));
+            for (mut column, g) in self.kv_b.columns_mut().into_iter().zip(gain.iter()) {
+                // A gain that is one number leaves every digit of `kv_b` as it is.
+                column *= g / common;
+            }
+            gain.fill(common);
+        }
+        turn.apply(self.kv_b.view_mut());
+        turn.apply(self.kv_a.slice_mut(s![..r, ..]).reversed_axes());
+        if let Some(bias) = &mut self.bias {
+            turn.apply(bias.slice_mut(s![..r]).insert_axis(ndarray::Axis(0)));
+        }
+    }
+}
+
+/// The one number that stands for a gain: itself where all of it is the same, else the power of two nearest to its root mean
+/// square.
+pub fn common_gain(gain: &[f64]) -> f64 {
+    let first = gain.first().copied().unwrap_or(1.0);
+    if first != 0.0 && gain.iter().all(|g| *g == first) {
+        return first;
+    }
+    let mean = gain.iter().map(|g| g * g).sum::<f64>() / gain.len().max(1) as f64;
+    if mean > 0.0 && mean.is_finite() { (mean.log2() / 2.0).round().clamp(-100.0, 100.0).exp2() } else { 1.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::factor::linalg::matmul;
+
+    fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f64> {
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            ((i * 37 + j * 101 + i * j * 7 + seed) % 97) as f64 / 48.5 - 1.0
+        })
+    }
+
+    /// What attention sees of inputs in rows: `kv_b` of the normed latent, and the rotated key's projection.
+    fn function(w: &LatentWeights, x: &Array2<f64>, eps: f64) -> Array2<f64> {
+        let r = w.rank();
+        let mut both = matmul(x, &w.kv_a.t());
+        if let Some(bias) = &w.bias {
+            both += bias;
+        }
+        let mut out = Array2::zeros((x.nrows(), w.kv_b.nrows() + both.ncols() - r));
+        for (mut out, row) in out.rows_mut().into_iter().zip(both.rows()) {
+            let mut c = row.slice(s![..r]).to_owned();
+            if let Some(gain) = &w.gain {
+                let rms = (c.mapv(|v| v * v).mean().unwrap() + eps).sqrt();
+                c = &c / rms * gain;
+            }
+            out.slice_mut(s![..w.kv_b.nrows()]).assign(&w.kv_b.dot(&c));
+            out.slice_mut(s![w.kv_b.nrows()..]).assign(&row.slice(s![r..]));
+        }
+        out
+    }
+
+    #[test]
+    fn folding_leaves_the_function_as_it_was() {
+        let (r, rope, d, rows) = (12, 4, 20, 30);
+        let x = sample(9, d, 3);
+        let gains = [
+            None,
+            Some(Array1::from_elem(r, 262.144)),
+            Some(Array1::from_shape_fn(r, |i| 0.1 + (i as f64 * 0.7).sin().abs())),
+        ];
+        for gain in gains {
+            for turn in [
+                Turn::None,
+                Turn::hadamard(r),
+                Turn::Dense(
+                    crate::factor::linalg::eigh(
+                        &{
+                            let a = sample(30, r, 11);
+                            matmul(&a.t(), &a)
+                        },
+                        "test",
+                    )
+                    .unwrap()
+                    .1,
+                ),
+            ] {
+                let before = LatentWeights {
+                    kv_a: sample(r + rope, d, 1),
+                    bias: Some(Array1::from_shape_fn(r + rope, |i| i as f64 * 0.1)),
+                    gain: gain.clone(),
+                    kv_b: sample(rows, r, 2),
+                };
+                let mut after = before.clone();
+                after.turn(&turn);
+                for eps in [1e-6, 1e6] {
+                    let (a, b) = (function(&before, &x, eps), function(&after, &x, eps));
+                    let scale = a.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+                    let error = (&a - &b).iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+                    // Three products of inner length 20 or less, each with a rounding per term.
+                    assert!(error <= 100.0 * f64::EPSILON * scale.max(1.0), "{error} of {scale}");
+                }
+                if !matches!(turn, Turn::None) {
+                    let same = after.gain.as_ref().is_none_or(|g| g.iter().all(|v| *v == g[0]));
+                    assert!(same, "one gain for all");
+                    assert_ne!(before.kv_b, after.kv_b);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_common_gain_keeps_its_scale() {
+        assert_eq!(common_gain(&[262.144; 5]), 262.144);
+        assert_eq!(common_gain(&[0.9, 1.1, 1.3]), 1.0);
+        assert_eq!(common_gain(&[0.1, 0.13, 0.12]), 0.125);
+        assert_eq!(common_gain(&[0.0, 0.0]), 1.0);
+        assert_eq!(common_gain(&[]), 1.0);
+    }
+}

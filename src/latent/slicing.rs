@@ -1,0 +1,216 @@
+//! What each of `T` ranks holds of a layer (algorithms.md 2.3, 2.4).
+
+use std::ops::Range;
+
+use ndarray::{Array1, Array2, Axis, s};
+use serde::Serialize;
+
+use super::{LatentMoments, LatentWeights, Turn};
+use crate::arch::MlaShape;
+use crate::runtime::{AttentionTensors, MlaTensors, RankTensors};
+
+/// How latents are shared out.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Sharing {
+    /// Ranks `T`; it divides the latent.
+    pub ranks: usize,
+    /// Whether every rank knows the whole latent's root mean square.
+    pub shared_rms: bool,
+    /// Factor on the part of a rank's scores that comes from its slice; 1 is the slice's own share.
+    pub logit_scale: f64,
+}
+
+impl Sharing {
+    /// Coordinates of rank `t` of a latent of `rank` values.
+    pub fn columns(&self, rank: usize, t: usize) -> Range<usize> {
+        let width = rank / self.ranks;
+        t * width..(t + 1) * width
+    }
+}
+
+/// Factors `a_t` that give a slice normed by its own root mean square the size it has when normed by the whole's.
+///
+/// With `nu = E|n|^2 / r` (1 for a norm at work, 0 for one that its epsilon dominates) and `rho_t` the slice's mean square
+/// relative to the whole's, the two differ by `a_t^2 = 1 - nu + nu rho_t` (algorithms.md 2.3a has `nu = 1`).
+pub fn rms_corrections(moments: &LatentMoments, ranks: usize) -> Vec<f64> {
+    let energy = moments.second.diag();
+    let (r, nu) = (energy.len(), energy.mean().unwrap_or(0.0));
+    let width = r / ranks;
+    let correction = |t: usize| {
+        let own = energy.slice(s![t * width..(t + 1) * width]).mean().unwrap_or(0.0);
+        let rho = if nu > 0.0 { own / nu } else { 1.0 };
+        (1.0 - nu.min(1.0) + nu.min(1.0) * rho).max(0.0).sqrt()
+    };
+    (0..ranks).map(correction).collect()
+}
+
+impl LatentMoments {
+    /// The moments of latents that `turn` turned.
+    pub fn turned(&self, turn: &Turn) -> Self {
+        let mut mean = self.mean.clone().insert_axis(Axis(0));
+        turn.apply(mean.view_mut());
+        let both = |m: &Array2<f64>| {
+            let mut m = m.clone();
+            turn.apply(m.view_mut());
+            let mut m = m.reversed_axes().as_standard_layout().into_owned();
+            turn.apply(m.view_mut());
+            m
+        };
+        Self { mean: mean.remove_axis(Axis(0)), second: both(&self.second), queries: both(&self.queries) }
+    }
+}
+
+impl LatentWeights {
+    /// Of a layer as the runtime holds it; `None` for a GQA layer.
+    pub fn of(tensors: &AttentionTensors) -> Option<Self> {
+        let AttentionTensors::Mla(t) = tensors else { return None };
+        let wide = |v: &[f32]| Array1::from_iter(v.iter().map(|x| f64::from(*x)));
+        Some(Self {
+            kv_a: t.kv_a.weight.mapv(f64::from),
+            bias: t.kv_a.bias.as_deref().map(wide),
+            gain: (!t.kv_a_norm.is_empty()).then(|| wide(&t.kv_a_norm)),
+            kv_b: t.kv_b.weight.mapv(f64::from),
+        })
+    }
+
+    /// Put these weights into a layer of the runtime.
+    pub fn install(&self, t: &mut MlaTensors) {
+        let narrow = |v: &Array1<f64>| v.iter().map(|x| *x as f32).collect::<Vec<f32>>();
+        t.kv_a.weight = self.kv_a.mapv(|x| x as f32);
+        t.kv_a.bias = self.bias.as_ref().map(narrow);
+        t.kv_a_norm = self.gain.as_ref().map(narrow).unwrap_or_default();
+        t.kv_b.weight = self.kv_b.mapv(|x| x as f32);
+    }
+
+    /// What the ranks hold. `moments` are those of these weights' latents; without them a slice that is normed by itself
+    /// keeps the size that gives it.
+    ///
+    /// # Panics
+    /// If the ranks do not divide the latent.
+    pub fn ranks(&self, shape: &MlaShape, sharing: &Sharing, moments: Option<&LatentMoments>) -> Vec<RankTensors> {
+        let r = self.rank();
+        assert!(sharing.ranks > 0 && r.is_multiple_of(sharing.ranks), "ranks divide the latent");
+        let gain = self.gain.clone().unwrap_or_else(|| Array1::ones(r));
+        let corrections = match moments {
+            Some(moments) if !sharing.shared_rms && self.gain.is_some() => rms_corrections(moments, sharing.ranks),
+            _ => vec![1.0; sharing.ranks],
+        };
+        let head = shape.qk_nope_head_dim + shape.v_head_dim;
+        let mut out = Vec::with_capacity(sharing.ranks);
+        for (t, correction) in corrections.iter().enumerate() {
+            let columns = sharing.columns(r, t);
+            let mut kv_b = self.kv_b.slice(s![.., columns.clone()]).to_owned();
+            if sharing.logit_scale != 1.0 {
+                for (_, mut row) in
+                    kv_b.rows_mut().into_iter().enumerate().filter(|(i, _)| i % head < shape.qk_nope_head_dim)
+                {
+                    row *= sharing.logit_scale;
+                }
+            }
+            let own = gain.slice(s![columns.clone()]).iter().map(|g| (g * correction) as f32).collect();
+            out.push(RankTensors {
+                columns,
+                gain: if self.gain.is_some() { own } else { Vec::new() },
+                kv_b: kv_b.mapv(|x| x as f32),
+            });
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::factor::linalg::matmul;
+
+    fn shape(rank: usize) -> MlaShape {
+        MlaShape {
+            kv_lora_rank: rank,
+            q_lora_rank: None,
+            qk_nope_head_dim: 3,
+            qk_rope_head_dim: 2,
+            v_head_dim: 2,
+            bias: false,
+            query_bias: false,
+            latent_norm: true,
+            latent_eps: 1e-6,
+            norm_width: 2,
+            score_scale: 1.0,
+        }
+    }
+
+    fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f64> {
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            ((i * 37 + j * 101 + i * j * 7 + seed) % 97) as f64 / 48.5 - 1.0
+        })
+    }
+
+    fn weights(rank: usize) -> LatentWeights {
+        LatentWeights {
+            kv_a: sample(rank + 2, 9, 1),
+            bias: None,
+            gain: Some(Array1::from_shape_fn(rank, |i| 1.0 + i as f64 * 0.1)),
+            kv_b: sample(2 * 5, rank, 2),
+        }
+    }
+
+    fn moments(rank: usize) -> LatentMoments {
+        let n = sample(200, rank, 5);
+        LatentMoments {
+            mean: n.mean_axis(Axis(0)).unwrap(),
+            second: matmul(&n.t(), &n) / 200.0,
+            queries: Array2::eye(rank),
+        }
+    }
+
+    #[test]
+    fn slices_side_by_side_are_the_whole() {
+        let (w, m) = (weights(12), moments(12));
+        for ranks in [1, 2, 3, 4, 6, 12] {
+            let sharing = Sharing { ranks, shared_rms: true, logit_scale: 1.0 };
+            let parts = w.ranks(&shape(12), &sharing, Some(&m));
+            let views: Vec<_> = parts.iter().map(|p| p.kv_b.view()).collect();
+            assert_eq!(ndarray::concatenate(Axis(1), &views).unwrap(), w.kv_b.mapv(|x| x as f32));
+            assert_eq!(parts.iter().flat_map(|p| p.columns.clone()).collect::<Vec<_>>(), (0..12).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_logit_scale_is_on_keys_alone() {
+        let w = weights(12);
+        let sharing = Sharing { ranks: 3, shared_rms: true, logit_scale: 2.0 };
+        for part in w.ranks(&shape(12), &sharing, None) {
+            for (i, row) in part.kv_b.rows().into_iter().enumerate() {
+                let plain = w.kv_b.slice(s![i, part.columns.clone()]).mapv(|v| v as f32);
+                assert_eq!(row, plain * if i % 5 < 3 { 2.0 } else { 1.0 });
+            }
+        }
+    }
+
+    #[test]
+    fn corrections_are_one_where_a_norm_does_nothing_or_slices_are_alike() {
+        let mut m = moments(8);
+        m.second = Array2::from_diag(&Array1::from_vec(vec![1.0; 8]));
+        assert!(rms_corrections(&m, 4).iter().all(|a| (a - 1.0).abs() < 1e-12));
+        m.second = Array2::from_diag(&Array1::from_vec(vec![1.75, 1.75, 0.25, 0.25]));
+        let a = rms_corrections(&m, 2);
+        assert!((a[0] - 1.75_f64.sqrt()).abs() < 1e-12 && (a[1] - 0.5).abs() < 1e-12);
+        m.second *= 1e-9;
+        assert!(rms_corrections(&m, 2).iter().all(|a| (a - 1.0).abs() < 1e-8));
+    }
+
+    #[test]
+    fn turned_moments_are_those_of_turned_latents() {
+        let n = sample(50, 8, 3);
+        let of = |n: &Array2<f64>| LatentMoments {
+            mean: n.mean_axis(Axis(0)).unwrap(),
+            second: matmul(&n.t(), n) / 50.0,
+            queries: matmul(&n.t(), n),
+        };
+        let turn = Turn::hadamard(8);
+        let mut turned = n.clone();
+        turn.apply(turned.view_mut());
+        let (a, b) = (of(&n).turned(&turn), of(&turned));
+        assert!((&a.second - &b.second).iter().chain((&a.mean - &b.mean).iter()).all(|d| d.abs() < 1e-12));
+    }
+}

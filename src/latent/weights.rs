@@ -1,0 +1,105 @@
+//! Reading what touches the latent from a checkpoint.
+
+use ndarray::{Array1, Array2};
+
+use super::LatentWeights;
+use crate::arch::{Architecture, Attention, MlaShape, Part, StoredPart};
+use crate::convert::ConvertError;
+use crate::source::{ModelSource, scan_non_finite};
+
+/// Names of the tensors that touch the latent of one layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct LatentNames {
+    pub kv_a: String,
+    pub bias: Option<String>,
+    pub gain: Option<String>,
+    pub kv_b: String,
+}
+
+impl LatentNames {
+    pub fn of(arch: &Architecture, shape: &MlaShape, layer: usize) -> Self {
+        let names = arch.names.layer(layer);
+        Self {
+            kv_a: arch.weight(layer, "kv_a").name,
+            bias: shape.bias.then(|| arch.bias(layer, "kv_a").name),
+            gain: shape.latent_norm.then(|| names.role("kv_a_norm")),
+            kv_b: arch.weight(layer, "kv_b").name,
+        }
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &String> {
+        [Some(&self.kv_a), self.bias.as_ref(), self.gain.as_ref(), Some(&self.kv_b)].into_iter().flatten()
+    }
+}
+
+/// The MLA geometry of a model, or the refusal of one that has none.
+///
+/// # Errors
+/// [`ConvertError::Refused`] for a GQA model.
+pub fn need_mla<'a>(source: &ModelSource, arch: &'a Architecture) -> Result<&'a MlaShape, ConvertError> {
+    match &arch.attention {
+        Attention::Mla(shape) => Ok(shape),
+        Attention::Gqa(_) => Err(refused(
+            format!("`{}` ({}) has no latent: its attention is grouped-query", source.spec, arch.model_type),
+            "convert it first (`gqa2mla convert`), or give a model that is MLA already",
+        )),
+    }
+}
+
+pub(super) fn refused(message: impl Into<String>, hint: impl Into<String>) -> ConvertError {
+    ConvertError::Refused { message: message.into(), hint: Some(hint.into()) }
+}
+
+/// Refuse a number of slices that does not divide the latent.
+///
+/// # Errors
+/// [`ConvertError::Refused`] naming those that do.
+pub fn check_slices(rank: usize, slices: usize) -> Result<(), ConvertError> {
+    if slices > 0 && rank.is_multiple_of(slices) {
+        return Ok(());
+    }
+    let fits: Vec<String> = (1..=64.min(rank)).filter(|t| rank.is_multiple_of(*t)).map(|t| t.to_string()).collect();
+    Err(refused(
+        format!("{slices} slices do not divide a latent of {rank} values"),
+        format!("possible are {}", fits.join(", ")),
+    ))
+}
+
+impl LatentWeights {
+    /// Read layer `layer`.
+    ///
+    /// # Errors
+    /// [`ConvertError::NotFinite`] naming the tensor; [`ConvertError::Source`].
+    pub fn load(source: &ModelSource, arch: &Architecture, layer: usize) -> Result<Self, ConvertError> {
+        let shape = need_mla(source, arch)?;
+        let names = LatentNames::of(arch, shape, layer);
+        for name in names.iter() {
+            if let Some(found) = scan_non_finite(&source.tensors, name)? {
+                return Err(ConvertError::NotFinite {
+                    name: name.clone(),
+                    count: found.count,
+                    index: found.first_index,
+                    value: found.value,
+                });
+            }
+        }
+        let values = |name: &str| -> Result<Vec<f64>, ConvertError> {
+            Ok(StoredPart::find(&source.tensors, &Part::whole(name))?.to_f64())
+        };
+        let matrix = |name: &str, rows: usize, columns: usize| -> Result<Array2<f64>, ConvertError> {
+            // The shape was checked against the config when the model was opened.
+            Array2::from_shape_vec((rows, columns), values(name)?).map_err(|_| {
+                refused(format!("tensor `{name}` is not [{rows}, {columns}]"), "is the checkpoint intact?")
+            })
+        };
+        let (r, rope) = (shape.kv_lora_rank, shape.qk_rope_head_dim);
+        let vector = |name: &Option<String>| name.as_ref().map(|n| values(n).map(Array1::from_vec)).transpose();
+        Ok(Self {
+            kv_a: matrix(&names.kv_a, r + rope, arch.hidden)?,
+            bias: vector(&names.bias)?,
+            gain: vector(&names.gain)?.map(|g| g + arch.norm_offset),
+            kv_b: matrix(&names.kv_b, arch.heads * (shape.qk_nope_head_dim + shape.v_head_dim), r)?,
+        })
+    }
+}
