@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What low rank in the cached values of a prompt costs, in stock transformers: the figures of docs/xkv.md by another way.
 
-    python scripts/xkv_check.py MODEL TEXT [--window 1024] [--prompt 768] [--ranks 184,150,111]
+    python scripts/xkv_check.py FOLDER TEXT [--window 1024] [--prompt 768] [--ranks 184,150,111]
 
 Prefill by transformers, `torch.linalg.svd` of each layer's values `[prompt, g d]` in its cache, truncated, put back; then the
 rest of the window. Prints nats per token over the tokens predicted from behind the prompt, as `eval --xkv` does with full-rank keys.
@@ -10,7 +10,8 @@ rest of the window. Prints nats per token over the tokens predicted from behind 
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 
 def main():
@@ -23,7 +24,9 @@ def main():
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager").eval()
     with open(args.text, encoding="utf-8") as file:
-        ids = AutoTokenizer.from_pretrained(args.model)(file.read(), return_tensors="pt").input_ids[:, : args.window]
+        # The file itself: transformers may put a pre-tokenizer of its own in place of the file's.
+        ids = Tokenizer.from_file(f"{args.model}/tokenizer.json").encode(file.read()).ids[: args.window]
+    ids = torch.tensor([ids])
     exact = None
     for rank in [None, *map(int, args.ranks.split(","))]:
         with torch.no_grad():
