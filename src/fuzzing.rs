@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use crate::arch::{Architecture, Family};
 use crate::convert::checkpoint::Saved;
-use crate::source::{Header, Sha256Stream, TensorDirectory, Tokenizer, config as config_file, index as index_file};
+use crate::source::{
+    ChatTemplate, Header, Message, Sha256Stream, TensorDirectory, Tokenizer, config as config_file, index as index_file,
+};
 use crate::source::{MAX_NAME_CHARS, plain_file_name};
 use crate::write::{JournalRecord, manifest as manifest_file};
 
@@ -97,4 +99,14 @@ pub fn tokenizer(data: &[u8]) {
     let Ok(tokenizer) = Tokenizer::from_bytes(data, PathBuf::from("tokenizer.json")) else { return };
     let Ok(ids) = tokenizer.encode("One two, 3.\n\tZażółć 日本 <|x|>") else { return };
     let _ = tokenizer.decode(&ids);
+}
+
+/// `tokenizer_config.json`: the chat template in it, and what it makes of a conversation.
+pub fn tokenizer_config(data: &[u8]) {
+    let Ok(Some(template)) = ChatTemplate::from_bytes(data, PathBuf::from("tokenizer_config.json")) else { return };
+    let turn = |role: &str, content: &str| Message { role: role.to_owned(), content: content.to_owned() };
+    if let Ok(text) = template.render(&[turn("system", " be <brief> "), turn("user", "hi")]) {
+        // 64 bytes for each unit of fuel.
+        assert!(text.len() <= 64_000_000, "{} bytes", text.len());
+    }
 }

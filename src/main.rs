@@ -14,6 +14,12 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(status) => return status.into(),
     };
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        if !gqa2mla::source::panics_are_contained() {
+            usual(info);
+        }
+    }));
     let status = match interrupt::catch(|| cli::run(cli)) {
         Ok(Ok(status)) => status,
         // Whoever read our output has seen enough.

@@ -222,9 +222,14 @@ fn tokenizer() {
     // The tokenizer library panics on some files; that is contained, but its messages would fill the screen.
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        if std::thread::current().name() != Some("tokenizer") {
+        if !gqa2mla::source::panics_are_contained() {
             usual(info);
         }
     }));
     fuzz("tokenizer", fuzzing::tokenizer);
+}
+
+#[test]
+fn tokenizer_config() {
+    fuzz("tokenizer_config", fuzzing::tokenizer_config);
 }

@@ -42,6 +42,11 @@ pub enum AnalyzeError {
         /// What happened.
         error: FactorError,
     },
+    /// Layers that do not cache the same thing.
+    #[error(
+        "some layers cache a latent, others keys and values\n\nhint: give the source, or a conversion without `--mla-layers`"
+    )]
+    Hybrid,
     /// A group size that the model has no layers for.
     #[error("groups of {group} layers: the model has {layers}\n\nhint: give sizes from 1 to {layers} with `--groups`")]
     Group {
@@ -244,6 +249,9 @@ pub fn analyze<B: Backend>(
     observer: &dyn Observer,
 ) -> Result<Analysis, AnalyzeError> {
     let layers = model.architecture().layers;
+    if model.architecture().hybrid.is_some() {
+        return Err(AnalyzeError::Hybrid);
+    }
     let (mut hidden, lengths) = model.start(windows)?;
     let tokens = lengths[0];
     if lengths.iter().any(|&n| n != tokens) {

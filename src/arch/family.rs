@@ -64,6 +64,9 @@ pub struct Family {
     /// MLA: config key that switches the norms of the latents off.
     #[serde(default)]
     pub latent_norm: Option<String>,
+    /// MLA: config key of the object that describes layers with grouped-query attention ([`super::Hybrid`]).
+    #[serde(default)]
+    pub hybrid: Option<String>,
     /// Roles that a layer has only where a config key says so.
     #[serde(default)]
     pub optional: BTreeMap<String, String>,

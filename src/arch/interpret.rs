@@ -6,7 +6,7 @@ use super::config::Config;
 use super::family::{AttentionKind, QkNormRule};
 use super::scale::evaluate;
 use super::{
-    Activation, ArchError, Architecture, Attention, Family, GqaShape, MlaShape, Multipliers, QkNormScope, Rope,
+    Activation, ArchError, Architecture, Attention, Family, GqaShape, Hybrid, MlaShape, Multipliers, QkNormScope, Rope,
     RopeLayout, TensorNames, moe,
 };
 use crate::source::Dtype;
@@ -92,7 +92,12 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
         }
     }
     names.read_past_layers(layers..layers.saturating_add(mtp_layers));
+    let hybrid = match &family.hybrid {
+        Some(key) => Hybrid::read(config, key, layers, heads)?,
+        None => None,
+    };
     Ok(Architecture {
+        hybrid,
         family: family.name.clone(),
         model_type: model_type.to_owned(),
         hidden,

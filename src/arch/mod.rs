@@ -7,6 +7,7 @@ mod attention;
 mod config;
 mod error;
 mod family;
+mod hybrid;
 mod interpret;
 mod moe;
 mod rope;
@@ -18,6 +19,7 @@ mod wrapper;
 pub use attention::{AttentionSource, load_attention_source};
 pub use error::ArchError;
 pub use family::{Family, MlpKind, QkNormScope, known_families};
+pub use hybrid::Hybrid;
 pub use moe::{ExpertGroups, GroupScore, Moe, Scoring, Selection};
 pub(crate) use rope::base_power;
 pub use rope::{LongRope, Rope, RopeLayout};
@@ -60,6 +62,8 @@ pub struct Architecture {
     pub rope: Rope,
     /// Attention variant.
     pub attention: Attention,
+    /// Layers of an MLA model that are not MLA.
+    pub hybrid: Option<Hybrid>,
     /// Tensor names.
     pub names: TensorNames,
     /// Dtype the config claims for its weights.
@@ -187,7 +191,7 @@ impl Architecture {
         self.moe.as_ref().is_some_and(|m| m.sparse.get(layer) == Some(&true))
     }
 
-    /// Cached values per token per layer: `2 g d` for GQA, `r + d_R` for MLA.
+    /// Cached values per token per layer: `2 g d` for GQA, `r + d_R` for MLA (of a hybrid, its MLA layers).
     pub fn cache_values(&self) -> usize {
         match &self.attention {
             Attention::Gqa(a) => 2 * a.kv_heads * a.head_dim,

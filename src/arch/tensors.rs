@@ -183,7 +183,7 @@ impl Architecture {
         let mut out =
             vec![ExpectedTensor { name: self.names.embed.clone(), shape: vec![self.vocab, self.hidden], layer: None }];
         for layer in 0..self.layers {
-            self.expect_layer(layer, &mut out);
+            self.at_layer(layer).expect_layer(layer, &mut out);
         }
         out.push(ExpectedTensor { name: self.names.final_norm.clone(), shape: vec![self.hidden], layer: None });
         if !self.tied_head {
@@ -199,7 +199,7 @@ impl Architecture {
     /// Names of every tensor of one layer that the config implies.
     pub fn layer_tensor_names(&self, layer: usize) -> Vec<String> {
         let mut out = Vec::new();
-        self.expect_layer(layer, &mut out);
+        self.at_layer(layer).expect_layer(layer, &mut out);
         out.into_iter().map(|t| t.name).collect()
     }
 

@@ -27,11 +27,20 @@ pub fn command_line(model: &str, settings: &ConvertSettings) -> String {
     add("freqfold", fold);
     let ratio = s.balance_kv_ratio.map_or_else(|| "none".to_owned(), |x| x.to_string());
     add("balance-kv-ratio", Some(ratio).filter(|_| s.balance_kv_ratio != d.balance_kv_ratio));
+    let w = &s.weights;
+    add("q-energy", w.q_energy.map(|x| x.to_string()));
+    add("kv-energy", w.kv_energy.map(|x| x.to_string()));
+    add("rank-divisor", Some(w.rank_divisor.to_string()).filter(|_| w.rank_divisor != d.weights.rank_divisor));
+    add("partial-rope", w.partial_rope.map(|p| p.name().to_owned()));
+    add("svd", Some(w.svd.name().to_owned()).filter(|_| w.svd != d.weights.svd));
+    add("mla-layers", s.mla_layers.as_ref().map(ToString::to_string));
     let steps = [
         ("phase", s.steps.phase),
         ("query-weight", s.steps.query_weight),
         ("centring", s.steps.centring),
         ("metric", s.steps.metric),
+        ("query-refit", s.steps.query_refit),
+        ("key-refit", s.steps.key_refit),
         ("value-refit", s.steps.value_refit),
         ("output-refit", s.steps.output_refit),
         ("converted-stream", s.steps.converted_stream),
@@ -67,6 +76,9 @@ pub fn command_line(model: &str, settings: &ConvertSettings) -> String {
     add("device", Some(s.device.to_string()).filter(|_| s.device != d.device));
     add("max-shard-size", Some(s.max_shard_bytes.to_string()).filter(|_| s.max_shard_bytes != d.max_shard_bytes));
     add("max-context", s.max_context.map(|n| n.to_string()));
+    if w.published_layout {
+        words.push("--published-layout".to_owned());
+    }
     if s.force {
         words.push("--force".to_owned());
     }

@@ -57,12 +57,13 @@ impl CompareArgs {
     pub fn execute(self, context: &Context) -> anyhow::Result<ExitStatus> {
         let source = model::open_convertible(&self.model, context)?;
         let windows = Windows::new(&self.text, &[&source])?;
+        let device = Device::Cpu(Cpu);
+        let base = measure::perplexity(&source, &windows, &device, &context.progress)?;
+        // Not before the model is known to run: a refusal leaves no folder.
         if let Some(dir) = &self.output {
             fs_err::create_dir_all(dir)?;
         }
         let scratch = scratch(self.output.as_deref())?;
-        let device = Device::Cpu(Cpu);
-        let base = measure::perplexity(&source, &windows, &device, &context.progress)?;
         let mut document =
             MethodComparison::new(&self.model, &windows.text, base.tokens, base.perplexity, source.arch.cache_values());
         for Run { method, budget, without } in self.runs() {

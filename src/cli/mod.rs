@@ -30,6 +30,7 @@ mod sliced;
 mod values;
 mod verify;
 mod verify_files;
+mod weight_options;
 mod xkv;
 
 use std::path::PathBuf;

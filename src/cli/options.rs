@@ -13,6 +13,7 @@ use gqa2mla::convert::{
 use gqa2mla::runtime::DeviceChoice;
 
 use super::values::{self, Count, Ratio};
+use super::weight_options::WeightOptions;
 
 /// Parser of a method's name, for any command.
 pub fn method() -> impl TypedValueParser<Value = Method> {
@@ -59,6 +60,8 @@ pub struct Auto<T>(Option<T>);
 pub struct ConvertOptions {
     #[command(flatten)]
     choice: MethodOptions,
+    #[command(flatten)]
+    weights: WeightOptions,
     #[command(flatten)]
     calibration: CalibrationOptions,
     #[command(flatten)]
@@ -201,6 +204,11 @@ impl ConvertOptions {
             (c.freqfold.is_some() && !published, "--freqfold", "--method transmla or care"),
             (c.balance_kv_ratio.is_some() && !published, "--balance-kv-ratio", "--method transmla or care"),
             (c.rope_grid.0.is_some() && method == Method::Exact, "--rope-grid", "--method attention-aware"),
+            (
+                c.rope_grid.0.is_some() && method.from_weights(),
+                "--rope-grid",
+                "--partial-rope uniform for the stock grid",
+            ),
             (c.rope_grid.0 == Some(RopeGrid::Free) && published, "--rope-grid free", "--method attention-aware"),
             (!c.without.is_empty() && !ours, "--without", "--method attention-aware"),
             (c.refine.is_some_and(|n| n > 0) && !ours, "--refine", "--method attention-aware"),
@@ -221,6 +229,10 @@ impl ConvertOptions {
             kv_budget: c.kv_budget,
             freqfold: c.freqfold.unwrap_or(defaults.freqfold),
             balance_kv_ratio: c.balance_kv_ratio.map_or(defaults.balance_kv_ratio, |r| r.0),
+            weights: self
+                .weights
+                .settings(method, [c.kv_lora_rank.is_some() || c.kv_budget.is_some(), c.q_lora_rank.is_some()])?,
+            mla_layers: self.weights.mla_layers(),
             steps,
             refine: c.refine.unwrap_or(defaults.refine),
             target: self.output.target,
@@ -269,6 +281,7 @@ fn window(s: &str) -> Result<usize, String> {
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
+    use gqa2mla::convert::WeightSettings;
     use gqa2mla::write::Leftover;
 
     use super::*;
@@ -306,6 +319,8 @@ mod tests {
             kv_budget: None,
             freqfold: FreqFold::Fixed(4),
             balance_kv_ratio: None,
+            weights: WeightSettings::default(),
+            mla_layers: None,
             steps: Steps::default(),
             refine: 0,
             target: TargetKind::DeepseekV3,

@@ -82,11 +82,15 @@ pub fn print_bytes(bytes: &[u8]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A `label: message` line on stderr. A stderr that is gone is nobody's loss.
+/// Longest message, in characters: names in files may be megabytes long.
+const LONGEST: usize = 8000;
+
+/// A `label: message` line on stderr, escaped where a terminal would obey it: logs are read in terminals too. A stderr that
+/// is gone is nobody's loss.
 pub fn message(label: Label, text: &str) {
     let stderr = io::stderr();
     let terminal = stderr.is_terminal();
-    let text = if terminal { escape(text) } else { text.to_owned() };
+    let text = escape(&shorten(text));
     let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     let _ = writeln!(stderr.lock(), "{} {text}", label.text(colour));
 }
@@ -146,6 +150,17 @@ fn explain(error: &anyhow::Error) -> (String, Vec<String>) {
     (text, hints)
 }
 
+/// The beginning and the end of a text that is longer than anybody reads.
+fn shorten(text: &str) -> std::borrow::Cow<'_, str> {
+    let length = text.chars().count();
+    if length <= LONGEST {
+        return text.into();
+    }
+    let cut = |skip: usize| text.chars().skip(skip).take(LONGEST / 2).collect::<String>();
+    let (start, end) = (cut(0), cut(length - LONGEST / 2));
+    format!("{start} [... {} characters ...] {end}", length - LONGEST / 2 * 2).into()
+}
+
 /// Make text harmless for a terminal: control characters (but for newlines and tabs) and characters that reorder the
 /// text around them appear as `\u{..}`.
 pub fn escape(text: &str) -> String {
@@ -172,6 +187,15 @@ mod tests {
     fn what_a_terminal_would_obey_is_spelled_out() {
         assert_eq!(escape("a\x1b[31m\u{202e}b\nc\u{9b}"), "a\\u{1b}[31m\\u{202e}b\nc\\u{9b}");
         assert_eq!(escape("zażółć gęślą 日本語"), "zażółć gęślą 日本語");
+    }
+
+    #[test]
+    fn long_messages_lose_their_middle() {
+        let text = format!("{}{}", "a".repeat(1 << 20), "é".repeat(LONGEST));
+        let short = shorten(&text);
+        assert!(short.len() < 3 * LONGEST && short.starts_with("aaa") && short.ends_with("ééé"));
+        assert!(short.contains("[... 1048576 characters ...]"), "{}", &short[3990..4100]);
+        assert_eq!(shorten("short"), "short");
     }
 
     #[test]

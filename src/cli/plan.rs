@@ -1,7 +1,7 @@
 //! `gqa2mla plan`
 
 use clap::Args;
-use gqa2mla::convert::{self, Method, Plan, Profile, RopeGrid};
+use gqa2mla::convert::{self, Plan};
 use gqa2mla::report::engines::{Facts, judge};
 use gqa2mla::report::text;
 
@@ -44,23 +44,16 @@ pub fn show_plan(spec: &str, options: &ConvertOptions, predict: bool, context: &
     let model = model::open_convertible(spec, context)?;
     let mut plan = convert::plan(&model.source, &model.arch, &settings, predict, &context.progress)?;
     if plan.engines.is_empty() {
-        plan.engines = engines(&plan, &model);
+        plan.engines = engines(&plan);
     }
     context.show(&plan, |p| text::plan(p, width()))?;
     Ok(ExitStatus::Done)
 }
 
 /// `(engine, verdict)` for the output that is planned.
-fn engines(plan: &Plan, model: &model::OpenModel) -> Vec<(String, String)> {
-    let grid = match (plan.settings.rope_grid, plan.settings.profile) {
-        (Some(grid), _) => grid,
-        (None, Some(Profile::Portable)) => RopeGrid::Stock,
-        (None, _) => RopeGrid::Free,
-    };
-    let mut candidate = Facts::planned(plan.geometry, grid, plan.target);
-    if let (Method::Exact, Some(gqa)) = (plan.settings.method, model.arch.gqa()) {
-        candidate.bias = gqa.qkv_bias || gqa.out_bias;
-    }
+fn engines(plan: &Plan) -> Vec<(String, String)> {
+    let mut candidate = Facts::planned(plan.geometry, plan.rope_grid, plan.target);
+    candidate.bias = plan.bias;
     let sentence =
         |reasons: &[&str]| if reasons.is_empty() { String::new() } else { format!(": {}", reasons.join("; ")) };
     judge(&candidate)

@@ -48,6 +48,14 @@ pub fn share(s: &str) -> Result<f64, String> {
     }
 }
 
+/// A share of energy, in `(0, 1]`.
+pub fn energy(s: &str) -> Result<f64, String> {
+    match share(s) {
+        Ok(x) if x > 0.0 => Ok(x),
+        _ => Err("expected a share of energy, above 0 and at most 1".to_owned()),
+    }
+}
+
 /// `none`, or a positive number.
 pub fn number_or_none(s: &str) -> Result<Ratio, String> {
     if s == "none" {

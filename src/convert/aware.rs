@@ -101,7 +101,7 @@ pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertErr
         }
     }
     let report =
-        LayerReport { layer: inputs.index, predicted_error, measured_error: None, rope_loss, rank_loss, notes };
+        LayerReport { layer: inputs.index, predicted_error, rope_loss, rank_loss, notes, ..LayerReport::default() };
     Ok(Converted { layer, report, output })
 }
 

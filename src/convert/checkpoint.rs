@@ -89,6 +89,9 @@ impl Saved {
         let settled = self.settled.clone()?;
         job.spec.geometry = settled.geometry;
         job.decisions = settled.decisions;
+        if !settled.found.kept.is_empty() {
+            job.spec.kept.clone_from(&settled.found.kept);
+        }
         Some(settled.found)
     }
 

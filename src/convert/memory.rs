@@ -52,7 +52,7 @@ impl Need {
                 let on_scores = t * (24 * d + 4 * q) + seen * (8 * d + 28 * heads * (nope + rope));
                 (2, weights + 4 * seen * (q + kv) + refits.max(on_scores))
             }
-            Method::Transmla | Method::Care => {
+            Method::Transmla | Method::Care | Method::XEcomla | Method::Mha2mla => {
                 let weights = 43 * attention + 4 * mlp + 28 * d * d + t * (6 * d + 6 * kv) + 24 * latent * d;
                 let states = 12 * attention + 4 * mlp + t * (16 * d + 8 * q + 6 * kv);
                 (1, weights.max(states))

@@ -7,6 +7,7 @@ mod error;
 mod faults;
 mod frozen;
 mod head_norms;
+mod hybrid;
 mod memory;
 mod plan;
 mod prepare;
@@ -17,6 +18,8 @@ mod sink;
 mod state;
 mod streams;
 mod survey;
+mod weight_settings;
+mod weights;
 mod widths;
 
 pub use error::ConvertError;
@@ -27,3 +30,4 @@ pub use settings::{
     Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, Padding, Profile, RopeGrid, Steps,
     TargetKind,
 };
+pub use weight_settings::{LayerCount, MlaLayers, WeightSettings};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConvertError, ConvertSettings, Job, Method, SCHEMA_VERSION, TargetKind, memory};
+use super::{ConvertError, ConvertSettings, Job, Method, RopeGrid, SCHEMA_VERSION, TargetKind, memory};
 use crate::write::ShardPlan;
 
 /// Widths of the MLA layer that will be written.
@@ -42,6 +42,14 @@ pub struct Plan {
     pub cache_values_per_token_per_layer: usize,
     /// `2 g d`.
     pub source_cache_values_per_token_per_layer: usize,
+    /// Cached values per token, all layers.
+    pub cache_values_per_token: usize,
+    /// Layers that become MLA; the others keep the source's attention.
+    pub mla_layers: Vec<usize>,
+    /// Frequencies of the rotated width.
+    pub rope_grid: RopeGrid,
+    /// Whether projections have biases.
+    pub bias: bool,
     /// Tensors to write: name, dtype, shape.
     pub tensors: Vec<(String, String, Vec<usize>)>,
     /// Shard files with their sizes in bytes.
@@ -77,6 +85,15 @@ pub struct LayerReport {
     pub rope_loss: f64,
     /// Share of the joint key/value energy outside the latent.
     pub rank_loss: f64,
+    /// Rank of keys and values, where ranks differ by layer or may be padded with zeros.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_rank: Option<usize>,
+    /// Rank of the queries, where they go through a latent of a method's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub q_rank: Option<usize>,
+    /// Whether the layer keeps the source's attention.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kept: bool,
     /// Anything out of the ordinary: regularisation, rejected refinement.
     pub notes: Vec<String>,
 }
@@ -110,6 +127,10 @@ pub struct ConversionReport {
     pub cache_values_per_token_per_layer: usize,
     /// `2 g d`.
     pub source_cache_values_per_token_per_layer: usize,
+    /// Cached values per token, all layers.
+    pub cache_values_per_token: usize,
+    /// Layers that became MLA; the others keep the source's attention.
+    pub mla_layers: Vec<usize>,
     /// Radians per token of each rotated slot.
     pub rope_frequencies: Vec<f64>,
     /// Per-layer figures.
@@ -166,6 +187,13 @@ pub(super) fn describe(job: &Job<'_>, tokens: usize, predicted_error: Option<f64
         layers: arch.layers,
         cache_values_per_token_per_layer: job.cache_values(),
         source_cache_values_per_token_per_layer: arch.cache_values(),
+        cache_values_per_token: job.cache_values_per_token(),
+        mla_layers: job.mla_layers(),
+        rope_grid: match settings.method {
+            Method::Exact if job.shape.kv_heads > 1 => RopeGrid::Free,
+            _ => job.grid,
+        },
+        bias: job.spec.bias,
         tensors: tensors.into_iter().map(|t| (t.name, t.dtype.name().to_owned(), t.shape)).collect(),
         shards: shards.shards().iter().map(|s| (s.file.clone(), s.file_bytes())).collect(),
         output_bytes: shards.file_bytes() + job.source.files.iter().map(|f| f.size).sum::<u64>(),
@@ -193,6 +221,8 @@ fn flops(job: &Job<'_>, tokens: usize) -> f64 {
     l * match job.settings.method {
         Method::Exact => 0.0,
         Method::Transmla | Method::Care => source + moments + solve,
+        // Decompositions of the queries and of keys and values, once for the ranks and once for the factors.
+        Method::XEcomla | Method::Mha2mla => source + moments + 2.0 * solve + 30.0 * q.min(d).powi(2) * q.max(d),
         Method::AttentionAware => {
             let pooled = arch.heads as f64 * 2.0 * t * rank * (rank + seq);
             2.0 * source + moments + pooled + 4.0 * t * q * (q + d) + 3.0 * solve

@@ -1,6 +1,7 @@
 //! Everything that can be decided and checked before a byte is written.
 
 use crate::arch::{ArchError, Architecture, GqaShape, check_tensors};
+use crate::methods::partial_rope::PartialRope;
 use crate::methods::{exact, transmla};
 use crate::source::{Dtype, ModelSource, scan_non_finite};
 use crate::target::fp8::BLOCK;
@@ -11,6 +12,7 @@ use super::widths::widths;
 use super::{
     ConvertError, ConvertSettings, Method, OutputDtype, Padding, PlannedGeometry, Profile, RopeGrid, TargetKind,
 };
+use super::{hybrid, weights};
 
 /// Up to this many bytes every weight is scanned for NaN before anything starts; above, each layer when it is read.
 const SCAN_FIRST: u64 = 8 << 30;
@@ -64,6 +66,7 @@ impl<'a> Job<'a> {
         check_tensors(arch, &source.tensors)?;
         let mut decisions = Vec::new();
         let exact = settings.method == Method::Exact;
+        let kept = hybrid::kept(settings, arch.layers)?;
         let kind = pick_target(arch, settings, &mut decisions)?;
         let remote = kind == TargetKind::HfRemote;
         let max_position = context(arch, &shape, settings, remote, &mut decisions)?;
@@ -71,6 +74,11 @@ impl<'a> Job<'a> {
         let (grid, bias) = grid_and_bias(arch, &shape, settings, kind, &mut decisions)?;
         let splits = widths(arch, &shape, settings, grid, &mut decisions)?;
         let (rope, rank) = splits[0];
+        let published_layout = settings.weights.published_layout;
+        let (grid, bias) = match settings.method.from_weights() {
+            true => (weights::grid(&shape, settings, rope), bias && !published_layout),
+            false => (grid, bias),
+        };
         let (d, hidden) = (shape.head_dim, arch.hidden);
         if exact && settings.q_lora_rank.is_some() {
             return Err(ConvertError::refused(
@@ -109,15 +117,10 @@ impl<'a> Job<'a> {
             transmla::check(&limits, rope, rank, settings.q_lora_rank, fold)
                 .map_err(|e| ConvertError::Refused { message: e.message, hint: e.hint })?;
         }
-        let query_bias = shape.qkv_bias;
+        let query_bias = shape.qkv_bias && !published_layout;
         // A constant row of the query latent carries what stock classes have no bias for.
         let constant_row = query_bias && !remote;
-        let q_lora_rank = match (settings.q_lora_rank, constant_row) {
-            (None, true) => Some((hidden + 1).next_multiple_of(QUERY_LATENT_MULTIPLE)),
-            (None, false) if kind == TargetKind::Minicpm3 => Some(hidden.next_multiple_of(QUERY_LATENT_MULTIPLE)),
-            (Some(rank), true) => Some((rank + 1).next_multiple_of(QUERY_LATENT_MULTIPLE)),
-            (rank, false) => rank,
-        };
+        let q_lora_rank = query_latent(weights::query_rank(arch, &shape, settings), constant_row, kind, hidden);
         let still = d - shape.rotary_dim;
         let geometry = PlannedGeometry {
             kv_lora_rank: rank,
@@ -125,6 +128,7 @@ impl<'a> Job<'a> {
             qk_nope_head_dim: match exact {
                 true if remote => still,
                 true => exact::lossless_nope_dim(rope, still, d),
+                false if settings.method.from_weights() => weights::nope_dim(&shape, settings, rope),
                 false => d,
             },
             qk_rope_head_dim: rope,
@@ -150,8 +154,10 @@ impl<'a> Job<'a> {
             // An amplitude that only part of a head has is divided out of the rest.
             plain_weights: exact && (still == 0 || arch.rope.amplitude == 1.0),
             stream_scale: if remote { 1.0 } else { TargetSpec::stream_scale(arch.norm_eps) },
+            kept,
         };
-        let splits = fitting(splits, &mut spec, settings, &mut decisions)?;
+        let open = weights::ranks_open(settings);
+        let splits = if open { splits } else { fitting(splits, &mut spec, settings, &mut decisions)? };
         if spec.stream_scale != 1.0 {
             decisions.push(format!(
                 "rms_norm_eps {:e} becomes 1e-6, which stock classes fix for the latent norm: the residual stream is scaled by {:.5}",
@@ -165,13 +171,26 @@ impl<'a> Job<'a> {
             }
         }
         let job = Self { source, arch, shape, settings, spec, splits, decisions, grid, max_position, scanned };
-        job.check_cache()?;
+        if settings.weights.kv_energy.is_none() {
+            job.check_cache()?;
+        }
         Ok(job)
     }
 
     /// Cache values per token per layer of the output.
     pub fn cache_values(&self) -> usize {
         self.spec.output().kv_lora_rank + self.spec.output().qk_rope_head_dim
+    }
+
+    /// Layers that become MLA.
+    pub fn mla_layers(&self) -> Vec<usize> {
+        (0..self.arch.layers).filter(|i| !self.spec.keeps(*i)).collect()
+    }
+
+    /// Cache values per token of the output, all layers.
+    pub fn cache_values_per_token(&self) -> usize {
+        let converted = self.mla_layers().len();
+        converted * self.cache_values() + (self.arch.layers - converted) * self.arch.cache_values()
     }
 
     /// Refuse a tensor that holds NaN or infinity, where the first scan did not look at it.
@@ -200,6 +219,18 @@ impl<'a> Job<'a> {
         set_split(&mut self.spec, rope, rank);
     }
 
+    /// Fix ranks that were found by energy.
+    ///
+    /// # Errors
+    /// A cache that does not shrink, widths that padding or FP8 do not allow.
+    pub(super) fn set_ranks(&mut self, kv: usize, q: Option<usize>) -> Result<(), ConvertError> {
+        let rope = self.spec.geometry.qk_rope_head_dim;
+        let (row, kind) = (self.spec.constant_row, self.spec.kind);
+        self.spec.geometry.q_lora_rank = query_latent(q, row, kind, self.arch.hidden);
+        self.splits = fitting(vec![(rope, kv)], &mut self.spec, self.settings, &mut self.decisions)?;
+        self.check_cache()
+    }
+
     /// What is written, and where it comes from.
     pub fn emission(&self) -> Emission {
         Emission::new(self.arch, &self.spec, &|name| self.source.tensors.get(name).map_or(self.spec.base, |t| t.dtype))
@@ -208,6 +239,16 @@ impl<'a> Job<'a> {
     /// Every tensor of the output, in writing order.
     pub fn planned_tensors(&self) -> Vec<PlannedTensor> {
         self.emission().planned()
+    }
+}
+
+/// Width of the query latent that is written for a rank of the queries, if they have one.
+fn query_latent(rank: Option<usize>, constant_row: bool, kind: TargetKind, hidden: usize) -> Option<usize> {
+    match (rank, constant_row) {
+        (None, true) => Some((hidden + 1).next_multiple_of(QUERY_LATENT_MULTIPLE)),
+        (None, false) if kind == TargetKind::Minicpm3 => Some(hidden.next_multiple_of(QUERY_LATENT_MULTIPLE)),
+        (Some(rank), true) => Some((rank + 1).next_multiple_of(QUERY_LATENT_MULTIPLE)),
+        (rank, false) => rank,
     }
 }
 
@@ -233,6 +274,7 @@ fn pick_target(
     let linear = settings.method != Method::Exact;
     let asked = settings.target;
     let (kind, why) = match asked {
+        _ if settings.mla_layers.is_some() => (hybrid::target(settings)?, "it holds layers of both kinds".to_owned()),
         TargetKind::Auto => target::choose(arch, linear),
         kind => (kind, String::new()),
     };
@@ -475,7 +517,9 @@ fn grid_and_bias(
             }
             Ok((grid, own || grid == RopeGrid::Free))
         }
-        Method::Exact | Method::Transmla | Method::Care => Ok((settings.rope_grid.unwrap_or(RopeGrid::Stock), own)),
+        Method::Exact | Method::Transmla | Method::Care | Method::XEcomla | Method::Mha2mla => {
+            Ok((settings.rope_grid.unwrap_or(RopeGrid::Stock), own))
+        }
     }
 }
 
@@ -496,6 +540,13 @@ fn check_portable(
         Some("the source rotates only part of a head, whose frequencies are on no stock grid".to_owned())
     } else if settings.method == Method::Exact && shape.kv_heads > 1 {
         Some(format!("`--method exact` keeps every frequency {} times, which no stock grid does", shape.kv_heads))
+    } else if settings.method == Method::Mha2mla && shape.kv_heads > 1 {
+        Some(format!(
+            "`--method mha2mla` keeps a frequency for each of {} KV heads, which no stock grid does",
+            shape.kv_heads
+        ))
+    } else if settings.method == Method::XEcomla && weights::rule(settings) != PartialRope::Uniform {
+        Some("only `--partial-rope uniform` lies on the stock grid".to_owned())
     } else if settings.rope_grid == Some(RopeGrid::Free) {
         Some("`--rope-grid free` needs LongRoPE factors".to_owned())
     } else if arch.activation != crate::arch::Activation::Silu {

@@ -11,7 +11,8 @@ use super::sink::Sink;
 use super::state::{Parked, StateFile};
 use super::streams::{SourceLayer, SourcePass, Stream, first_windows, input_gain};
 use super::survey::{Survey, output_error, published_layer, survey};
-use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, Plan, TargetKind};
+use super::weights;
+use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, MlaLayers, Plan, TargetKind};
 use crate::arch::{Architecture, load_attention_source};
 use crate::calibrate::{Moments, calibration_windows, read_texts};
 use crate::methods::{MlaLayer, exact};
@@ -49,13 +50,18 @@ fn windows(job: &Job<'_>, observer: &dyn Observer) -> Result<Vec<Vec<u32>>, Conv
     if calibration.samples == 0 {
         return Err(ConvertError::refused("--calib-samples 0 leaves nothing to calibrate on", "128 is the default"));
     }
-    let (rope, rank) = job.splits[0];
+    // Nothing is fitted to the text but norms, where there are some.
+    let measured = job.settings.method.from_weights() && job.arch.qk_norm.is_none();
+    if measured {
+        calibration.samples = calibration.samples.min(weights::MEASURED_WINDOWS);
+    }
+    let (rope, rank) = if measured { (0, 0) } else { job.splits[0] };
     let needed = 4 * (rope + rank);
     let tokenizer = job.source.tokenizer()?;
     let texts = read_texts(&calibration.files)?;
     let why = format!(", four for each of the {} cached values", rope + rank);
     let windows = calibration_windows(&tokenizer, &texts, &calibration, needed, &why)?;
-    if windows.len() < calibration.samples {
+    if windows.len() < calibration.samples && !measured {
         observer.event(Event::Note(format!(
             "the calibration text holds {} windows of {} tokens, {} were asked for",
             windows.len(),
@@ -79,7 +85,9 @@ pub fn plan(
 ) -> Result<Plan, ConvertError> {
     let mut job = Job::prepare(source, arch, settings)?;
     let windows = windows(&job, observer)?;
-    let open = job.splits.len() > 1 || settings.method != Method::Exact && predict;
+    let auto = matches!(settings.mla_layers, Some(MlaLayers::Auto(_)));
+    let open =
+        auto || job.splits.len() > 1 || weights::ranks_open(settings) || settings.method != Method::Exact && predict;
     let found = if open {
         survey(&mut job, &Device::open(settings.device)?, &windows, predict, observer)?
     } else {
@@ -194,7 +202,7 @@ fn stream_names(job: &Job<'_>) -> &'static [&'static str] {
     match job.settings.method {
         Method::Exact => &[],
         Method::AttentionAware if job.settings.steps.converted_stream => &[SOURCE, CONVERTED],
-        Method::AttentionAware | Method::Transmla | Method::Care => &[SOURCE],
+        Method::AttentionAware | Method::Transmla | Method::Care | Method::XEcomla | Method::Mha2mla => &[SOURCE],
     }
 }
 
@@ -263,8 +271,11 @@ impl Run<'_> {
         let mut layers: Vec<LayerReport> = start.layers.iter().map(|l| l.report.clone()).collect();
         self.convert_layers(sink.writer.staging().root().to_owned(), start, |mla, gain, report, streams| {
             let layer = report.layer;
-            sink.emit(&emission.layers[layer], &job.spec.attention_tensors(arch, layer, &mla, gain))?;
-            frequencies = mla.rope_freq;
+            let attention = mla.as_ref().map(|mla| job.spec.attention_tensors(arch, layer, mla, gain));
+            sink.emit(&emission.layers[layer], &attention.unwrap_or_default())?;
+            if let Some(mla) = mla {
+                frequencies = mla.rope_freq;
+            }
             let mark = sink.writer.mark()?;
             let finished = Finished { layer, report: report.clone(), frequencies: frequencies.clone(), mark, streams };
             layers.push(report);
@@ -289,7 +300,7 @@ impl Run<'_> {
         for file in &source.files {
             sink.writer.copy_file(&file.name, &file.path)?;
         }
-        let count = layers.len().max(1) as f64;
+        let count = job.mla_layers().len().max(1) as f64;
         let report = ConversionReport {
             schema_version: SCHEMA_VERSION,
             tool_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -304,6 +315,8 @@ impl Run<'_> {
             geometry: job.spec.output(),
             cache_values_per_token_per_layer: job.cache_values(),
             source_cache_values_per_token_per_layer: arch.cache_values(),
+            cache_values_per_token: job.cache_values_per_token(),
+            mla_layers: job.mla_layers(),
             rope_frequencies: rope.frequencies.clone(),
             predicted_error: layers.iter().map(|l| l.predicted_error).sum::<f64>() / count,
             layers,
@@ -351,7 +364,7 @@ impl Run<'_> {
         &self,
         folder: PathBuf,
         start: Start,
-        mut done: impl FnMut(MlaLayer, &[f64], LayerReport, BTreeMap<String, StateFile>) -> Result<(), ConvertError>,
+        mut done: impl FnMut(Option<MlaLayer>, &[f64], LayerReport, BTreeMap<String, StateFile>) -> Result<(), ConvertError>,
     ) -> Result<(), ConvertError> {
         let Run { job, backend, found, spill, observer, .. } = *self;
         let layers = job.arch.layers;
@@ -371,7 +384,23 @@ impl Run<'_> {
                     let attention = load_attention_source(job.source, job.arch, index)?;
                     let gain = input_gain(job, index)?;
                     let layer = exact::convert(&attention, job.spec.geometry.qk_nope_head_dim);
-                    (layer, gain, LayerReport { layer: index, ..LayerReport::default() })
+                    (Some(layer), gain, LayerReport { layer: index, ..LayerReport::default() })
+                }
+                Some(stream) if job.spec.keeps(index) => {
+                    let source = SourceLayer::load(job, backend, index)?;
+                    let pass = source.attend(stream.stream()?, false)?;
+                    stream.release(spill);
+                    if !last {
+                        source.advance(stream.change()?, &pass.output)?;
+                        stream.settle(index + 1, spill, &mut saved)?;
+                        drop(pass);
+                        if let Some(c) = &mut streams.converted {
+                            let output = source.attend(c.stream()?, false)?.output;
+                            source.advance(c.change()?, &output)?;
+                            c.settle(index + 1, spill, &mut saved)?;
+                        }
+                    }
+                    (None, source.gain, LayerReport { layer: index, kept: true, ..LayerReport::default() })
                 }
                 Some(stream) if aware => {
                     let mut source = SourceLayer::load(job, backend, index)?;
@@ -416,7 +445,18 @@ impl Run<'_> {
                             c.settle(index + 1, spill, &mut saved)?;
                         }
                     }
-                    (out.layer, source.gain, out.report)
+                    (Some(out.layer), source.gain, out.report)
+                }
+                Some(stream) if job.settings.method.from_weights() => {
+                    let mut source = SourceLayer::load(job, backend, index)?;
+                    let (layer, report, output) =
+                        weights::convert_on_stream(job, found, index, &mut source, stream.stream()?)?;
+                    stream.release(spill);
+                    if !last {
+                        source.advance(stream.change()?, &output)?;
+                        stream.settle(index + 1, spill, &mut saved)?;
+                    }
+                    (Some(layer), source.gain, report)
                 }
                 Some(stream) => {
                     // As published, keys and values are compressed on what reaches the layer behind layers that lost
@@ -448,12 +488,12 @@ impl Run<'_> {
                     let report = LayerReport {
                         layer: index,
                         predicted_error: error,
-                        measured_error: None,
                         rope_loss: out.rope_loss,
                         rank_loss: out.rank_loss,
                         notes: explained.map(|e| e.note()).into_iter().collect(),
+                        ..LayerReport::default()
                     };
-                    (out.layer, source.gain, report)
+                    (Some(out.layer), source.gain, report)
                 }
             };
             done(layer, &gain, report, saved)?;

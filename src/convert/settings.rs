@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
+use super::{MlaLayers, WeightSettings};
 use crate::runtime::DeviceChoice;
 use crate::write::Leftover;
 
@@ -19,13 +20,18 @@ pub enum Method {
     Transmla,
     /// Covariance-aware factorisation (CARE, arXiv 2603.17946) in the MLA path.
     Care,
+    /// X-EcoMLA's decomposition of weights (arXiv 2503.11132), positions made right.
+    XEcomla,
+    /// MHA2MLA's partial RoPE and decomposition of weights (arXiv 2502.14837), as an MLA layer.
+    Mha2mla,
     /// Query- and output-weighted factorisation with refits: the default.
     AttentionAware,
 }
 
 impl Method {
     /// Every method, in the order the documentation lists them.
-    pub const ALL: [Method; 4] = [Method::AttentionAware, Method::Care, Method::Transmla, Method::Exact];
+    pub const ALL: [Method; 6] =
+        [Method::AttentionAware, Method::Care, Method::Transmla, Method::XEcomla, Method::Mha2mla, Method::Exact];
 
     /// Name on the command line.
     pub fn name(self) -> &'static str {
@@ -33,8 +39,15 @@ impl Method {
             Method::Exact => "exact",
             Method::Transmla => "transmla",
             Method::Care => "care",
+            Method::XEcomla => "x-ecomla",
+            Method::Mha2mla => "mha2mla",
             Method::AttentionAware => "attention-aware",
         }
+    }
+
+    /// Whether it factorises weights alone; calibration text then only measures (and ranks pairs, where asked to).
+    pub fn from_weights(self) -> bool {
+        matches!(self, Method::XEcomla | Method::Mha2mla)
     }
 }
 
@@ -305,6 +318,10 @@ pub struct ConvertSettings {
     pub freqfold: FreqFold,
     /// TransMLA: `--balance-kv-ratio`; `None` switches balancing off.
     pub balance_kv_ratio: Option<f64>,
+    /// Settings of `x-ecomla` and `mha2mla`.
+    pub weights: WeightSettings,
+    /// Layers that become MLA; `None`: all.
+    pub mla_layers: Option<MlaLayers>,
     /// Steps of `attention-aware`.
     pub steps: Steps,
     /// Gradient steps per layer after the closed form (`attention-aware`).
@@ -350,6 +367,8 @@ impl Default for ConvertSettings {
             kv_budget: None,
             freqfold: FreqFold::Auto,
             balance_kv_ratio: Some(1.0),
+            weights: WeightSettings::default(),
+            mla_layers: None,
             steps: Steps::default(),
             refine: 0,
             target: TargetKind::Auto,

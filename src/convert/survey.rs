@@ -5,9 +5,10 @@ use ndarray::{Array2, ArrayView2};
 
 use super::aware::{Inputs, convert_layer};
 use super::head_norms::survey_norms;
-use super::streams::{SourceLayer, Stream};
+use super::streams::{SourceLayer, SourcePass, Stream};
 use super::widths::folds;
 use super::{ConvertError, Job, Method, RopeGrid};
+use super::{hybrid, weights};
 use crate::arch::AttentionSource;
 use crate::calibrate::{LatentAttention, Moments, output_projection, relative_error};
 use crate::factor::slots::{share_slots, stock_grid};
@@ -29,6 +30,10 @@ pub(super) struct Survey {
     pub slots: Vec<usize>,
     /// FreqFold.
     pub fold: usize,
+    /// Layers that keep the source's attention, where the survey chose them.
+    pub kept: Vec<bool>,
+    /// What methods that factorise weights need to know.
+    pub weights: Option<weights::Found>,
     /// Mean relative error of the trial layers, for what was chosen.
     pub predicted_error: Option<f64>,
 }
@@ -46,26 +51,67 @@ pub(super) fn survey(
     if job.arch.qk_norm.is_some() && job.settings.method != Method::Exact {
         survey_norms(job, backend, &few, observer)?;
     }
-    match job.settings.method {
-        Method::Exact => Ok(Survey::default()),
-        Method::Transmla | Method::Care => survey_fold(job, backend, &few, measure, observer),
-        Method::AttentionAware => survey_slots(job, backend, &few, measure, observer),
-    }
+    let mut found = match job.settings.method {
+        Method::Exact => Survey::default(),
+        Method::Transmla | Method::Care => survey_fold(job, backend, &few, measure, observer)?,
+        Method::AttentionAware => survey_slots(job, backend, &few, measure, observer)?,
+        Method::XEcomla | Method::Mha2mla => weights::survey_weights(job, backend, &few, measure, observer)?,
+    };
+    hybrid::choose(job, backend, &few, &mut found, observer)?;
+    Ok(found)
 }
 
-fn trial_layers(layers: usize) -> Vec<usize> {
+/// Relative error of the attention output of one layer of the source, converted as the survey settled it, without
+/// refinement and without the output refit: on few tokens that would fit noise.
+pub(super) fn convert_on_trial(
+    job: &Job<'_>,
+    found: &Survey,
+    index: usize,
+    layer: &SourceLayer<'_>,
+    pass: &SourcePass,
+    windows: &[usize],
+) -> Result<f64, ConvertError> {
+    let (attention, named) = (&layer.attention, ConvertError::layer(index));
+    let made = match job.settings.method {
+        Method::AttentionAware => {
+            let inputs = Inputs {
+                index,
+                source: attention,
+                pass,
+                x: &pass.x,
+                windows,
+                slots: &found.slots,
+                rank: job.spec.geometry.kv_lora_rank,
+                steps: super::Steps { output_refit: false, ..job.settings.steps },
+                bias: job.spec.bias,
+                refine: RefineSettings { steps: 0, ..RefineSettings::default() },
+            };
+            return Ok(convert_layer(&inputs)?.report.predicted_error);
+        }
+        Method::XEcomla | Method::Mha2mla => weights::convert(job, found, index, attention).map_err(named)?.layer,
+        Method::Exact | Method::Transmla | Method::Care => {
+            let mut moments = Moments::new(job.arch.hidden);
+            moments.add(pass.x.view());
+            published_layer(job, found.fold, attention, &moments).map_err(named)?.layer
+        }
+    };
+    Ok(output_error(&made, attention.score_softcap, pass.x.view(), windows, &pass.output))
+}
+
+/// Layers that are converted on trial.
+pub(super) fn trial_layers(layers: usize) -> Vec<usize> {
     let count = layers.min(TRIAL_LAYERS);
     (0..count).map(|i| (2 * i + 1) * layers / (2 * count)).collect()
 }
 
 /// Run the source over the survey's windows, handing each layer to `look`.
-fn walk(
+pub(super) fn walk(
     job: &Job<'_>,
     backend: &Device,
     windows: &[Vec<u32>],
     observer: &dyn Observer,
     profile: bool,
-    mut look: impl FnMut(usize, &SourceLayer<'_>, &super::streams::SourcePass, &[usize]) -> Result<(), ConvertError>,
+    mut look: impl FnMut(usize, &SourceLayer<'_>, &SourcePass, &Stream) -> Result<(), ConvertError>,
 ) -> Result<(), ConvertError> {
     let mut stream = Stream::start(job, backend, windows)?;
     observer.event(Event::Phase { name: "survey", steps: Some(job.arch.layers as u64) });
@@ -73,7 +119,7 @@ fn walk(
         let mut layer = SourceLayer::load(job, backend, index)?;
         let pass = layer.attend(&stream, profile)?;
         layer.linearise(index, pass.x.view())?;
-        look(index, &layer, &pass, &stream.windows)?;
+        look(index, &layer, &pass, &stream)?;
         if index + 1 < job.arch.layers {
             layer.advance(&mut stream, &pass.output)?;
         }
@@ -105,7 +151,7 @@ fn survey_fold(
     }
     let trial = trial_layers(job.arch.layers);
     let mut errors = vec![0.0; candidates.len()];
-    walk(job, backend, windows, observer, false, |index, layer, pass, lengths| {
+    walk(job, backend, windows, observer, false, |index, layer, pass, stream| {
         if !trial.contains(&index) {
             return Ok(());
         }
@@ -114,9 +160,13 @@ fn survey_fold(
         for (error, &fold) in errors.iter_mut().zip(&candidates) {
             let converted =
                 published_layer(job, fold, &layer.attention, &moments).map_err(ConvertError::layer(index))?;
-            *error +=
-                output_error(&converted.layer, layer.attention.score_softcap, pass.x.view(), lengths, &pass.output)
-                    / trial.len() as f64;
+            *error += output_error(
+                &converted.layer,
+                layer.attention.score_softcap,
+                pass.x.view(),
+                &stream.windows,
+                &pass.output,
+            ) / trial.len() as f64;
         }
         Ok(())
     })?;
@@ -130,7 +180,7 @@ fn survey_fold(
             list.join(", ")
         ));
     }
-    Ok(Survey { fold: candidates[best], predicted_error: Some(errors[best]), slots: Vec::new() })
+    Ok(Survey { fold: candidates[best], predicted_error: Some(errors[best]), ..Survey::default() })
 }
 
 /// Index of the least error, the first of equals.
@@ -214,7 +264,7 @@ fn survey_slots(
     let trial = trial_layers(job.arch.layers);
     let mut errors = vec![0.0; candidates.len()];
     let bias = job.spec.bias;
-    walk(job, backend, windows, observer, true, |index, layer, pass, lengths| {
+    walk(job, backend, windows, observer, true, |index, layer, pass, stream| {
         if !trial.contains(&index) {
             return Ok(());
         }
@@ -226,7 +276,7 @@ fn survey_slots(
                 source: &layer.attention,
                 pass,
                 x: &pass.x,
-                windows: lengths,
+                windows: &stream.windows,
                 slots,
                 rank: *rank,
                 steps,
@@ -251,5 +301,5 @@ fn survey_slots(
     }
     let (rope, rank, slots) = candidates.into_iter().nth(best).unwrap_or_default();
     job.set_split(rope, rank);
-    Ok(Survey { slots, fold: 0, predicted_error: Some(errors[best]) })
+    Ok(Survey { slots, predicted_error: Some(errors[best]), ..Survey::default() })
 }

@@ -1,6 +1,6 @@
 //! How wide the latent and the rotated key may be: the budget, and the splits of it to look at.
 
-use super::{Budget, ConvertError, ConvertSettings, FreqFold, Job, Method, RopeGrid};
+use super::{Budget, ConvertError, ConvertSettings, FreqFold, Job, Method, RopeGrid, weights};
 use crate::arch::{Architecture, GqaShape};
 use crate::methods::transmla;
 
@@ -40,6 +40,9 @@ pub(super) fn widths(
             ),
             "leave one of the three out",
         ));
+    }
+    if settings.method.from_weights() {
+        return weights::widths(arch, shape, settings, budget, decisions).map(|split| vec![split]);
     }
     let budget = match (budget, rope, rank) {
         (_, Some(rope), Some(rank)) => rope + rank,
@@ -117,7 +120,8 @@ pub(super) fn widths(
     Ok(ropes.into_iter().map(|r| (r, budget - r)).collect())
 }
 
-fn default_budget(source: usize, decisions: &mut Vec<String>) -> usize {
+/// Values per token and layer where none are asked for.
+pub(super) fn default_budget(source: usize, decisions: &mut Vec<String>) -> usize {
     // Widths that serving kernels are built for, if one saves at least a third.
     for kernel in [576, 320] {
         if kernel * 3 <= source * 2 {

@@ -13,7 +13,8 @@ use ndarray::{Array1, Array2, ArrayBase, ArrayView2, ArrayViewMut2, Data, Ix2};
 
 use super::FactorError;
 
-fn sequential_solvers() {
+/// Decompositions run on the calling thread: their reductions would be split otherwise.
+pub(super) fn sequential_solvers() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| faer::set_global_parallelism(Par::Seq));
 }

@@ -9,6 +9,7 @@ pub mod refit;
 pub mod rotate;
 pub mod shared;
 pub mod slots;
+pub mod svd;
 
 /// Errors of a factorisation.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]

@@ -36,9 +36,13 @@ impl LatentNames {
 /// The MLA geometry of a model, or the refusal of one that has none.
 ///
 /// # Errors
-/// [`ConvertError::Refused`] for a GQA model.
+/// [`ConvertError::Refused`] for a GQA model, and for one that has grouped-query attention in some layers.
 pub fn need_mla<'a>(source: &ModelSource, arch: &'a Architecture) -> Result<&'a MlaShape, ConvertError> {
     match &arch.attention {
+        Attention::Mla(_) if arch.hybrid.is_some() => Err(refused(
+            format!("`{}` has grouped-query attention in some of its layers, which have no latent", source.spec),
+            "convert all layers (`gqa2mla convert` without `--mla-layers`)",
+        )),
         Attention::Mla(shape) => Ok(shape),
         Attention::Gqa(_) => Err(refused(
             format!("`{}` ({}) has no latent: its attention is grouped-query", source.spec, arch.model_type),

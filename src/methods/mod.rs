@@ -6,7 +6,10 @@
 pub mod attention_aware;
 pub mod care;
 pub mod exact;
+pub mod mha2mla;
+pub mod partial_rope;
 pub mod transmla;
+pub mod x_ecomla;
 
 use ndarray::{Array1, Array2};
 

@@ -19,7 +19,8 @@ pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verificat
     if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
         env.set_syntax(syntax);
     }
-    let ratio = report.cache_values_per_token_per_layer as f64 / report.source_cache_values_per_token_per_layer as f64;
+    let source_total = report.source_cache_values_per_token_per_layer * report.layers.len().max(1);
+    let ratio = report.cache_values_per_token as f64 / source_total as f64;
     let exact = report.method == Method::Exact.name();
     let values = context! {
         // Only a hub id names a base model; a folder's path is nobody's business.
@@ -29,11 +30,14 @@ pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verificat
         revision => report.source_revision.as_deref().map(inline),
         method => inline(&report.method),
         exact => exact,
+        from_weights => Method::ALL.iter().any(|m| m.name() == report.method && m.from_weights()),
         remote => report.target == TargetKind::HfRemote,
         command => fenced(command),
         tool_version => inline(&report.tool_version),
         geometry => geometry(report).markdown(),
         cache => report.cache_values_per_token_per_layer,
+        kept => report.layers.len() - report.mla_layers.len(),
+        converted => report.mla_layers.len(),
         source_cache => report.source_cache_values_per_token_per_layer,
         percent => units::percent(ratio),
         predicted_error => units::percent(report.predicted_error),
@@ -149,6 +153,8 @@ mod tests {
             },
             cache_values_per_token_per_layer: 192,
             source_cache_values_per_token_per_layer: 384,
+            cache_values_per_token: 192,
+            mla_layers: Vec::new(),
             rope_frequencies: vec![1.0],
             layers: Vec::new(),
             predicted_error: 0.05,

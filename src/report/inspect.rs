@@ -21,7 +21,7 @@ pub struct InspectedModel {
     pub model: String,
     pub family: String,
     pub model_type: String,
-    /// `mha`, `gqa`, `mqa` or `mla`.
+    /// `mha`, `gqa`, `mqa`, `mla`, or `hybrid` where some layers of an MLA model have grouped-query attention.
     pub attention: &'static str,
     pub layers: usize,
     pub hidden: usize,
@@ -32,6 +32,9 @@ pub struct InspectedModel {
     pub head_dim: Option<usize>,
     /// `None` unless MLA.
     pub mla: Option<InspectedMla>,
+    /// Layers of a hybrid that have grouped-query attention.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gqa_layers: Option<InspectedGqa>,
     pub intermediate: usize,
     /// Activation of the MLP, as configs name it.
     pub activation: &'static str,
@@ -59,6 +62,7 @@ pub struct InspectedModel {
     pub weight_dtype: String,
     /// Whether weight files were seen; otherwise everything here follows from the config.
     pub weights_present: bool,
+    /// Of a hybrid, in its MLA layers.
     pub kv_values_per_token_per_layer: usize,
     /// With a bf16 cache.
     pub kv_bytes_per_token_per_layer: u64,
@@ -125,6 +129,32 @@ impl InspectedExperts {
     }
 }
 
+/// Grouped-query attention of some layers of a hybrid.
+#[derive(Debug, Clone, Serialize)]
+#[allow(missing_docs)]
+pub struct InspectedGqa {
+    pub layers: Vec<usize>,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub kv_values_per_token_per_layer: usize,
+    /// With a bf16 cache.
+    pub kv_bytes_per_token_per_layer: u64,
+}
+
+impl InspectedGqa {
+    fn of(arch: &Architecture) -> Option<Self> {
+        let hybrid = arch.hybrid.as_ref()?;
+        let values = 2 * hybrid.shape.kv_heads * hybrid.shape.head_dim;
+        Some(Self {
+            layers: (0..arch.layers).filter(|i| arch.keeps_gqa(*i)).collect(),
+            kv_heads: hybrid.shape.kv_heads,
+            head_dim: hybrid.shape.head_dim,
+            kv_values_per_token_per_layer: values,
+            kv_bytes_per_token_per_layer: values as u64 * CACHE_VALUE_BYTES,
+        })
+    }
+}
+
 /// One possible output.
 #[derive(Debug, Clone, Serialize)]
 pub struct TargetOption {
@@ -153,7 +183,7 @@ impl InspectedModel {
         let assumed = arch.config_dtype.unwrap_or(Dtype::Bf16);
         let (weight_bytes, dtype) = stored.unwrap_or((parameters * assumed.size() as u64, assumed));
         let per_layer = arch.cache_values();
-        let per_token = (per_layer * arch.layers) as u64 * CACHE_VALUE_BYTES;
+        let per_token = arch.cache_values_per_token() as u64 * CACHE_VALUE_BYTES;
         let gqa = arch.gqa();
         let experts = InspectedExperts::of(arch);
         Self {
@@ -162,6 +192,7 @@ impl InspectedModel {
             family: arch.family.clone(),
             model_type: arch.model_type.clone(),
             attention: match gqa {
+                None if arch.hybrid.is_some() => "hybrid",
                 None => "mla",
                 Some(a) if a.kv_heads == arch.heads => "mha",
                 Some(a) if a.kv_heads == 1 => "mqa",
@@ -176,6 +207,7 @@ impl InspectedModel {
                 let geometry = Facts::of_model(arch)?.geometry;
                 Some(InspectedMla { geometry, latent_eps: m.latent_eps })
             }),
+            gqa_layers: InspectedGqa::of(arch),
             intermediate: arch.intermediate,
             activation: arch.activation.name(),
             gated_mlp: arch.mlp == MlpKind::Gated,

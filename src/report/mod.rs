@@ -26,7 +26,7 @@ pub use analysis::AnalysisReport;
 pub use card::card;
 pub use check::Check;
 pub use devices::DeviceList;
-pub use inspect::{InspectedExperts, InspectedMla, InspectedModel, TargetOption};
+pub use inspect::{InspectedExperts, InspectedGqa, InspectedMla, InspectedModel, TargetOption};
 pub use kv_table::KvRow;
 pub use methods::{MethodComparison, MethodFigures, MethodRow};
 pub use sliced::{SlicedCase, SlicedVerification};

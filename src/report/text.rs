@@ -46,7 +46,15 @@ pub fn inspect(models: &[InspectedModel], width: usize) -> String {
         format!("{} in {}{note}", units::bytes(m.weight_bytes), m.weight_dtype)
     });
     line("cache per token and layer", &|m| {
-        format!("{} values, {} in bf16", m.kv_values_per_token_per_layer, units::bytes(m.kv_bytes_per_token_per_layer))
+        let one = |values: usize, bytes: u64| format!("{values} values, {} in bf16", units::bytes(bytes));
+        let own = one(m.kv_values_per_token_per_layer, m.kv_bytes_per_token_per_layer);
+        match &m.gqa_layers {
+            None => own,
+            Some(g) => {
+                let other = one(g.kv_values_per_token_per_layer, g.kv_bytes_per_token_per_layer);
+                format!("{own}; {other} in {} GQA layers", g.layers.len())
+            }
+        }
     });
     line("cache per token", &|m| format!("{} in bf16", units::bytes(m.kv_bytes_per_token)));
     line("cache at full context", &|m| format!("{} in bf16", units::bytes(m.kv_bytes_at_max_position)));
@@ -67,6 +75,11 @@ pub fn inspect(models: &[InspectedModel], width: usize) -> String {
 
 fn attention(m: &InspectedModel) -> String {
     match (&m.mla, m.kv_heads, m.head_dim) {
+        (Some(mla), ..) if m.gqa_layers.is_some() => {
+            let kept = m.gqa_layers.as_ref().map_or(0, |g| g.layers.len());
+            let share = format!("{} layers MLA, {kept} GQA", m.layers - kept);
+            format!("{share}, {} heads: {}", m.heads, widths(&mla.geometry))
+        }
         (Some(mla), ..) => format!("MLA, {} heads: {}", m.heads, widths(&mla.geometry)),
         (None, Some(kv), Some(d)) => {
             format!("{}, {} query heads, {kv} key/value heads of {d}", m.attention.to_uppercase(), m.heads)
@@ -169,7 +182,16 @@ fn widths(g: &PlannedGeometry) -> String {
     )
 }
 
-fn cache(new: usize, old: usize) -> String {
+/// `converted` of `layers` have `new` values per token, the others `old`.
+fn cache(new: usize, old: usize, converted: usize, layers: usize) -> String {
+    let kept = layers - converted;
+    if kept > 0 {
+        let share = (converted * new + kept * old) as f64 / (layers * old) as f64;
+        return format!(
+            "{new} values per token in {converted} MLA layers, {old} in {kept} others: {} of the source's",
+            units::percent(share)
+        );
+    }
     format!("{new} values per token and layer, {} of the source's {old}", units::percent(new as f64 / old as f64))
 }
 
@@ -180,7 +202,8 @@ pub fn plan(p: &Plan, width: usize) -> String {
     t.row(["method", p.settings.method.name()]);
     t.row(["target", p.settings.target.name()]);
     t.row(["geometry", &widths(&p.geometry)]);
-    t.row(["cache", &cache(p.cache_values_per_token_per_layer, p.source_cache_values_per_token_per_layer)]);
+    let (new, old) = (p.cache_values_per_token_per_layer, p.source_cache_values_per_token_per_layer);
+    t.row(["cache", &cache(new, old, p.mla_layers.len(), p.layers)]);
     if let Some(e) = p.predicted_error {
         t.row(["predicted error", &format!("{} of a layer's attention output", units::percent(e))]);
     }
@@ -213,7 +236,8 @@ pub fn conversion(r: &ConversionReport, width: usize) -> String {
     t.row(["output", &r.output.display().to_string()]);
     t.row(["method", &r.method]);
     t.row(["geometry", &widths(&r.geometry)]);
-    t.row(["cache", &cache(r.cache_values_per_token_per_layer, r.source_cache_values_per_token_per_layer)]);
+    let (new, old) = (r.cache_values_per_token_per_layer, r.source_cache_values_per_token_per_layer);
+    t.row(["cache", &cache(new, old, r.mla_layers.len(), r.layers.len())]);
     if let Some(worst) = r.layers.iter().max_by(|a, b| a.predicted_error.total_cmp(&b.predicted_error)) {
         let mean = units::percent(r.predicted_error);
         let most = units::percent(worst.predicted_error);

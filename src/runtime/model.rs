@@ -99,7 +99,8 @@ impl<'a, B: Backend> Model<'a, B> {
             return self.held_layer(index);
         }
         let loader: ExpertLoader<'a> = Box::new(move |expert| load_expert(source, arch, index, expert));
-        Layer::with_loader(self.backend, arch, LayerTensors::load_parts(source, arch, index, false)?, Some(loader))
+        let own = arch.at_layer(index);
+        Layer::with_loader(self.backend, &own, LayerTensors::load_parts(source, &own, index, false)?, Some(loader))
     }
 
     /// Load one layer whole.
@@ -107,7 +108,8 @@ impl<'a, B: Backend> Model<'a, B> {
     /// # Errors
     /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
     pub fn held_layer(&self, index: usize) -> Result<Layer<'a, B>, RuntimeError> {
-        Layer::new(self.backend, self.arch, LayerTensors::load(self.source, self.arch, index)?)
+        let arch = self.arch.at_layer(index);
+        Layer::new(self.backend, &arch, LayerTensors::load(self.source, &arch, index)?)
     }
 
     /// Load the final norm and the output head.

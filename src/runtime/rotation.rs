@@ -49,11 +49,6 @@ impl Rotation {
         Self { id: NEXT.fetch_add(1, Ordering::Relaxed), first, pairs, layout: rope.layout, table }
     }
 
-    /// A table without positions.
-    pub(super) fn empty() -> Self {
-        Self { id: 0, first: 0, pairs: 0, layout: RopeLayout::Half, table: Vec::new() }
-    }
-
     /// Tables of one process with equal numbers are equal: devices know by it what they have already.
     pub fn id(&self) -> u64 {
         self.id

@@ -5,6 +5,7 @@ use ndarray::{Array2, s};
 use super::attention::{Cache, LatentPath, Step};
 use super::model::check_finite;
 use super::{Backend, Head, Layer, Model, Rotation, RuntimeError, Span};
+use crate::arch::Rope;
 
 /// Up to this many new rows of a sequence, MLA attends to the latent itself; above, expanding keys and values is cheaper.
 const ABSORB_ROWS: usize = 8;
@@ -22,6 +23,9 @@ pub struct Resident<'a, B: Backend> {
     model: Model<'a, B>,
     layers: Vec<Layer<'a, B>>,
     head: Head<'a, B>,
+    /// Rotary embeddings of the layers, each once, and which of them each layer has.
+    ropes: Vec<Rope>,
+    rope_of: Vec<usize>,
 }
 
 impl<'a, B: Backend> Resident<'a, B> {
@@ -30,8 +34,16 @@ impl<'a, B: Backend> Resident<'a, B> {
     /// # Errors
     /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
     pub fn load(model: Model<'a, B>) -> Result<Self, RuntimeError> {
-        let layers = (0..model.architecture().layers).map(|i| model.held_layer(i)).collect::<Result<_, _>>()?;
-        Ok(Self { layers, head: model.head()?, model })
+        let layers = (0..model.architecture().layers).map(|i| model.held_layer(i)).collect::<Result<Vec<_>, _>>()?;
+        let mut ropes: Vec<Rope> = Vec::new();
+        let rope_of = layers.iter().map(|layer: &Layer<'_, B>| {
+            ropes.iter().position(|r| r == layer.rope()).unwrap_or_else(|| {
+                ropes.push(layer.rope().clone());
+                ropes.len() - 1
+            })
+        });
+        let rope_of = rope_of.collect();
+        Ok(Self { layers, head: model.head()?, model, ropes, rope_of })
     }
 
     /// The model it was loaded from.
@@ -97,16 +109,18 @@ struct Piece {
     positions: Vec<usize>,
     slots: Vec<usize>,
     spans: Vec<Span>,
-    rotation: Rotation,
+    /// One for each rotary embedding that layers have.
+    rotations: Vec<Rotation>,
     path: LatentPath,
     /// Sequences whose last token is among these, and its row.
     ends: Vec<(usize, usize)>,
 }
 
 impl Piece {
-    fn step(&self) -> Step<'_> {
+    /// For layers with the rotary embedding `rope`.
+    fn step(&self, rope: usize) -> Step<'_> {
         Step {
-            rotation: &self.rotation,
+            rotation: &self.rotations[rope],
             positions: &self.positions,
             slots: &self.slots,
             spans: &self.spans,
@@ -219,7 +233,7 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
             positions: Vec::new(),
             slots: Vec::new(),
             spans: Vec::new(),
-            rotation: Rotation::empty(),
+            rotations: Vec::new(),
             path: LatentPath::Absorbed,
             ends: Vec::new(),
         };
@@ -242,19 +256,18 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
         }
         let start = piece.positions.iter().copied().min().unwrap_or(0);
         let end = piece.positions.iter().copied().max().map_or(0, |last| last + 1);
-        if let Some(layer) = self.resident.layers.first() {
-            piece.rotation = Rotation::for_length(layer.rope(), start..end, self.capacity);
-        }
+        let of = |rope: &Rope| Rotation::for_length(rope, start..end, self.capacity);
+        piece.rotations = self.resident.ropes.iter().map(of).collect();
         piece
     }
 
     /// Run one piece; the logits behind its ends, `[ends, V]`.
     fn advance(&mut self, piece: &Piece) -> Result<Array2<f32>, RuntimeError> {
-        let Resident { model, layers, head } = self.resident;
+        let Resident { model, layers, head, rope_of, .. } = self.resident;
         let b = model.backend();
         let mut hidden = b.upload(model.embed(&piece.tokens)?);
-        for (layer, cache) in layers.iter().zip(&mut self.caches) {
-            layer.decode(&mut hidden, cache, &piece.step())?;
+        for ((layer, cache), rope) in layers.iter().zip(&mut self.caches).zip(rope_of) {
+            layer.decode(&mut hidden, cache, &piece.step(*rope))?;
         }
         let last: Vec<usize> = piece.ends.iter().map(|end| end.1).collect();
         let logits = match last.is_empty() {
@@ -273,13 +286,13 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
 
     /// Run the same tokens again, looking at every layer. The rows they write are those they wrote before.
     fn first_bad_layer(&mut self, piece: &Piece) -> Result<RuntimeError, RuntimeError> {
-        let Resident { model, layers, .. } = self.resident;
+        let Resident { model, layers, rope_of, .. } = self.resident;
         let b = model.backend();
         let mut hidden = model.embed(&piece.tokens)?;
         check_finite(hidden.view(), || "the embedding".into())?;
         for (index, (layer, cache)) in layers.iter().zip(&mut self.caches).enumerate() {
             let mut x = b.upload(hidden);
-            layer.decode(&mut x, cache, &piece.step())?;
+            layer.decode(&mut x, cache, &piece.step(rope_of[index]))?;
             hidden = b.download(x)?;
             check_finite(hidden.view(), || format!("layer {index}"))?;
         }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Error, ErrorKind, Value as Jinja, context};
@@ -12,8 +14,18 @@ use super::{ModelSource, SourceError};
 
 /// Largest template or settings file read. Real ones are some kB; token lists in `tokenizer_config.json` some MB.
 const MAX_BYTES: u64 = 16 << 20;
-/// Instructions a template may take: thousands of times what real ones need, and over in a second.
-const FUEL: u64 = 20_000_000;
+/// What a template may use up: an instruction costs one, 64 bytes of text made or visited cost one. A hundred times what
+/// real ones need, over within a second, and 64 MB at most.
+const FUEL: u64 = 1_000_000;
+/// Longest template. Real ones reach some 30 kB; each level of nesting takes stack, and a bracket is a level.
+const MAX_TEMPLATE: usize = 128 << 10;
+/// Stack of the thread that reads a template and runs it: 2 kB for every byte of the longest one. Only what is used is
+/// taken from the system.
+const STACK: usize = 256 << 20;
+/// How long a template is waited for. Real ones take milliseconds.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Digits a width in a format may have.
+const MAX_WIDTH: usize = 4;
 /// The name under which the template is compiled; messages carry it.
 const NAME: &str = "chat_template";
 
@@ -32,7 +44,7 @@ pub struct Message {
 /// a bounded number of instructions.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    text: String,
     special: BTreeMap<String, String>,
     path: PathBuf,
 }
@@ -59,22 +71,24 @@ impl ChatTemplate {
         Self::new(text, special_tokens(&settings), path).map(Some)
     }
 
+    /// The template in the content of a `tokenizer_config.json`; `path` is what errors name.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::from_dir`].
+    pub fn from_bytes(content: &[u8], path: PathBuf) -> Result<Option<Self>, SourceError> {
+        let settings: Value = serde_json::from_slice(content).map_err(|e| bad(&path, &format!("not JSON: {e}")))?;
+        let Some(text) = from_settings(&settings) else { return Ok(None) };
+        Self::new(text.to_owned(), special_tokens(&settings), path).map(Some)
+    }
+
     fn new(text: String, special: BTreeMap<String, String>, path: PathBuf) -> Result<Self, SourceError> {
-        let mut environment = Environment::new();
-        // As transformers sets Jinja up; templates are written for that.
-        match SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
-            Ok(syntax) => environment.set_syntax(syntax),
-            Err(e) => return Err(bad(&path, &one_line(&e))),
+        if text.len() > MAX_TEMPLATE {
+            let reason = format!("the chat template holds {} bytes, more than the {MAX_TEMPLATE} allowed", text.len());
+            return Err(bad(&path, &reason));
         }
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_fuel(Some(FUEL));
-        environment.add_function("raise_exception", |why: String| -> Result<Jinja, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, why))
-        });
-        let compiled = environment.add_template_owned(NAME, text);
-        compiled.map_err(|e| bad(&path, &format!("the chat template does not compile: {}", one_line(&e))))?;
-        Ok(Self { environment, special, path })
+        let template = Self { text, special, path };
+        template.run(None)?;
+        Ok(template)
     }
 
     /// The text for a conversation, ending where the model's answer begins. It holds its special tokens: encode it
@@ -83,15 +97,69 @@ impl ChatTemplate {
     /// # Errors
     /// [`SourceError::Tokenizer`] when the template fails, such as for a role it does not know.
     pub fn render(&self, messages: &[Message]) -> Result<String, SourceError> {
-        let fail = |e: Error| bad(&self.path, &format!("the chat template failed: {}", one_line(&e)));
         let turn = |m: &Message| context! { role => m.role.as_str(), content => m.content.as_str() };
         let values = context! {
             messages => messages.iter().map(turn).collect::<Vec<_>>(),
             add_generation_prompt => true,
             ..Jinja::from(self.special.clone())
         };
-        self.environment.get_template(NAME).and_then(|t| t.render(values)).map_err(fail)
+        self.run(Some(values))
     }
+
+    /// Compiles the template and renders `values`, on a thread whose stack holds whatever nests in it. Fuel bounds what
+    /// templates do, but for lists that are sums of lists, which are made when they are looked at: such a thread is left to
+    /// itself after a while.
+    fn run(&self, values: Option<Jinja>) -> Result<String, SourceError> {
+        let (sender, result) = mpsc::channel();
+        let text = self.text.clone();
+        let work = move || {
+            let _ = sender.send(compile_and_render(&text, values));
+        };
+        let thread = std::thread::Builder::new().name("chat template".to_owned()).stack_size(STACK);
+        let thread = thread.spawn(work)?;
+        let failed = match result.recv_timeout(PATIENCE) {
+            Ok(Ok(text)) => return Ok(text),
+            Ok(Err(reason)) => reason,
+            Err(RecvTimeoutError::Timeout) => {
+                format!("the chat template did not end within {} seconds", PATIENCE.as_secs())
+            }
+            Err(RecvTimeoutError::Disconnected) => match thread.join() {
+                Err(panic) => std::panic::resume_unwind(panic),
+                Ok(()) => "the chat template gave nothing".to_owned(),
+            },
+        };
+        Err(bad(&self.path, &failed))
+    }
+}
+
+/// The text that a template gives for `values`; nothing where it is only to be compiled.
+fn compile_and_render(text: &str, values: Option<Jinja>) -> Result<String, String> {
+    let mut environment = environment().map_err(|e| one_line(&e))?;
+    let compiled = environment.add_template(NAME, text);
+    compiled.map_err(|e| format!("the chat template does not compile: {}", one_line(&e)))?;
+    let Some(values) = values else { return Ok(String::new()) };
+    let rendered = environment.get_template(NAME).and_then(|t| t.render(values));
+    rendered.map_err(|e| format!("the chat template failed: {}", one_line(&e)))
+}
+
+/// Jinja as transformers sets it up; templates are written for that.
+fn environment() -> Result<Environment<'static>, Error> {
+    let mut environment = Environment::new();
+    environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+    environment.set_unknown_method_callback(|state, value, method, args| {
+        // `'{:>99999999999}'.format(1)`: a width is memory that no fuel is charged for.
+        let wide = |s: &str| s.split(|c: char| !c.is_ascii_digit()).any(|digits| digits.len() > MAX_WIDTH);
+        if method == "format" && value.as_str().is_some_and(|s| s.contains("{:{") || wide(s)) {
+            return Err(Error::new(ErrorKind::InvalidOperation, "a format with a width like this is not allowed"));
+        }
+        minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+    });
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_fuel(Some(FUEL));
+    environment.add_function("raise_exception", |why: String| -> Result<Jinja, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, why))
+    });
+    Ok(environment)
 }
 
 /// Tokens after which a text is over: `eos_token_id` of `generation_config.json`, else of `config.json`, sorted.

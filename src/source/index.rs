@@ -100,15 +100,17 @@ fn open_sharded(dir: &Path) -> Result<(TensorDirectory, Vec<String>), SourceErro
     let content = read_small(dir, INDEX, MAX_INDEX_BYTES)?;
     let index = parse(&content).map_err(|reason| SourceError::BadIndex { path: path.clone(), reason })?;
     let weight_map = index.weight_map.0;
-    let files: BTreeSet<&str> = weight_map.values().map(String::as_str).collect();
+    let mut files: BTreeMap<&str, usize> = BTreeMap::new();
+    for file in weight_map.values() {
+        *files.entry(file).or_default() += 1;
+    }
 
     let mut problems = Problems::default();
     let mut shards = Vec::new();
-    for file in &files {
+    for (file, tensors) in &files {
         match resolve_regular(dir, file) {
             Ok((real, _)) => shards.push(Shard::open(dir, file, &real)?),
             Err(SourceError::Io(e)) if e.kind() == std::io::ErrorKind::NotFound => {
-                let tensors = weight_map.values().filter(|f| f == file).count();
                 problems.add(format!("shard `{file}` is missing ({tensors} tensors)"));
             }
             Err(e) => return Err(e),
@@ -174,10 +176,10 @@ pub(crate) fn parse(content: &[u8]) -> Result<Index, String> {
 }
 
 /// The first shard that a numbering `PREFIX-XXXXX-of-NNNNN.safetensors` shared by all files should have and has not.
-fn missing_number(files: &BTreeSet<&str>) -> Option<String> {
+fn missing_number(files: &BTreeMap<&str, usize>) -> Option<String> {
     let mut numbers = BTreeSet::new();
     let mut series: Option<(&str, usize)> = None;
-    for file in files {
+    for file in files.keys() {
         let (head, of) = file.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
         let (prefix, number) = head.rsplit_once('-')?;
         let this = (prefix, of.parse().ok()?);
@@ -272,7 +274,7 @@ mod tests {
 
     #[test]
     fn gaps_in_a_series() {
-        let gap = |names: &[&str]| missing_number(&names.iter().copied().collect());
+        let gap = |names: &[&str]| missing_number(&names.iter().map(|n| (*n, 1)).collect());
         assert_eq!(gap(&["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"]), None);
         assert_eq!(
             gap(&["m-00001-of-00003.safetensors", "m-00003-of-00003.safetensors"]).as_deref(),

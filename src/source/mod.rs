@@ -32,7 +32,7 @@ pub use open::{ModelSource, OpenOptions};
 pub use side::SideFile;
 pub use tensor::TensorView;
 pub use text_stream::TextStream;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Tokenizer, panics_are_contained};
 
 pub(crate) use hash::{Sha256Stream, sha256};
 pub(crate) use header::check_name;

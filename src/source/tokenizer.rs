@@ -1,6 +1,9 @@
 //! The tokenizer of a model, from `tokenizer.json`.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
+
+use serde_json::Value;
 
 use super::SourceError;
 use super::path::read_small;
@@ -56,6 +59,9 @@ impl Tokenizer {
             reason,
             hint: "download the file again; if it is intact it needs a newer version of this program",
         };
+        if let Some(reason) = multiplies(content) {
+            return Err(bad(reason));
+        }
         let read = contained(|| tokenizers::Tokenizer::from_bytes(content));
         let mut inner = read.map_err(|e| bad(e.to_owned()))?.map_err(|e| bad(e.to_string()))?;
         // A file may carry the truncation and padding of its training; `tok(text)` in transformers switches both off.
@@ -124,8 +130,62 @@ impl Tokenizer {
     }
 }
 
+thread_local! {
+    static CONTAINED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread is in a call whose panics become errors: a panic hook need not tell of them.
+#[doc(hidden)]
+pub fn panics_are_contained() -> bool {
+    CONTAINED.get()
+}
+
 /// Runs a call into the tokenizer library, which panics on some files that contradict themselves. Nothing of what it worked
 /// on is used afterwards.
 fn contained<T>(f: impl FnOnce() -> T) -> Result<T, &'static str> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).map_err(|_| "the file contradicts itself")
+    let before = CONTAINED.replace(true);
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f));
+    CONTAINED.set(before);
+    result.map_err(|_| "the file contradicts itself")
+}
+
+/// Most that the replacements of a tokenizer may lengthen a text, together. Real ones write a blank as three bytes.
+const MAX_GROWTH: f64 = 32.0;
+
+/// Why the replacements of a tokenizer file cannot be allowed: thirty of them that each double the text are a file of a few
+/// lines, and a text that no memory holds. What is no such file is left to the library to refuse.
+fn multiplies(content: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Replacing {
+        normalizer: Option<Value>,
+        decoder: Option<Value>,
+    }
+    let file: Replacing = serde_json::from_slice(content).ok()?;
+    for (name, part) in [("normalizer", file.normalizer), ("decoder", file.decoder)] {
+        let growth = part.as_ref().map_or(1.0, growth);
+        if growth > MAX_GROWTH {
+            return Some(format!(
+                "its {name} may make a text {growth:.0} times as long, more than {MAX_GROWTH} is refused"
+            ));
+        }
+    }
+    None
+}
+
+/// How many times as long the replacements of a normalizer or decoder can make a text, at most.
+fn growth(part: &Value) -> f64 {
+    let length = |v: &Value| v.as_str().map_or(0.0, |s| s.len() as f64);
+    let own = match part["type"].as_str() {
+        Some("Replace") => match part["pattern"].get("String") {
+            // Between all the bytes.
+            Some(pattern) if length(pattern) == 0.0 => f64::INFINITY,
+            Some(pattern) => (length(&part["content"]) / length(pattern)).max(1.0),
+            // A pattern may match single bytes.
+            None => length(&part["content"]).max(1.0),
+        },
+        Some("Prepend") => (1.0 + length(&part["prepend"]) / 64.0).max(1.0),
+        _ => 1.0,
+    };
+    let parts = ["normalizers", "decoders"].iter().filter_map(|k| part[*k].as_array()).flatten();
+    parts.fold(own, |product, p| product * growth(p))
 }

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::rope::RopeConfig;
 use super::spec::{LATENT_EPS, TargetSpec};
 use super::{REMOTE_FILE, fp8};
-use crate::arch::{Architecture, QkNormScope};
+use crate::arch::{Architecture, Hybrid, QkNormScope};
 use crate::convert::TargetKind;
 use crate::source::Dtype;
 
@@ -188,6 +188,9 @@ impl Made<'_> {
             let scope = if arch.qk_norm == Some(QkNormScope::All) { "all" } else { "head" };
             map.insert("qk_norm".into(), json!(scope));
             map.insert("qk_norm_width".into(), json!(gqa.map(|a| a.head_dim)));
+        }
+        if let Some(kept) = Hybrid::config(arch, &self.spec.kept).filter(|_| self.spec.kept.contains(&true)) {
+            map.insert("gqa".into(), kept);
         }
         // Windows at least as long as the context change nothing.
         if let Some(window) = window.filter(|w| **w < self.max_position) {

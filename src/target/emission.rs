@@ -121,10 +121,14 @@ impl List<'_> {
         let to = format!("model.layers.{layer}.");
         let d = arch.hidden;
         self.norm(arch, layer, "input_norm", &format!("{to}input_layernorm.weight"));
-        for (i, planned) in self.spec.planned_attention(arch, layer).into_iter().enumerate() {
-            self.push(planned.name, planned.dtype, planned.shape, Origin::Attention(i));
+        if self.spec.keeps(layer) {
+            self.kept_attention(arch, layer, &to);
+        } else {
+            for (i, planned) in self.spec.planned_attention(arch, layer).into_iter().enumerate() {
+                self.push(planned.name, planned.dtype, planned.shape, Origin::Attention(i));
+            }
         }
-        if self.spec.qk_norm {
+        if self.spec.qk_norm && !self.spec.keeps(layer) {
             self.head_norms(arch, layer, &to);
         }
         self.norm(arch, layer, "attention_out_norm", &format!("{to}attention_out_layernorm.weight"));
@@ -149,6 +153,34 @@ impl List<'_> {
         }
         self.norm(arch, layer, "post_norm", &format!("{to}post_attention_layernorm.weight"));
         self.norm(arch, layer, "mlp_out_norm", &format!("{to}mlp_out_layernorm.weight"));
+    }
+
+    /// The source's own attention.
+    fn kept_attention(&mut self, arch: &Architecture, layer: usize, to: &str) {
+        let Some(shape) = arch.gqa() else { return };
+        let (q, kv, d) = (arch.heads * shape.head_dim, shape.kv_heads * shape.head_dim, arch.hidden);
+        let down = self.spec.stream_scale * arch.multipliers.residual;
+        for (role, shape, bias, scale) in [
+            ("q", [q, d], shape.qkv_bias, 1.0),
+            ("k", [kv, d], shape.qkv_bias, 1.0),
+            ("v", [kv, d], shape.qkv_bias, 1.0),
+            ("o", [d, q], shape.out_bias, down),
+        ] {
+            let name = format!("{to}self_attn.{role}_proj");
+            self.source(&format!("{name}.weight"), arch.weight(layer, role), shape.to_vec(), scale, 0.0);
+            if bias {
+                self.source(&format!("{name}.bias"), arch.bias(layer, role), vec![shape[0]], scale, 0.0);
+            }
+        }
+        let widths = match arch.qk_norm {
+            None => return,
+            Some(QkNormScope::Head) => [shape.head_dim; 2],
+            Some(QkNormScope::All) => [q, kv],
+        };
+        for (role, width) in ["q_norm", "k_norm"].into_iter().zip(widths) {
+            let part = Part::whole(arch.names.layer(layer).role(role));
+            self.source(&format!("{to}self_attn.{role}.weight"), part, vec![width], 1.0, arch.norm_offset);
+        }
     }
 
     fn norm(&mut self, arch: &Architecture, layer: usize, role: &str, name: &str) {

@@ -60,6 +60,8 @@ pub struct TargetSpec {
     pub plain_scale: bool,
     /// Factor on the residual stream, `sqrt(1e-6 / eps)`.
     pub stream_scale: f64,
+    /// Layers that keep the source's attention, `[layers]`; empty: none.
+    pub kept: Vec<bool>,
 }
 
 impl TargetSpec {
@@ -72,6 +74,11 @@ impl TargetSpec {
     /// Dtype of a tensor that `base` would round.
     pub fn rounded(&self) -> Dtype {
         if self.lossless { Dtype::F32 } else { self.base }
+    }
+
+    /// Whether layer `layer` keeps the source's attention.
+    pub fn keeps(&self, layer: usize) -> bool {
+        self.kept.get(layer) == Some(&true)
     }
 
     fn is_remote(&self) -> bool {

@@ -34,6 +34,12 @@ enum Manner {
     Claimed(i64),
     /// In circles.
     Circling,
+    /// At most this many bytes to a request, and then the connection ends as if that were all.
+    Cut(usize),
+    /// As `Cut`, with a length that tells the client of it.
+    Broken(usize),
+    /// Whole, whatever range is asked for; cut short at first.
+    Rangeless(usize),
 }
 
 #[derive(Clone)]
@@ -81,21 +87,32 @@ impl Hub {
         let mut reader = BufReader::new(stream.try_clone().ok()?);
         let mut line = String::new();
         reader.read_line(&mut line).ok()?;
+        let mut range = None;
         loop {
             let mut header = String::new();
             if reader.read_line(&mut header).ok()? == 0 || header == "\r\n" {
                 break;
             }
+            if let Some(bytes) = header.to_ascii_lowercase().strip_prefix("range: bytes=") {
+                range = bytes.split('-').next().and_then(|n| n.parse::<usize>().ok());
+            }
         }
         let mut words = line.split(' ');
         let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
-        self.requests.lock().unwrap().push(format!("{method} {target}"));
+        let from = range.map_or_else(String::new, |n| format!(" from {n}"));
+        self.requests.lock().unwrap().push(format!("{method} {target}{from}"));
         let path = target.split('?').next()?;
         let files = self.files.lock().unwrap().clone();
         let response = if path.starts_with("/api/models/org/pico/tree/") {
             let list: Vec<_> = files
                 .iter()
-                .map(|(n, f)| serde_json::json!({"type": "file", "oid": "0", "size": f.announced, "path": n}))
+                .map(|(n, f)| {
+                    let lfs = serde_json::json!({"oid": f.etag, "size": f.announced, "pointerSize": 134});
+                    let lfs = if n.ends_with(".safetensors") { lfs } else { serde_json::Value::Null };
+                    serde_json::json!({
+                        "type": "file", "oid": f.etag[..40], "size": f.announced, "path": n, "lfs": lfs
+                    })
+                })
                 .collect();
             let body = serde_json::to_vec(&list).ok()?;
             let mut r = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n".to_vec();
@@ -106,23 +123,36 @@ impl Hub {
             .and_then(|rest| rest.split_once('/'))
             .and_then(|(_, name)| files.get_key_value(name))
         {
+            let start = if matches!(file.manner, Manner::Rangeless(_)) { 0 } else { range.unwrap_or(0) };
             let place = match file.manner {
                 Manner::Redirected => format!("location: {}/cdn/{name}\r\n", self.endpoint),
                 Manner::Circling => format!("location: {}{path}\r\n", self.endpoint),
                 Manner::Claimed(off) if method == "GET" => {
-                    format!("content-length: {}\r\n", file.body.len() as i64 + off)
+                    format!("content-length: {}\r\n", (file.body.len() - start) as i64 + off)
                 }
+                Manner::Broken(_) if method == "GET" => format!("content-length: {}\r\n", file.body.len() - start),
                 _ => String::new(),
             };
-            let status = if place.starts_with("location") { "302 Found" } else { "200 OK" };
+            let status = match () {
+                () if place.starts_with("location") => "302 Found",
+                () if start > file.body.len() || start == file.body.len() && start > 0 => "416 Range Not Satisfiable",
+                () if start > 0 => "206 Partial Content",
+                () => "200 OK",
+            };
             let mut r = format!(
                 "HTTP/1.1 {status}\r\netag: \"{0}\"\r\nx-linked-etag: \"{0}\"\r\nx-repo-commit: {COMMIT}\r\n\
                  x-linked-size: {1}\r\n{place}connection: close\r\n\r\n",
                 file.etag, file.announced
             )
             .into_bytes();
-            if method == "GET" && status == "200 OK" {
-                r.extend(&file.body);
+            if method == "GET" && status.starts_with("20") {
+                let most = match file.manner {
+                    Manner::Cut(n) | Manner::Broken(n) => n,
+                    // Only the first request is cut.
+                    Manner::Rangeless(n) if range.is_none() => n,
+                    _ => usize::MAX,
+                };
+                r.extend(file.body[start..].iter().take(most));
             }
             if method == "GET" && file.manner == Manner::Stalled {
                 r.truncate(r.len() - file.body.len() / 2);
@@ -132,8 +162,10 @@ impl Hub {
             }
             r
         } else if let Some(file) = path.strip_prefix("/cdn/").and_then(|name| files.get(name)) {
-            let mut r = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n".to_vec();
-            r.extend(&file.body);
+            let start = range.unwrap_or(0).min(file.body.len());
+            let status = if start > 0 { "206 Partial Content" } else { "200 OK" };
+            let mut r = format!("HTTP/1.1 {status}\r\nconnection: close\r\n\r\n").into_bytes();
+            r.extend(&file.body[start..]);
             r
         } else {
             b"HTTP/1.1 404 Not Found\r\nx-error-code: RepoNotFound\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -289,13 +321,107 @@ fn a_server_that_says_nothing_is_given_up() {
     hub.change(&shard, |f| f.manner = Manner::Plain);
     hub.requests.lock().unwrap().clear();
     options.hub_cache = Some(root.path().join("cache"));
-    // The download that was given up still holds the client's lock on the file; another process would not meet it.
-    let again = ModelSource::open("org/pico", &options, &Silent);
+    let source = ModelSource::open("org/pico", &options, &Silent).unwrap();
+    assert_eq!(source.tensors.len(), samples().len());
     let requests = hub.requests.lock().unwrap().clone();
     assert!(!requests.iter().any(|r| r.starts_with("GET") && r.contains("model-00001-of-")), "{requests:?}");
-    if let Ok(source) = again {
-        assert_eq!(source.tensors.len(), samples().len());
+    // Nor is the half that came.
+    let half = good_size(&hub, &shard).div_ceil(2);
+    assert!(
+        requests.iter().any(|r| r.starts_with("GET") && r.ends_with(&format!("{shard} from {half}"))),
+        "{requests:?}"
+    );
+}
+
+fn good_size(hub: &Hub, shard: &str) -> usize {
+    hub.files.lock().unwrap()[shard].body.len()
+}
+
+/// Files below `dir` whose name ends so.
+fn ending(dir: &Path, end: &str) -> usize {
+    let entries = fs_err::read_dir(dir).unwrap().map(|e| e.unwrap());
+    let count = |e: fs_err::DirEntry| match e.file_type().unwrap().is_dir() {
+        true => ending(&e.path(), end),
+        false => usize::from(e.file_name().to_string_lossy().ends_with(end)),
+    };
+    entries.map(count).sum()
+}
+
+#[test]
+fn what_came_of_a_file_is_kept_and_the_rest_is_asked_for() {
+    let (root, hub) = setup();
+    let shard = a_shard(&hub);
+    let whole = hub.files.lock().unwrap()[&shard].body.clone();
+    let step = whole.len() / 3 + 1;
+    for (n, manner) in [Manner::Cut(step), Manner::Broken(step)].into_iter().enumerate() {
+        hub.change(&shard, |f| f.manner = manner);
+        hub.requests.lock().unwrap().clear();
+        let cache = root.path().join(format!("a{n}"));
+        // Within one run: three requests bring it.
+        ModelSource::open("org/pico", &hub.options(&cache), &Silent).unwrap();
+        let requests = hub.requests.lock().unwrap().clone();
+        let asked: Vec<_> = requests.iter().filter(|r| r.starts_with("GET") && r.contains(&shard)).collect();
+        assert_eq!(asked.len(), 3, "{requests:?}");
+        assert!(asked[1].ends_with(&format!("from {step}")) && asked[2].ends_with(&format!("from {}", 2 * step)));
+        let cached = cache.join("models--org--pico/snapshots").join(COMMIT).join(&shard);
+        assert_eq!(fs_err::read(cached).unwrap(), whole);
+        assert_eq!(ending(&cache, "-part"), 0);
     }
+    // From one run to the next: after some bytes the server has no more.
+    let cache = root.path().join("b");
+    hub.change(&shard, |f| f.body.truncate(step));
+    let error = ModelSource::open("org/pico", &hub.options(&cache), &Silent).unwrap_err();
+    assert!(matches!(error, SourceError::Download { .. }), "{error:?}");
+    assert_eq!(ending(&cache, "-part"), 1);
+    assert!(
+        !cache.join("models--org--pico/snapshots").join(COMMIT).join(&shard).exists(),
+        "a part is taken for the file"
+    );
+    hub.change(&shard, |f| (f.body, f.manner) = (whole.clone(), Manner::Plain));
+    hub.requests.lock().unwrap().clear();
+    ModelSource::open("org/pico", &hub.options(&cache), &Silent).unwrap();
+    let requests = hub.requests.lock().unwrap().clone();
+    assert!(requests.iter().any(|r| r.ends_with(&format!("{shard} from {step}"))), "{requests:?}");
+    assert_eq!(requests.iter().filter(|r| r.starts_with("GET") && r.contains(&shard)).count(), 1, "{requests:?}");
+    assert_eq!(ending(&cache, "-part"), 0);
+}
+
+#[test]
+fn a_part_that_is_not_of_the_file_never_becomes_it() {
+    let (root, hub) = setup();
+    let shard = a_shard(&hub);
+    let served = hub.files.lock().unwrap()[&shard].clone();
+    let open = |cache: &Path| ModelSource::open("org/pico", &hub.options(cache), &Silent);
+    let place = |cache: &Path| cache.join("models--org--pico/snapshots").join(COMMIT).join(&shard);
+    let part = |cache: &Path, bytes: &[u8]| {
+        let blobs = cache.join("models--org--pico/blobs");
+        fs_err::create_dir_all(&blobs).unwrap();
+        fs_err::write(blobs.join(format!("{}.gqa2mla-part", &served.etag[..40])), bytes).unwrap();
+    };
+    let flipped = |n: usize| served.body[..n].iter().map(|b| b ^ 1).collect::<Vec<u8>>();
+    let long = [served.body.clone(), vec![0; 9]].concat();
+    let clean = root.path().join("clean");
+    open(&clean).unwrap();
+    let blobs = |cache: &Path| fs_err::read_dir(cache.join("models--org--pico/blobs")).unwrap().count();
+    let parts = [b"<html>rate limit</html>".to_vec(), flipped(20), flipped(served.body.len()), vec![0; 64], long];
+    for (n, bytes) in parts.iter().enumerate() {
+        let cache = root.path().join(format!("{n}"));
+        part(&cache, bytes);
+        open(&cache).unwrap();
+        assert_eq!(fs_err::read(place(&cache)).unwrap(), served.body, "part {n}");
+        assert_eq!(ending(&cache, "-part"), 0);
+        // Nothing is left of what was wrong.
+        assert_eq!(blobs(&cache), blobs(&clean), "part {n}");
+    }
+    // A server that sends all of the file whatever is asked for.
+    hub.change(&shard, |f| f.manner = Manner::Rangeless(served.body.len() / 2));
+    let cache = root.path().join("rangeless");
+    part(&cache, &served.body[..30]);
+    open(&cache).unwrap_err();
+    hub.change(&shard, |f| f.manner = Manner::Rangeless(usize::MAX));
+    part(&cache, &served.body[..30]);
+    open(&cache).unwrap();
+    assert_eq!(fs_err::read(place(&cache)).unwrap(), served.body);
 }
 
 #[test]
@@ -304,11 +430,19 @@ fn lengths_that_are_lies_are_found_out() {
     let shard = a_shard(&hub);
     for (n, off) in [-1, 1, 1 << 40].into_iter().enumerate() {
         hub.change(&shard, |f| f.manner = Manner::Claimed(off));
-        let options = hub.options(&root.path().join(format!("a{n}")));
-        let error = ModelSource::open("org/pico", &options, &Silent).unwrap_err();
-        let text = error.to_string();
-        assert!(matches!(error, SourceError::Hub { .. } | SourceError::Download { .. }), "{off}: {error:?}");
-        assert!(text.contains(&shard), "{off}: {text}");
+        let cache = root.path().join(format!("a{n}"));
+        match ModelSource::open("org/pico", &hub.options(&cache), &Silent) {
+            // All of it came, whatever length was claimed: its size and hash are those of the listing.
+            Ok(_) => {
+                let place = cache.join("models--org--pico/snapshots").join(COMMIT).join(&shard);
+                assert!(off > 0 && fs_err::read(place).unwrap() == hub.files.lock().unwrap()[&shard].body, "{off}");
+            }
+            Err(error) => {
+                let text = error.to_string();
+                assert!(matches!(error, SourceError::Hub { .. } | SourceError::Download { .. }), "{off}: {error:?}");
+                assert!(text.contains(&shard), "{off}: {text}");
+            }
+        }
     }
     // The listing lies: the file is whole, but not what was announced.
     hub.change(&shard, |f| f.manner = Manner::Plain);

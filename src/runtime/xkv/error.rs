@@ -6,6 +6,11 @@ use crate::factor::FactorError;
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum XkvError {
+    /// Layers that do not cache the same thing.
+    #[error(
+        "some layers cache a latent, others keys and values: groups of them share nothing\n\nhint: give the source, or a conversion without `--mla-layers`"
+    )]
+    Hybrid,
     /// A group size that the model has no layers for.
     #[error(
         "groups of {group} layers: the model has {layers}\n\nhint: the third number of `--xkv` is from 1 to {layers}"

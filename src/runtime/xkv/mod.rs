@@ -54,6 +54,9 @@ impl XkvSettings {
     /// [`XkvError::Group`], [`XkvError::Rank`].
     pub fn check(&self, arch: &Architecture, tokens: usize) -> Result<(), XkvError> {
         let layers = arch.layers;
+        if arch.hybrid.is_some() {
+            return Err(XkvError::Hybrid);
+        }
         if self.group == 0 || self.group > layers {
             return Err(XkvError::Group { group: self.group, layers });
         }

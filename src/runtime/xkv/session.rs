@@ -45,10 +45,7 @@ impl<'r, 'a> XkvSession<'r, 'a> {
             return Err(RuntimeError::ContextTooLong { length: capacity, max: arch.max_position });
         }
         settings.check(arch, usize::MAX)?;
-        let rotation = match resident.layers().first() {
-            Some(layer) => Rotation::for_length(layer.rope(), 0..capacity, capacity),
-            None => Rotation::empty(),
-        };
+        let rotation = Rotation::for_length(&arch.rope, 0..capacity, capacity);
         Ok(Self { resident, settings, capacity, rotation, groups: Vec::new(), length: 0, exact: 0 })
     }
 

@@ -2,7 +2,7 @@
 
 Written into the output of `gqa2mla convert --target hf-remote`; load it with `trust_remote_code=True`. One class serves
 every such model: what it has, its `config.json` says. Plain eager attention over a latent cache: `kv_lora_rank +
-qk_rope_head_dim` values per token and layer.
+qk_rope_head_dim` values per token and layer. Some layers may keep the attention of the source, with its own cache.
 """
 
 import torch
@@ -38,6 +38,10 @@ DEFAULTS = dict(
     embedding_multiplier=1.0, residual_multiplier=1.0, logit_multiplier=1.0,
     # Norms before attention and MLP, and on what they add to the stream.
     input_norm=True, post_norm=True, attention_out_norm=False, mlp_out_norm=False,
+    # Layers that keep grouped-query attention as the source has it: `layers` (indices), `num_key_value_heads`, `head_dim`,
+    # `rotary_dim` (the first values of a head, pairs (j, j + rotary_dim / 2)), `rotary_frequencies`, `rotary_amplitude`,
+    # `attention_scale`, `qkv_bias`, `out_bias`, `qk_norm`.
+    gqa=None,
     # Layers in `window_layers` see the latest `window_size` tokens.
     window_size=None, window_layers=None,
     # Experts: layer i has them where `sparse_layers[i]`.
@@ -106,14 +110,14 @@ class Attention(nn.Module):
             k = self.k_norm(k)
         return q, k
 
-    def forward(self, x, rotation, mask, past):
+    def forward(self, x, rotations, mask, past):
         c = self.config
         batch, tokens, _ = x.shape
         q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_proj(x))
         q_plain, q_turned = q.view(batch, tokens, self.heads, -1).split([self.nope, self.rope], -1)
         latent, key = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, self.rope], -1)
         q_turned, key = self.norm(q_turned, key)
-        cos, sin = rotation
+        cos, sin = rotations[0]
         q_turned, key = turn(q_turned, cos[:, :, None], sin[:, :, None]), turn(key, cos, sin)
         if past is not None:
             latent, key = past.update(latent[:, None], key[:, None], self.index)
@@ -124,15 +128,66 @@ class Attention(nn.Module):
         scores = torch.einsum("bqhd,bkd->bhqk", q_turned, key)
         if self.nope:
             scores = scores + torch.einsum("bqhd,bkhd->bhqk", q_plain, k_plain)
-        scores = scores * c.attention_scale
-        if c.score_softcap is not None:
-            scores = torch.tanh(scores / c.score_softcap) * c.score_softcap
-        visible, distance = mask
-        if self.window is not None:
-            visible = visible & (distance < self.window)
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(x.dtype)
+        weights = probabilities(self, scores * c.attention_scale, mask).to(x.dtype)
         return self.o_proj(torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(-2))
+
+
+class SourceAttention(nn.Module):
+    """Grouped-query attention: what the layer had before the other layers became latent."""
+
+    def __init__(self, config, index: int):
+        super().__init__()
+        c, d, own = config, config.hidden_size, config.gqa
+        self.config, self.index = config, index
+        self.heads, self.kv_heads, self.size = c.num_attention_heads, own["num_key_value_heads"], own["head_dim"]
+        wide, narrow = self.heads * self.size, self.kv_heads * self.size
+        self.q_proj = nn.Linear(d, wide, bias=own["qkv_bias"])
+        self.k_proj = nn.Linear(d, narrow, bias=own["qkv_bias"])
+        self.v_proj = nn.Linear(d, narrow, bias=own["qkv_bias"])
+        self.o_proj = nn.Linear(wide, d, bias=own["out_bias"])
+        self.norm_scope = own.get("qk_norm")
+        if self.norm_scope is not None:
+            widths = (self.size, self.size) if self.norm_scope == "head" else (wide, narrow)
+            self.q_norm, self.k_norm = (RmsNorm(w, c.rms_norm_eps) for w in widths)
+        windowed = c.window_layers is not None and c.window_layers[index]
+        self.window = c.window_size if windowed else None
+
+    def heads_of(self, x, norm):
+        if self.norm_scope == "all":
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.size))
+        return norm(x) if self.norm_scope == "head" else x
+
+    def forward(self, x, rotations, mask, past):
+        own = self.config.gqa
+        q = self.heads_of(self.q_proj(x), getattr(self, "q_norm", None))
+        k = self.heads_of(self.k_proj(x), getattr(self, "k_norm", None))
+        v = self.v_proj(x).unflatten(-1, (-1, self.size))
+        cos, sin = (part[:, :, None] * own.get("rotary_amplitude", 1.0) for part in rotations[1])
+        q, k = (turn_halves(part, cos, sin, own["rotary_dim"]) for part in (q, k))
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            k, v = past.update(k, v, self.index)
+        q = q.unflatten(2, (self.kv_heads, -1))
+        scores = torch.einsum("bqgnd,bgkd->bgnqk", q, k).flatten(1, 2) * own["attention_scale"]
+        weights = probabilities(self, scores, mask).to(x.dtype).unflatten(1, (self.kv_heads, -1))
+        return self.o_proj(torch.einsum("bgnqk,bgkd->bqgnd", weights, v).flatten(2))
+
+
+def probabilities(layer, scores, mask):
+    cap = layer.config.score_softcap
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    visible, distance = mask
+    if layer.window is not None:
+        visible = visible & (distance < layer.window)
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    return F.softmax(scores, dim=-1, dtype=torch.float32)
+
+
+def turn_halves(x, cos, sin, width):
+    a, b, rest = x[..., : width // 2].float(), x[..., width // 2 : width].float(), x[..., width:]
+    return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), -1)
 
 
 def turn(x, cos, sin):
@@ -193,15 +248,16 @@ class Layer(nn.Module):
         self.factor = c.residual_multiplier
         norm = lambda has: RmsNorm(c.hidden_size, c.rms_norm_eps) if has else nn.Identity()
         self.input_layernorm = norm(c.input_norm)
-        self.self_attn = Attention(c, index)
+        kept = c.gqa is not None and index in c.gqa["layers"]
+        self.self_attn = (SourceAttention if kept else Attention)(c, index)
         self.attention_out_layernorm = norm(c.attention_out_norm)
         self.post_attention_layernorm = norm(c.post_norm)
         sparse = c.n_routed_experts is not None and index not in (c.dense_layers or ())
         self.mlp = Experts(c) if sparse else Mlp(c, c.intermediate_size, c.mlp_bias)
         self.mlp_out_layernorm = norm(c.mlp_out_norm)
 
-    def forward(self, x, rotation, mask, past):
-        added = self.self_attn(self.input_layernorm(x), rotation, mask, past)
+    def forward(self, x, rotations, mask, past):
+        added = self.self_attn(self.input_layernorm(x), rotations, mask, past)
         x = x + self.attention_out_layernorm(added) * self.factor
         added = self.mlp(self.post_attention_layernorm(x))
         return x + self.mlp_out_layernorm(added) * self.factor
@@ -235,11 +291,10 @@ class Gqa2MlaModel(Gqa2MlaPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embed_tokens = value
 
-    def rotation(self, positions):
-        c = self.config
-        frequencies = c.rotary_frequencies
-        long = c.rotary_frequencies_long
-        if long is not None and int(positions.max()) + 1 > c.original_max_position_embeddings:
+    def rotation(self, positions, keys):
+        frequencies = keys["rotary_frequencies"]
+        long = keys.get("rotary_frequencies_long")
+        if long is not None and int(positions.max()) + 1 > keys["original_max_position_embeddings"]:
             frequencies = long
         angles = positions[..., None].float() * torch.tensor(frequencies, dtype=torch.float32, device=positions.device)
         return angles.cos(), angles.sin()
@@ -258,9 +313,9 @@ class Gqa2MlaModel(Gqa2MlaPreTrainedModel):
         visible = (distance >= 0)[None, None]
         if attention_mask is not None and attention_mask.dim() == 2:
             visible = visible & attention_mask[:, None, None, : distance.shape[1]].bool()
-        rotation = self.rotation(position_ids)
+        rotations = [self.rotation(position_ids, keys) for keys in (vars(self.config), self.config.gqa) if keys]
         for layer in self.layers:
-            x = layer(x, rotation, (visible, distance), past_key_values)
+            x = layer(x, rotations, (visible, distance), past_key_values)
         return self.norm(x), past_key_values
 
 

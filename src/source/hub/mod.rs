@@ -1,8 +1,11 @@
 //! Fetching a model from the hub into the local cache, and checking what came.
 //!
-//! The client neither checks sizes nor knows `HF_HUB_OFFLINE`, it waits for ever for a server that says nothing, and a body
-//! cut short without a transport error would enter its cache; so downloads are watched here, and every file is compared
-//! with what the hub announces before it is used.
+//! The client neither checks sizes nor knows `HF_HUB_OFFLINE`, it waits for ever for a server that says nothing, a body cut
+//! short without a transport error would enter its cache, and what it begins it begins from the first byte; so downloads
+//! are watched here, large files are fetched here ([`part`]), and every file is compared with what the hub announces before
+//! it is used.
+
+mod part;
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -17,6 +20,7 @@ use super::open::OpenOptions;
 use super::path::plain_file_name;
 use super::{SourceError, index, sha256_file, side};
 use crate::observe::{Event, Observer};
+use part::Part;
 
 /// A model in the cache.
 pub(super) struct Snapshot {
@@ -26,11 +30,14 @@ pub(super) struct Snapshot {
     pub(super) commit: String,
 }
 
-/// What is fetched, for messages.
+/// What is fetched, and how the client for it is made.
+#[derive(Debug, Clone)]
 struct Target {
     owner: String,
     name: String,
     revision: String,
+    cache: Option<PathBuf>,
+    endpoint: Option<String>,
 }
 
 /// Why a request gave nothing.
@@ -38,6 +45,11 @@ enum Failure {
     Client(HFError),
     /// No byte came for this long.
     Stalled(Duration),
+    /// More or fewer bytes than were announced.
+    Length {
+        expected: u64,
+        found: String,
+    },
 }
 
 impl From<HFError> for Failure {
@@ -56,6 +68,17 @@ impl Target {
         format!("{}/{}", self.owner, self.name)
     }
 
+    fn client(&self) -> Result<HFClient, HFError> {
+        let mut builder = HFClient::builder();
+        if let Some(cache) = &self.cache {
+            builder = builder.cache_dir(cache);
+        }
+        if let Some(endpoint) = &self.endpoint {
+            builder = builder.endpoint(endpoint.trim_end_matches('/'));
+        }
+        builder.build()
+    }
+
     fn error(&self, file: Option<&str>, e: impl Into<Failure>) -> SourceError {
         let (reason, hint) = match e.into() {
             Failure::Client(e) => (without_queries(&e.to_string()), hint(&e)),
@@ -64,6 +87,10 @@ impl Target {
                 "check the network and try again: files that are whole are not fetched again; HF_HUB_DOWNLOAD_TIMEOUT sets \
                  how many seconds to wait",
             ),
+            Failure::Length { expected, found } => {
+                let (expected, file) = (format!("{expected} bytes"), file.unwrap_or("?").to_owned());
+                return SourceError::Download { repo: self.repo(), file, expected, found };
+            }
         };
         let (revision, file) = (self.revision.clone(), file.map(str::to_owned));
         SourceError::Hub { repo: self.repo(), revision, file, reason, hint: hint.to_owned() }
@@ -96,16 +123,15 @@ pub(super) fn fetch(spec: &str, options: &OpenOptions, observer: &dyn Observer) 
     let not_found = || SourceError::NotFound { spec: spec.to_owned() };
     let (owner, name, revision) = parse_id(spec).ok_or_else(not_found)?;
     let revision = revision.or(options.revision.as_deref()).unwrap_or("main");
-    let target = Target { owner: owner.to_owned(), name: name.to_owned(), revision: revision.to_owned() };
+    let target = Target {
+        owner: owner.to_owned(),
+        name: name.to_owned(),
+        revision: revision.to_owned(),
+        cache: options.hub_cache.clone(),
+        endpoint: options.hub_endpoint.clone(),
+    };
 
-    let mut builder = HFClient::builder();
-    if let Some(cache) = &options.hub_cache {
-        builder = builder.cache_dir(cache);
-    }
-    if let Some(endpoint) = &options.hub_endpoint {
-        builder = builder.endpoint(endpoint.trim_end_matches('/'));
-    }
-    let client = builder.build().map_err(|e| target.error(None, e))?;
+    let client = target.client().map_err(|e| target.error(None, e))?;
     let cache = client.cache_dir().to_owned();
     let client = HFClientSync::from_inner(client).map_err(|e| target.error(None, e))?;
     let repo = client.model(owner, name);
@@ -143,6 +169,8 @@ struct Remote {
     name: String,
     size: u64,
     sha256: Option<String>,
+    /// Git's name for the content, where it is a large file: what is fetched in pieces.
+    large: Option<String>,
 }
 
 /// The top-level files a conversion needs: config, weights by the rule of [`index::open_weights`], side files.
@@ -150,8 +178,10 @@ fn choose(listing: Vec<RepoTreeEntry>) -> Vec<Remote> {
     let all: Vec<Remote> = listing
         .into_iter()
         .filter_map(|entry| match entry {
-            RepoTreeEntry::File { path, size, lfs, .. } if plain_file_name(&path) => {
-                Some(Remote { name: path, size, sha256: lfs.and_then(|l| l.sha256) })
+            RepoTreeEntry::File { oid, path, size, lfs, .. } if plain_file_name(&path) => {
+                let large = lfs.is_some() && oid.len() == 40 && oid.bytes().all(|b| b.is_ascii_hexdigit());
+                let sha256 = lfs.and_then(|l| l.sha256);
+                Some(Remote { name: path, size, sha256, large: large.then_some(oid) })
             }
             _ => None,
         })
@@ -185,12 +215,32 @@ fn fetch_file(
         return Ok(());
     }
     // Present with another size: left by an interrupted run of some tool. Fetch it anew.
-    let force = fs::symlink_metadata(&place).is_ok() && !cached;
+    if fs::symlink_metadata(&place).is_ok() && !cached {
+        discard(&place);
+    }
     let (own, name, commit) = (repo.clone(), file.name.clone(), snapshot.commit.clone());
-    let path = watch.run(&file.name, move |progress| {
-        own.download_file().filename(name).revision(commit).force_download(force).progress(progress).send()
-    });
-    let path = path.map_err(|e| target.error(Some(&file.name), e))?;
+    let part = Part::of(snapshot, file);
+    let request = part.clone().map(|part| (part, target.clone(), watch.stall));
+    let (made, path) = watch
+        .run(&file.name, move |progress| {
+            let made = match &request {
+                Some((part, target, stall)) => part.fetch(target, *stall, &progress.0)?,
+                None => None,
+            };
+            // Where `blobs` holds the content that the hub announces, the client only links to it.
+            let path = own.download_file().filename(name).revision(commit).progress(progress).send()?;
+            Ok::<_, Failure>((made, path))
+        })
+        .map_err(|e| target.error(Some(&file.name), e))?;
+    let linked = fs::canonicalize(&path).ok();
+    if let Some(blob) = made {
+        if fs::canonicalize(&blob).ok() == linked {
+            // Of this size, and named by the hash of what was written.
+            return Ok(());
+        }
+        // Its hash is not what the hub announces; the client has fetched the file once more.
+        let _ = fs::remove_file(&blob);
+    }
     if let Err(fault) = check(&path, file) {
         discard(&path);
         let (expected, found) = fault?;
@@ -250,10 +300,10 @@ impl Watch<'_> {
     /// Runs `download` on a thread of its own and hands its progress to the observer on this one: the client wants a
     /// handler that outlives everything, an observer is only borrowed and is promised one caller at a time. A download at
     /// which nothing happens is left to itself.
-    fn run<T: Send + 'static>(
+    fn run<T: Send + 'static, E: Into<Failure> + Send + 'static>(
         &self,
         file: &str,
-        download: impl FnOnce(Forward) -> Result<T, HFError> + Send + 'static,
+        download: impl FnOnce(Forward) -> Result<T, E> + Send + 'static,
     ) -> Result<T, Failure> {
         let (sender, events) = mpsc::channel();
         let worker = std::thread::spawn(move || download(Forward(sender)));
@@ -271,7 +321,7 @@ impl Watch<'_> {
             let total = (total > 0).then_some(total);
             self.observer.event(Event::Download { file: file.to_owned(), done, total });
         }
-        Ok(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
+        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(Into::into)
     }
 }
 
