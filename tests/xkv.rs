@@ -34,7 +34,7 @@ static ALONE: Mutex<()> = Mutex::new(());
 const TRAINED: &str = "fixtures/pico-trained";
 /// Every kind of attention: grouped, multi-query with biases, head norms, norms over all heads, capped scores with windows,
 /// part of a head rotated, latents, latents with biases and long factors, latents without a group to share.
-const MODELS: [&str; 11] = [
+const MODELS: [&str; 17] = [
     "pico-trained",
     "pico-llama3",
     "pico-qwen2",
@@ -46,6 +46,12 @@ const MODELS: [&str; 11] = [
     "pico-deepseek-v3",
     "pico-deepseek-v3-bias",
     "pico-deepseek-v2",
+    "pico-minicpm3",
+    "pico-youtu",
+    "pico-plm",
+    "pico-deepseek-v2-groups",
+    "pico-deepseek-v3-moe",
+    "pico-deepseek-v3-fp8",
 ];
 
 fn fixture(name: &str) -> (ModelSource, Architecture) {

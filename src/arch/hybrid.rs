@@ -63,7 +63,7 @@ impl Hybrid {
         Ok(Some(Self { layers: kept, shape, rope, qk_norm }))
     }
 
-    /// The object that [`Hybrid::read`] reads, for a GQA source whose layers `kept` stay as they are.
+    /// The object that `Hybrid::read` reads, for a GQA source whose layers `kept` stay as they are.
     pub fn config(source: &Architecture, kept: &[bool]) -> Option<Value> {
         let shape = source.gqa()?;
         let layers: Vec<usize> = (0..kept.len()).filter(|i| kept[*i]).collect();

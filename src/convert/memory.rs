@@ -39,6 +39,8 @@ impl Need {
         // Queries of the output, through a latent where they have one.
         let latent = wide(geometry.q_lora_rank.unwrap_or(0));
         let queries = heads * (nope + rope) * latent.max(d) + latent * d;
+        // The forward pass holds what the MLP's first product gives for all tokens, twice where it is gated.
+        let forward = 4 * attention + 4 * mlp + t * (8 * i + 16 * d);
         let (streams, working) = match job.settings.method {
             Method::Exact => {
                 let made = queries + (rank + rope) * d + heads * (nope + value) * rank + q * d;
@@ -50,12 +52,12 @@ impl Need {
                 let seen = t.min(wide(scores::TOKENS));
                 let refits = t * (17 * d + 18 * q + 13 * kv + 4 * (rank + rope)) + heads * rope * (d + t / 2);
                 let on_scores = t * (24 * d + 4 * q) + seen * (8 * d + 28 * heads * (nope + rope));
-                (2, weights + 4 * seen * (q + kv) + refits.max(on_scores))
+                (2, (weights + 4 * seen * (q + kv) + refits.max(on_scores)).max(forward))
             }
             Method::Transmla | Method::Care | Method::XEcomla | Method::Mha2mla => {
                 let weights = 43 * attention + 4 * mlp + 28 * d * d + t * (6 * d + 6 * kv) + 24 * latent * d;
                 let states = 12 * attention + 4 * mlp + t * (16 * d + 8 * q + 6 * kv);
-                (1, weights.max(states))
+                (1, weights.max(states).max(forward))
             }
         };
         let packed = if streams == 0 { 0 } else { (4 * i * d).min(PACKED) * 5 / 4 };

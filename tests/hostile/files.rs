@@ -47,7 +47,7 @@ pub fn cases() -> Vec<Case> {
         all.push(case(format!("{name}: closed"), Clean, move |dir| {
             if let Ok(meta) = fs_err::metadata(dir.join(name)) {
                 let mut rights = meta.permissions();
-                rights.set_mode(0);
+                rights.set_mode(0o0);
                 fs_err::set_permissions(dir.join(name), rights).expect("set");
             }
         }));
