@@ -155,16 +155,21 @@ pub(super) fn unique_sibling(path: &Path, what: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// A new name for a staging folder: `hidden` with `.partial-<host>-<pid>-<n>` appended, the host as eight digits of a hash.
+/// A new name for a staging folder: `hidden` with `.partial-<host>_<start>-<pid>-<n>` appended, the host as eight digits of
+/// a hash, the start of the process where the system tells it: a pid alone may be reused.
 pub(super) fn staging_folder(hidden: &Path) -> PathBuf {
-    unique_sibling(hidden, &format!("partial-{}", host_digits()))
+    let start = process_start(std::process::id()).map_or_else(String::new, |s| format!("_{s}"));
+    unique_sibling(hidden, &format!("partial-{}{start}", host_digits()))
 }
 
-/// Whether a folder whose name ends in `maker` (`<host>-<pid>-<n>`) was made on this host by a process that is gone.
+/// Whether a folder whose name ends in `maker` (`<host>_<start>-<pid>-<n>`) was made on this host by a process that is gone.
 pub(super) fn made_by_the_dead(maker: &str) -> bool {
     let mut parts = maker.split('-');
     let (host, pid) = (parts.next(), parts.next().and_then(|p| p.parse().ok()));
-    host == Some(&host_digits()) && pid.is_some_and(|pid| !alive(pid))
+    let host = host.map(|h| h.split_once('_').map_or((h, None), |(h, s)| (h, s.parse::<u64>().ok())));
+    let (Some((host, start)), Some(pid)) = (host, pid) else { return false };
+    let another = || start.is_some_and(|was| process_start(pid).is_some_and(|is| is != was));
+    host == host_digits() && (!alive(pid) || another())
 }
 
 fn host_digits() -> String {
@@ -213,6 +218,11 @@ mod tests {
         // Above what Linux gives out.
         assert!(made_by_the_dead(&of("2147483646")));
         assert!(!made_by_the_dead("00000000-2147483646-0"), "another host");
+        if process_start(std::process::id()).is_some() {
+            let us = std::process::id();
+            assert!(made_by_the_dead(&format!("{}_1-{us}-0", host_digits())), "our pid, of an earlier process");
+            assert!(!made_by_the_dead(&format!("{}-{us}-0", host_digits())), "no start is told");
+        }
         assert!(!made_by_the_dead(&of("x")) && !made_by_the_dead(""));
     }
 

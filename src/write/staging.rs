@@ -64,7 +64,7 @@ impl Staging {
     /// Checks that `output` can be written, takes its lock and makes a staging folder beside it, or takes over the one
     /// that an unfinished run left.
     ///
-    /// The lock is the file `.<name>.lock`, the folder `.<name>.partial-<host>-<pid>-<n>`. What a run that was killed on
+    /// The lock is the file `.<name>.lock`, the folder `.<name>.partial-<host>_<start>-<pid>-<n>`. What a run that was killed on
     /// this host left behind is removed when it holds nothing that could be resumed.
     ///
     /// # Errors
