@@ -9,6 +9,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Error, ErrorKind, Value as Jinja, context};
 use serde_json::Value;
 
+use super::namespaces::stay_apart;
 use super::path::read_small;
 use super::{ModelSource, SourceError};
 
@@ -134,18 +135,24 @@ impl ChatTemplate {
 
 /// The text that a template gives for `values`; nothing where it is only to be compiled.
 fn compile_and_render(text: &str, values: Option<Jinja>) -> Result<String, String> {
-    let mut environment = environment().map_err(|e| one_line(&e))?;
-    let compiled = environment.add_template(NAME, text);
-    compiled.map_err(|e| format!("the chat template does not compile: {}", one_line(&e)))?;
+    let environment = environment().map_err(|e| one_line(&e))?;
+    // It is not registered under its name: it cannot import itself.
+    let compiled = environment.template_from_named_str(NAME, text);
+    let compiled = compiled.map_err(|e| format!("the chat template does not compile: {}", one_line(&e)))?;
+    stay_apart(text, syntax().map_err(|e| one_line(&e))?)?;
     let Some(values) = values else { return Ok(String::new()) };
-    let rendered = environment.get_template(NAME).and_then(|t| t.render(values));
-    rendered.map_err(|e| format!("the chat template failed: {}", one_line(&e)))
+    compiled.render(values).map_err(|e| format!("the chat template failed: {}", one_line(&e)))
 }
 
-/// Jinja as transformers sets it up; templates are written for that.
+/// The syntax of templates as transformers sets it up; they are written for that.
+fn syntax() -> Result<SyntaxConfig, Error> {
+    SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()
+}
+
+/// Jinja as transformers sets it up.
 fn environment() -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
-    environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+    environment.set_syntax(syntax()?);
     environment.set_unknown_method_callback(|state, value, method, args| {
         // `'{:>99999999999}'.format(1)`: a width is memory that no fuel is charged for.
         let wide = |s: &str| s.split(|c: char| !c.is_ascii_digit()).any(|digits| digits.len() > MAX_WIDTH);
@@ -264,6 +271,12 @@ mod tests {
         let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}\
                        {% endfor %}{% endfor %}";
         assert!(template(endless).unwrap().render(&talk()).is_err());
+        // Found by fuzzing: printing it took all stack there was.
+        let itself = template("{% set ns = namespace(x=1) %}{% set ns.x = ns %}{{ ns }}").unwrap_err().to_string();
+        assert!(itself.contains("`ns`") && itself.contains("--raw"), "{itself}");
+        let through_import =
+            "{% set ns = namespace() %}{% import 'chat_template' as t %}{% set t.ns.x = t.ns %}{{ t.ns }}";
+        assert!(template(through_import).unwrap().render(&talk()).is_err());
     }
 
     #[test]

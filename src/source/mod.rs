@@ -14,6 +14,7 @@ mod header;
 #[cfg(feature = "hub")]
 mod hub;
 pub(crate) mod index;
+mod namespaces;
 mod open;
 mod path;
 mod side;
