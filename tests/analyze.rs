@@ -1,6 +1,9 @@
 //! Alignment and energy of caches across layers, against what they are by definition.
 
-use std::path::{Path, PathBuf};
+#[path = "common/models.rs"]
+mod models;
+
+use std::path::Path;
 use std::process::{Command, Output};
 
 use faer::Mat;
@@ -8,8 +11,9 @@ use gqa2mla::analyze::{Analysis, AnalyzeError, AnalyzeSettings, CacheMatrix, ana
 use gqa2mla::arch::Architecture;
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, Model};
-use gqa2mla::source::{ModelSource, OpenOptions};
+use gqa2mla::source::ModelSource;
 use insta::assert_snapshot;
+use models::open;
 use ndarray::{Array2, Axis, concatenate, s};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -17,14 +21,8 @@ use serde_json::{Value, json};
 const TRAINED: &str = "fixtures/pico-trained";
 const MLA: &str = "fixtures/pico-deepseek-v3";
 
-fn open(folder: &Path) -> (ModelSource, Architecture) {
-    let source = ModelSource::open(&folder.display().to_string(), &OpenOptions::default(), &Silent).expect("opens");
-    let arch = Architecture::from_config(&source.config).expect("is understood");
-    (source, arch)
-}
-
 fn fixture(name: &str) -> (ModelSource, Architecture) {
-    open(&PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(name))
+    open(&models::fixture(name.strip_prefix("fixtures/").unwrap_or(name)))
 }
 
 /// Windows of tokens that mean nothing.

@@ -1,8 +1,14 @@
 //! Whole conversions on the fixtures, judged by the reference runtime.
 
+#[path = "common/golden.rs"]
+mod golden;
+#[path = "common/models.rs"]
+mod models;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use golden::golden_tokens;
 use gqa2mla::arch::Architecture;
 use gqa2mla::convert::{
     Budget, CalibrationSettings, ConversionReport, ConvertError, ConvertSettings, FreqFold, Method, OutputDtype,
@@ -10,19 +16,9 @@ use gqa2mla::convert::{
 };
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, Model};
-use gqa2mla::source::{ModelSource, OpenOptions};
+use gqa2mla::source::ModelSource;
 use gqa2mla::verify::{Comparison, compare, windows_from_text};
-use safetensors::SafeTensors;
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
-}
-
-fn open(dir: &Path) -> (ModelSource, Architecture) {
-    let source = ModelSource::open(&dir.display().to_string(), &OpenOptions::default(), &Silent).expect("opens");
-    let arch = Architecture::from_config(&source.config).expect("is understood");
-    (source, arch)
-}
+use models::{fixture, open};
 
 fn settings(method: Method) -> ConvertSettings {
     let calibration = CalibrationSettings { samples: 48, seq_len: 128, ..CalibrationSettings::default() };
@@ -32,19 +28,6 @@ fn settings(method: Method) -> ConvertSettings {
 fn run(from: &Path, to: &Path, settings: &ConvertSettings) -> Result<ConversionReport, Box<ConvertError>> {
     let (source, arch) = open(from);
     convert(&source, &arch, settings, to, &|_| Vec::new(), &Silent).map_err(Box::new)
-}
-
-/// The token windows a fixture's golden logits belong to.
-fn golden_tokens(name: &str) -> Vec<Vec<u32>> {
-    let bytes = fs_err::read(fixture(name).join("golden.safetensors")).expect("golden file");
-    let golden = SafeTensors::deserialize(&bytes).expect("golden tensors");
-    (0..2)
-        .map(|n| {
-            let view = golden.tensor(&format!("tokens.{n}")).expect("tokens");
-            let (words, _) = view.data().as_chunks::<8>();
-            words.iter().map(|w| i64::from_le_bytes(*w) as u32).collect()
-        })
-        .collect()
 }
 
 fn heldout(source: &ModelSource, seq_len: usize, count: usize) -> Vec<Vec<u32>> {
@@ -77,7 +60,7 @@ fn exact_loses_nothing_on_any_family() {
             let report = run(&fixture(name), &to, &ConvertSettings { dtype, ..settings(Method::Exact) });
             let report = report.unwrap_or_else(|e| panic!("{name}: {e}"));
             assert_eq!(report.cache_values_per_token_per_layer, report.source_cache_values_per_token_per_layer);
-            let tokens = golden_tokens(name);
+            let tokens = golden_tokens(&fixture(name));
             for window in &tokens {
                 let c = side_by_side(&fixture(name), &to, std::slice::from_ref(window));
                 // Both models carry the f32 rounding of a few hundred products; stock f32 is within 1.3e-5 of f64 on these
@@ -328,7 +311,7 @@ fn exact_stays_exact_where_the_source_scales_its_scores() {
     let from = changed("pico-trained", dir.path(), |c| drop(c.insert("rope_scaling".into(), yarn.clone())), &[]);
     let to = dir.path().join("out");
     run(&from, &to, &settings(Method::Exact)).expect("converts");
-    let c = side_by_side(&from, &to, &golden_tokens("pico-trained"));
+    let c = side_by_side(&from, &to, &golden_tokens(&fixture("pico-trained")));
     assert!(c.max_abs_dlogit < 1.3e-4 && c.top1_agreement == 1.0, "{c:?}");
 }
 

@@ -1,8 +1,14 @@
 //! Every family to every target that holds it, judged by the reference runtime (which the golden logits tie to stock
 //! transformers; `scripts/check_transformers.py` loads the outputs there too).
 
-use std::path::{Path, PathBuf};
+#[path = "common/golden.rs"]
+mod golden;
+#[path = "common/models.rs"]
+mod models;
 
+use std::path::Path;
+
+use golden::golden_tokens;
 use gqa2mla::arch::{Architecture, Family, check_tensors, language_config};
 use gqa2mla::convert::{
     CalibrationSettings, ConversionReport, ConvertSettings, Method, OutputDtype, Padding, Profile, TargetKind, convert,
@@ -13,7 +19,8 @@ use gqa2mla::runtime::{Cpu, Model};
 use gqa2mla::source::{Dtype, ModelSource, OpenOptions};
 use gqa2mla::target::fp8;
 use gqa2mla::verify::{Comparison, compare};
-use safetensors::SafeTensors;
+use models::fixture;
+
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
@@ -24,13 +31,8 @@ const STOCK: [TargetKind; 4] =
 /// What two exact models may differ by: the f32 rounding of a few hundred products each (see tests/convert.rs).
 const ROUNDING: f64 = 1.3e-4;
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
-}
-
 fn open(dir: &Path) -> (ModelSource, Architecture) {
-    let source = ModelSource::open(&dir.display().to_string(), &OpenOptions::default(), &Silent).expect("opens");
-    let arch = Architecture::from_config(&source.config).expect("is understood");
+    let (source, arch) = models::open(dir);
     check_tensors(&arch, &source.tensors).expect("config and tensors agree");
     (source, arch)
 }
@@ -42,16 +44,6 @@ fn exact(target: TargetKind) -> ConvertSettings {
 fn run(from: &Path, to: &Path, settings: &ConvertSettings) -> Result<ConversionReport, String> {
     let (source, arch) = open(from);
     convert(&source, &arch, settings, to, &|_| Vec::new(), &Silent).map_err(|e| e.to_string())
-}
-
-fn tokens(name: &str) -> Vec<Vec<u32>> {
-    let bytes = fs_err::read(fixture(name).join("golden.safetensors")).expect("golden file");
-    let golden = SafeTensors::deserialize(&bytes).expect("golden tensors");
-    let one = |n: usize| {
-        let view = golden.tensor(&format!("tokens.{n}")).expect("tokens");
-        view.data().as_chunks::<8>().0.iter().map(|w| i64::from_le_bytes(*w) as u32).collect()
-    };
-    (0..2).map(one).collect()
 }
 
 /// The window whose figures are worst.
@@ -87,7 +79,7 @@ fn exact_loses_nothing_in_any_target_that_holds_the_source() {
             match (targets.contains(&target), run(&fixture(name), &to, &exact(target))) {
                 (true, Ok(report)) => {
                     assert_eq!(report.target, target);
-                    let c = side_by_side(&fixture(name), &to, &tokens(name));
+                    let c = side_by_side(&fixture(name), &to, &golden_tokens(&fixture(name)));
                     assert!(c.max_abs_dlogit < ROUNDING, "{name} {target:?}: {c:?}");
                     assert!(c.cached_vs_full_max_abs_dlogit < ROUNDING, "{name} {target:?}: {c:?}");
                     assert_eq!(to.join("modeling_gqa2mla.py").exists(), target == TargetKind::HfRemote);
@@ -151,7 +143,7 @@ fn padding_to_kernels_changes_nothing_but_widths() {
         let g = report.geometry;
         assert_eq!((g.kv_lora_rank, g.qk_rope_head_dim, g.v_head_dim), (256, 64, 128));
         assert!(report.decisions.iter().any(|d| d.contains("padded") && d.contains("bytes")), "{:?}", report.decisions);
-        let c = side_by_side(&plain, &padded, &tokens("pico-trained"));
+        let c = side_by_side(&plain, &padded, &golden_tokens(&fixture("pico-trained")));
         assert!(c.max_abs_dlogit < ROUNDING, "{c:?}");
     }
 }
@@ -192,7 +184,7 @@ fn fp8_is_within_the_format_s_error_and_reads_back() {
     assert_eq!(source.tensors.get(name).expect("there").dtype, Dtype::F8E4M3);
     assert_eq!(source.tensors.get(&fp8::scale_name(name)).expect("there").dtype, Dtype::F32);
     // Each weight is off by at most 2^-4 of itself, 2^-5 on average: about that share of each layer's output.
-    let c = side_by_side(&wide, &narrow, &tokens("pico-trained"));
+    let c = side_by_side(&wide, &narrow, &golden_tokens(&fixture("pico-trained")));
     assert!(c.kl_nats_per_token < 0.02, "{c:?}");
     // A latent that shares a block with the rotated key would vanish.
     let error = run(&from, &dir.path().join("no"), &ConvertSettings { dtype: Some(OutputDtype::Fp8), ..aware() });
@@ -252,7 +244,7 @@ fn fp8_sources_are_read() {
     );
     let to = dir.path().join("out");
     run(&from, &to, &ConvertSettings { dtype: Some(OutputDtype::F32), ..exact(TargetKind::Auto) }).expect("converts");
-    let c = side_by_side(&from, &to, &tokens("pico-llama"));
+    let c = side_by_side(&from, &to, &golden_tokens(&fixture("pico-llama")));
     assert!(c.max_abs_dlogit < ROUNDING, "{c:?}");
 }
 
@@ -277,7 +269,7 @@ fn a_language_model_is_taken_out_of_a_multimodal_one() {
     check_tensors(&arch, &source.tensors).expect("agrees");
     let to = dir.path().join("out");
     convert(&source, &arch, &exact(TargetKind::Auto), &to, &|_| Vec::new(), &Silent).expect("converts");
-    let c = side_by_side(&fixture("pico-mistral"), &to, &tokens("pico-mistral"));
+    let c = side_by_side(&fixture("pico-mistral"), &to, &golden_tokens(&fixture("pico-mistral")));
     assert!(c.max_abs_dlogit < ROUNDING, "{c:?}");
 }
 
@@ -340,7 +332,7 @@ fn stock_targets_refuse_f16_with_the_reason() {
     }
     let to = dir.path().join("out");
     run(&fixture("pico-llama"), &to, &half(TargetKind::HfRemote)).expect("the generic class norms no latent");
-    let c = side_by_side(&fixture("pico-llama"), &to, &tokens("pico-llama"));
+    let c = side_by_side(&fixture("pico-llama"), &to, &golden_tokens(&fixture("pico-llama")));
     // Eleven bits in every weight of two layers.
     assert!(c.max_abs_dlogit < 0.05, "{c:?}");
 }

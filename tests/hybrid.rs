@@ -1,7 +1,10 @@
 //! Models some of whose layers keep the source's attention.
 
+#[path = "common/models.rs"]
+mod models;
+
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use gqa2mla::arch::Architecture;
 use gqa2mla::convert::{
@@ -10,19 +13,10 @@ use gqa2mla::convert::{
 };
 use gqa2mla::observe::{Event, Observer, Silent};
 use gqa2mla::runtime::{Cpu, Model, Resident, Session};
-use gqa2mla::source::{ModelSource, OpenOptions};
+
 use gqa2mla::verify::{Comparison, compare};
 use gqa2mla::write::{Leftover, verify_manifest};
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
-}
-
-fn open(dir: &Path) -> (ModelSource, Architecture) {
-    let source = ModelSource::open(&dir.display().to_string(), &OpenOptions::default(), &Silent).expect("opens");
-    let arch = Architecture::from_config(&source.config).expect("is understood");
-    (source, arch)
-}
+use models::{fixture, open};
 
 fn settings(method: Method, layers: MlaLayers) -> ConvertSettings {
     let calibration = CalibrationSettings { samples: 8, seq_len: 64, ..CalibrationSettings::default() };

@@ -1,8 +1,14 @@
 //! Turning and sharing out latents, judged by the reference runtime (`scripts/check_rotation.py` loads rotations in stock
 //! transformers).
 
-use std::path::{Path, PathBuf};
+#[path = "common/golden.rs"]
+mod golden;
+#[path = "common/models.rs"]
+mod models;
 
+use std::path::Path;
+
+use golden::golden_tokens;
 use gqa2mla::arch::{Architecture, check_tensors};
 use gqa2mla::convert::{CalibrationSettings, ConvertSettings, OutputDtype, TargetKind, convert};
 use gqa2mla::latent::{
@@ -11,9 +17,10 @@ use gqa2mla::latent::{
 };
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, DeviceChoice, LayerTensors, Model};
-use gqa2mla::source::{ModelSource, OpenOptions};
+use gqa2mla::source::ModelSource;
 use gqa2mla::verify::{Comparison, SharedOut, SlicedComparison, compare, compare_sliced, windows_from_text};
 use gqa2mla::write::{Leftover, verify_manifest};
+use models::fixture;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -23,13 +30,8 @@ const ROUNDING: f64 = 1.3e-4;
 const NATIVE: [&str; 5] =
     ["pico-deepseek-v3", "pico-deepseek-v3-bias", "pico-deepseek-v2", "pico-youtu", "pico-minicpm3"];
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
-}
-
 fn open(dir: &Path) -> (ModelSource, Architecture) {
-    let source = ModelSource::open(&dir.display().to_string(), &OpenOptions::default(), &Silent).expect("opens");
-    let arch = Architecture::from_config(&source.config).expect("is understood");
+    let (source, arch) = models::open(dir);
     check_tensors(&arch, &source.tensors).expect("config and tensors agree");
     (source, arch)
 }
@@ -62,16 +64,6 @@ fn shard_to(from: &Path, to: &Path, sharing: Sharing) -> Result<ShardReport, Str
         overwrite: false,
     };
     shard(&source, &arch, &settings, to, &Silent).map_err(|e| e.to_string())
-}
-
-fn golden_tokens(name: &str) -> Vec<Vec<u32>> {
-    let bytes = fs_err::read(fixture(name).join("golden.safetensors")).expect("golden file");
-    let golden = SafeTensors::deserialize(&bytes).expect("golden tensors");
-    let one = |n: usize| {
-        let view = golden.tensor(&format!("tokens.{n}")).expect("tokens");
-        view.data().as_chunks::<8>().0.iter().map(|w| i64::from_le_bytes(*w) as u32).collect()
-    };
-    (0..2).map(one).collect()
 }
 
 fn side_by_side(from: &Path, to: &Path, windows: &[Vec<u32>]) -> Comparison {
@@ -109,7 +101,7 @@ fn native_models_compute_the_same_with_turned_latents() {
         let to = dir.path().join("out");
         let report = turn(&fixture(name), &to, &settings(Transform::Hadamard, 2)).expect(name);
         assert_eq!(report.cache_values_per_rank, report.kv_lora_rank / 2 + report.qk_rope_head_dim);
-        let c = side_by_side(&fixture(name), &to, &golden_tokens(name));
+        let c = side_by_side(&fixture(name), &to, &golden_tokens(&fixture(name)));
         assert!(c.max_abs_dlogit <= ROUNDING, "{name}: {c:?}");
         // Everything that does not touch the latent is there bit for bit, and what does is not.
         let (before, after) = (tensor_bytes(&fixture(name)), tensor_bytes(&to));
@@ -156,7 +148,7 @@ fn rounding_to_bf16_is_asked_for_and_the_fold_is_repeatable() {
     let name = "pico-deepseek-v3";
     let bf16 = RotateSettings { dtype: Some(OutputDtype::Bf16), ..settings(Transform::Hadamard, 1) };
     turn(&fixture(name), &dir.path().join("bf16"), &bf16).expect("turns");
-    let c = side_by_side(&fixture(name), &dir.path().join("bf16"), &golden_tokens(name));
+    let c = side_by_side(&fixture(name), &dir.path().join("bf16"), &golden_tokens(&fixture(name)));
     assert!(c.max_abs_dlogit > ROUNDING && c.max_abs_dlogit < 0.5, "{c:?}");
     for out in ["a", "b"] {
         turn(&fixture(name), &dir.path().join(out), &settings(Transform::Hadamard, 1)).expect("turns");
@@ -207,7 +199,7 @@ fn share(name: &Path, cases: &[SharedOut], windows: &[Vec<u32>], prefill: usize,
 #[test]
 fn one_rank_is_the_whole_model_and_prompts_are_not_sliced() {
     for name in NATIVE {
-        let windows = golden_tokens(name);
+        let windows = golden_tokens(&fixture(name));
         let mut cases = Vec::new();
         for transform in [Transform::None, Transform::Hadamard] {
             for (ranks, shared_rms) in [(1, false), (1, true), (2, false), (2, true)] {
@@ -242,7 +234,7 @@ fn a_prompt_is_run_whole() {
     // slices attend to them, in the ones above too. With everything prefilled nothing differs.
     let name = "pico-deepseek-v3";
     let (source, arch) = open(&fixture(name));
-    let windows = golden_tokens(name);
+    let windows = golden_tokens(&fixture(name));
     let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
     let model = Model::new(&source, &arch, &Cpu);
     let (start, _) = model.start(&windows).expect("tokens");

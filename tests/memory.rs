@@ -4,32 +4,20 @@
 // Figures for the record, shown with --nocapture.
 #![allow(clippy::print_stdout)]
 
-#[path = "common/counting.rs"]
-mod counting;
+#[path = "common/peak.rs"]
+mod peak;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicIsize, Ordering};
+use std::sync::atomic::Ordering;
 
-use counting::Counting;
 use gqa2mla::arch::Architecture;
 use gqa2mla::convert::{CalibrationSettings, ConvertSettings, Method, convert, plan};
 use gqa2mla::observe::Silent;
 use gqa2mla::source::{ModelSource, OpenOptions};
+use peak::{HELD, PEAK};
 use serde_json::{Value, json};
-
-static HELD: AtomicIsize = AtomicIsize::new(0);
-static PEAK: AtomicIsize = AtomicIsize::new(0);
-
-/// What the process holds.
-fn count(bytes: isize) {
-    let held = HELD.fetch_add(bytes, Ordering::Relaxed) + bytes;
-    PEAK.fetch_max(held, Ordering::Relaxed);
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting(count);
 
 /// One test at a time: they share the counters.
 static ALONE: Mutex<()> = Mutex::new(());

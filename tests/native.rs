@@ -3,6 +3,9 @@
 
 #![recursion_limit = "256"]
 
+#[path = "common/models.rs"]
+mod models;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -10,20 +13,11 @@ use gqa2mla::arch::{Architecture, check_tensors};
 use gqa2mla::observe::Silent;
 use gqa2mla::report::engines::{Facts, Loads, judge};
 use gqa2mla::runtime::{Cpu, Model};
-use gqa2mla::source::{ModelSource, OpenOptions};
+
 use insta::assert_snapshot;
+use models::{fixture, open};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
-}
-
-fn open(dir: &Path) -> (ModelSource, Architecture) {
-    let source = ModelSource::open(&dir.display().to_string(), &OpenOptions::default(), &Silent).expect("opens");
-    let arch = Architecture::from_config(&source.config).expect("is understood");
-    (source, arch)
-}
 
 fn run(within: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(assert_cmd::cargo::cargo_bin!("gqa2mla"));

@@ -3,29 +3,18 @@
 // Figures for the record, shown with --nocapture.
 #![allow(clippy::print_stdout)]
 
-#[path = "common/counting.rs"]
-mod counting;
+#[path = "common/peak.rs"]
+mod peak;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicIsize, Ordering};
+use std::sync::atomic::Ordering;
 
-use counting::Counting;
 use gqa2mla::arch::{Architecture, check_tensors};
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, Model};
 use gqa2mla::source::{ModelSource, OpenOptions};
+use peak::{HELD, PEAK};
 use serde_json::{Value, json};
-
-static HELD: AtomicIsize = AtomicIsize::new(0);
-static PEAK: AtomicIsize = AtomicIsize::new(0);
-
-fn count(bytes: isize) {
-    let held = HELD.fetch_add(bytes, Ordering::Relaxed) + bytes;
-    PEAK.fetch_max(held, Ordering::Relaxed);
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting(count);
 
 /// A DeepSeek-V3 of zeros in one sparse file: its weights take no room on the disk.
 fn checkpoint(dir: &Path, experts: usize, layers: usize) {

@@ -3,9 +3,12 @@
 #[path = "common/random.rs"]
 mod random;
 
-use std::path::{Path, PathBuf};
+#[path = "common/models.rs"]
+mod models;
 
-use gqa2mla::arch::{Architecture, AttentionSource, load_attention_source};
+use std::path::Path;
+
+use gqa2mla::arch::{AttentionSource, load_attention_source};
 use gqa2mla::calibrate::{LatentAttention, output_projection};
 use gqa2mla::convert::{
     Budget, CalibrationSettings, ConversionReport, ConvertError, ConvertSettings, Method, OutputDtype, TargetKind,
@@ -18,21 +21,12 @@ use gqa2mla::methods::partial_rope::{PartialRope, Slot};
 use gqa2mla::methods::x_ecomla::{self, Ranks};
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, Model};
-use gqa2mla::source::{ModelSource, OpenOptions};
+
 use gqa2mla::verify::{Comparison, compare, windows_from_text};
+use models::{fixture, open};
 use ndarray::{Array1, Array2, Axis, concatenate, s};
 use random::split_mix;
 use serde_json::Value;
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
-}
-
-fn open(dir: &Path) -> (ModelSource, Architecture) {
-    let source = ModelSource::open(&dir.display().to_string(), &OpenOptions::default(), &Silent).expect("opens");
-    let arch = Architecture::from_config(&source.config).expect("is understood");
-    (source, arch)
-}
 
 fn settings(method: Method) -> ConvertSettings {
     let calibration = CalibrationSettings { samples: 4, seq_len: 128, ..CalibrationSettings::default() };

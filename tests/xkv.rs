@@ -3,30 +3,22 @@
 // Figures for the record, shown with --nocapture.
 #![allow(clippy::print_stdout)]
 
-#[path = "common/counting.rs"]
-mod counting;
+#[path = "common/models.rs"]
+mod models;
+#[path = "common/peak.rs"]
+mod peak;
 
-use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicIsize, Ordering};
+use std::sync::atomic::Ordering;
 
-use counting::Counting;
 use gqa2mla::arch::Architecture;
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, Model, Resident, RuntimeError, Session, SessionSize, XkvError, XkvSession, XkvSettings};
-use gqa2mla::source::{ModelSource, OpenOptions};
+use gqa2mla::source::ModelSource;
 use gqa2mla::verify::{VerifyError, xkv_perplexity};
+use peak::HELD;
 use serde_json::Value;
-
-static HELD: AtomicIsize = AtomicIsize::new(0);
-
-fn count(bytes: isize) {
-    HELD.fetch_add(bytes, Ordering::Relaxed);
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting(count);
 
 /// One test at a time: they share the counter.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -56,10 +48,7 @@ const MODELS: [&str; 17] = [
 
 fn fixture(name: &str) -> (ModelSource, Architecture) {
     let name = name.strip_prefix("fixtures/").unwrap_or(name);
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name);
-    let source = ModelSource::open(&folder.display().to_string(), &OpenOptions::default(), &Silent).expect("opens");
-    let arch = Architecture::from_config(&source.config).expect("is understood");
-    (source, arch)
+    models::open(&models::fixture(name))
 }
 
 fn tokens(count: usize, vocab: usize) -> Vec<u32> {

@@ -71,31 +71,61 @@ pub(super) fn convert_on_trial(
     pass: &SourcePass,
     windows: &[usize],
 ) -> Result<f64, ConvertError> {
-    let (attention, named) = (&layer.attention, ConvertError::layer(index));
+    let attention = &layer.attention;
     let made = match job.settings.method {
         Method::AttentionAware => {
-            let inputs = Inputs {
-                index,
-                source: attention,
-                pass,
-                x: &pass.x,
-                windows,
-                slots: &found.slots,
-                rank: job.spec.geometry.kv_lora_rank,
-                steps: super::Steps { output_refit: false, ..job.settings.steps },
-                bias: job.spec.bias,
-                refine: RefineSettings { steps: 0, ..RefineSettings::default() },
-            };
-            return Ok(convert_layer(&inputs)?.report.predicted_error);
+            return aware_on_trial(job, (index, layer, pass, windows), &found.slots, job.spec.geometry.kv_lora_rank);
         }
-        Method::XEcomla | Method::Mha2mla => weights::convert(job, found, index, attention).map_err(named)?.layer,
+        Method::XEcomla | Method::Mha2mla => {
+            weights::convert(job, found, index, attention).map_err(ConvertError::layer(index))?.layer
+        }
         Method::Exact | Method::Transmla | Method::Care => {
-            let mut moments = Moments::new(job.arch.hidden);
-            moments.add(pass.x.view());
-            published_layer(job, found.fold, attention, &moments).map_err(named)?.layer
+            return published_on_trial(job, (index, layer, pass, windows), &[found.fold]).map(|e| e[0]);
         }
     };
     Ok(output_error(&made, attention.score_softcap, pass.x.view(), windows, &pass.output))
+}
+
+/// A layer of the source on the survey's windows: its index, itself, its attention, tokens per window.
+type Trial<'a> = (usize, &'a SourceLayer<'a>, &'a SourcePass, &'a [usize]);
+
+/// Error of `attention-aware` at one choice of slots and latent width. Without the output refit: on few tokens it would fit
+/// noise.
+fn aware_on_trial(
+    job: &Job<'_>,
+    (index, layer, pass, windows): Trial<'_>,
+    slots: &[usize],
+    rank: usize,
+) -> Result<f64, ConvertError> {
+    let inputs = Inputs {
+        index,
+        source: &layer.attention,
+        pass,
+        x: &pass.x,
+        windows,
+        slots,
+        rank,
+        steps: super::Steps { output_refit: false, ..job.settings.steps },
+        bias: job.spec.bias,
+        refine: RefineSettings { steps: 0, ..RefineSettings::default() },
+    };
+    Ok(convert_layer(&inputs)?.report.predicted_error)
+}
+
+/// Errors of TransMLA or CARE at several FreqFolds.
+fn published_on_trial(
+    job: &Job<'_>,
+    (index, layer, pass, windows): Trial<'_>,
+    folds: &[usize],
+) -> Result<Vec<f64>, ConvertError> {
+    let mut moments = Moments::new(job.arch.hidden);
+    moments.add(pass.x.view());
+    let cap = layer.attention.score_softcap;
+    let error = |fold: &usize| {
+        let made = published_layer(job, *fold, &layer.attention, &moments).map_err(ConvertError::layer(index))?;
+        Ok(output_error(&made.layer, cap, pass.x.view(), windows, &pass.output))
+    };
+    folds.iter().map(error).collect()
 }
 
 /// Layers that are converted on trial.
@@ -155,19 +185,8 @@ fn survey_fold(
         if !trial.contains(&index) {
             return Ok(());
         }
-        let mut moments = Moments::new(job.arch.hidden);
-        moments.add(pass.x.view());
-        for (error, &fold) in errors.iter_mut().zip(&candidates) {
-            let converted =
-                published_layer(job, fold, &layer.attention, &moments).map_err(ConvertError::layer(index))?;
-            *error += output_error(
-                &converted.layer,
-                layer.attention.score_softcap,
-                pass.x.view(),
-                &stream.windows,
-                &pass.output,
-            ) / trial.len() as f64;
-        }
+        let found = published_on_trial(job, (index, layer, pass, &stream.windows), &candidates)?;
+        errors.iter_mut().zip(found).for_each(|(error, e)| *error += e / trial.len() as f64);
         Ok(())
     })?;
     let best = least(&errors);
@@ -263,27 +282,13 @@ fn survey_slots(
     }
     let trial = trial_layers(job.arch.layers);
     let mut errors = vec![0.0; candidates.len()];
-    let bias = job.spec.bias;
     walk(job, backend, windows, observer, true, |index, layer, pass, stream| {
         if !trial.contains(&index) {
             return Ok(());
         }
         for (error, (_, rank, slots)) in errors.iter_mut().zip(&candidates) {
-            // Without the output refit: on few tokens it would fit noise.
-            let steps = super::Steps { output_refit: false, ..steps };
-            let inputs = Inputs {
-                index,
-                source: &layer.attention,
-                pass,
-                x: &pass.x,
-                windows: &stream.windows,
-                slots,
-                rank: *rank,
-                steps,
-                bias,
-                refine: RefineSettings { steps: 0, ..RefineSettings::default() },
-            };
-            *error += convert_layer(&inputs)?.report.predicted_error / trial.len() as f64;
+            let of_trial = aware_on_trial(job, (index, layer, pass, &stream.windows), slots, *rank)?;
+            *error += of_trial / trial.len() as f64;
         }
         Ok(())
     })?;

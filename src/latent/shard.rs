@@ -203,20 +203,9 @@ pub fn shard(
     let mut writer = StagedWriter::new(staging, plan);
     observer.event(Event::Phase { name: "shard", steps: Some(sharing.ranks as u64) });
     for (t, (_, pieces)) in files.iter().enumerate() {
-        let mut current: Option<(usize, RankTensors)> = None;
+        let mut own = OfRank { source, arch, shape, sharing: &sharing, moments: moments.as_deref(), t, at: None };
         for piece in pieces {
-            write_piece(source, piece, &mut writer, |layer| {
-                if current.as_ref().is_none_or(|(at, _)| *at != layer) {
-                    let weights = LatentWeights::load(source, arch, layer)?;
-                    let own: Option<&LatentMoments> = moments.as_ref().map(|m| &m[layer]);
-                    let mut all = weights.ranks(shape, &sharing, own);
-                    current = Some((layer, all.swap_remove(t)));
-                }
-                current
-                    .as_ref()
-                    .map(|c| c.1.clone())
-                    .ok_or_else(|| refused("no such rank", "is the checkpoint intact?"))
-            })?;
+            write_piece(piece, &mut own, &mut writer)?;
             observer.event(Event::Written { tensor: piece.planned.name.clone() });
         }
         observer.event(Event::Step { done: t as u64 + 1, tokens: 0 });
@@ -398,13 +387,34 @@ fn pieces(
     out
 }
 
-fn write_piece(
-    source: &ModelSource,
-    piece: &Piece,
-    writer: &mut StagedWriter,
-    mut ranks: impl FnMut(usize) -> Result<RankTensors, ConvertError>,
-) -> Result<(), ConvertError> {
-    let Piece { planned, cut } = piece;
+/// What one rank holds of the layer at work.
+struct OfRank<'a> {
+    source: &'a ModelSource,
+    arch: &'a Architecture,
+    shape: &'a MlaShape,
+    sharing: &'a Sharing,
+    /// By layer.
+    moments: Option<&'a [LatentMoments]>,
+    /// The rank.
+    t: usize,
+    at: Option<(usize, RankTensors)>,
+}
+
+impl OfRank<'_> {
+    fn layer(&mut self, layer: usize) -> Result<&RankTensors, ConvertError> {
+        let tensors = match self.at.take() {
+            Some((at, tensors)) if at == layer => tensors,
+            _ => {
+                let weights = LatentWeights::load(self.source, self.arch, layer)?;
+                weights.of_rank(self.shape, self.sharing, self.moments.map(|m| &m[layer]), self.t)
+            }
+        };
+        Ok(&self.at.insert((layer, tensors)).1)
+    }
+}
+
+fn write_piece(piece: &Piece, own: &mut OfRank<'_>, writer: &mut StagedWriter) -> Result<(), ConvertError> {
+    let (Piece { planned, cut }, source) = (piece, own.source);
     let name = &planned.name;
     match cut {
         Cut::Whole => copy(source, name, writer),
@@ -429,11 +439,11 @@ fn write_piece(
             Ok(writer.write_tensor(name, &bytes)?)
         }
         Cut::Gain(layer) => {
-            let values: Vec<f64> = ranks(*layer)?.gain.iter().map(|g| f64::from(*g)).collect();
+            let values: Vec<f64> = own.layer(*layer)?.gain.iter().map(|g| f64::from(*g)).collect();
             put(writer, planned, &values)
         }
         Cut::KvB(layer) => {
-            let values: Vec<f64> = ranks(*layer)?.kv_b.iter().map(|v| f64::from(*v)).collect();
+            let values: Vec<f64> = own.layer(*layer)?.kv_b.iter().map(|v| f64::from(*v)).collect();
             put(writer, planned, &values)
         }
     }

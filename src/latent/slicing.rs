@@ -88,33 +88,43 @@ impl LatentWeights {
     /// # Panics
     /// If the ranks do not divide the latent.
     pub fn ranks(&self, shape: &MlaShape, sharing: &Sharing, moments: Option<&LatentMoments>) -> Vec<RankTensors> {
+        (0..sharing.ranks).map(|t| self.of_rank(shape, sharing, moments, t)).collect()
+    }
+
+    /// What rank `t` of [`LatentWeights::ranks`] holds.
+    ///
+    /// # Panics
+    /// As there, and if there is no such rank.
+    pub fn of_rank(
+        &self,
+        shape: &MlaShape,
+        sharing: &Sharing,
+        moments: Option<&LatentMoments>,
+        t: usize,
+    ) -> RankTensors {
         let r = self.rank();
         assert!(sharing.ranks > 0 && r.is_multiple_of(sharing.ranks), "ranks divide the latent");
-        let gain = self.gain.clone().unwrap_or_else(|| Array1::ones(r));
-        let corrections = match moments {
-            Some(moments) if !sharing.shared_rms && self.gain.is_some() => rms_corrections(moments, sharing.ranks),
-            _ => vec![1.0; sharing.ranks],
+        assert!(t < sharing.ranks, "rank {t} of {}", sharing.ranks);
+        let correction = match moments {
+            Some(moments) if !sharing.shared_rms && self.gain.is_some() => rms_corrections(moments, sharing.ranks)[t],
+            _ => 1.0,
         };
-        let head = shape.qk_nope_head_dim + shape.v_head_dim;
-        let mut out = Vec::with_capacity(sharing.ranks);
-        for (t, correction) in corrections.iter().enumerate() {
-            let columns = sharing.columns(r, t);
-            let mut kv_b = self.kv_b.slice(s![.., columns.clone()]).to_owned();
-            if sharing.logit_scale != 1.0 {
-                for (_, mut row) in
-                    kv_b.rows_mut().into_iter().enumerate().filter(|(i, _)| i % head < shape.qk_nope_head_dim)
-                {
-                    row *= sharing.logit_scale;
-                }
+        let columns = sharing.columns(r, t);
+        let mut kv_b = self.kv_b.slice(s![.., columns.clone()]).to_owned();
+        if sharing.logit_scale != 1.0 {
+            let head = shape.qk_nope_head_dim + shape.v_head_dim;
+            for (_, mut row) in
+                kv_b.rows_mut().into_iter().enumerate().filter(|(i, _)| i % head < shape.qk_nope_head_dim)
+            {
+                row *= sharing.logit_scale;
             }
-            let own = gain.slice(s![columns.clone()]).iter().map(|g| (g * correction) as f32).collect();
-            out.push(RankTensors {
-                columns,
-                gain: if self.gain.is_some() { own } else { Vec::new() },
-                kv_b: kv_b.mapv(|x| x as f32),
-            });
         }
-        out
+        let own = |gain: &Array1<f64>| gain.slice(s![columns.clone()]).mapv(|g| (g * correction) as f32).to_vec();
+        RankTensors {
+            gain: self.gain.as_ref().map(own).unwrap_or_default(),
+            kv_b: kv_b.mapv(|x| x as f32),
+            columns: columns.clone(),
+        }
     }
 }
 

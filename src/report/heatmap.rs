@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::svg::escape;
+use super::svg::{begin, escape};
 
 /// A square matrix of values from 0 to 1, drawn as colours.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,7 +26,6 @@ const SCALE_WIDTH: f64 = 18.0;
 const SCALE_STEPS: usize = 48;
 const WIDTH: f64 = SCALE_AT + SCALE_WIDTH + 72.0;
 const HEIGHT: f64 = TOP + SIDE + BOTTOM;
-const INK: &str = "#333";
 /// Labels along an axis, at most.
 const LABELS: usize = 16;
 /// From pale to dark, of even steps in lightness, so that order survives grey print and colour vision deficiencies.
@@ -52,18 +51,7 @@ impl HeatMap {
     }
 
     fn draw(&self, out: &mut String) -> std::fmt::Result {
-        writeln!(
-            out,
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" width=\"{WIDTH}\" \
-             height=\"{HEIGHT}\" font-family=\"system-ui, sans-serif\" font-size=\"12\" fill=\"{INK}\">"
-        )?;
-        writeln!(out, "<title>{}</title>", escape(&self.title))?;
-        writeln!(out, "<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>")?;
-        writeln!(
-            out,
-            "<text x=\"{LEFT}\" y=\"28\" font-size=\"15\" font-weight=\"600\">{}</text>",
-            escape(&self.title)
-        )?;
+        begin(out, (WIDTH, HEIGHT), LEFT, &self.title)?;
         let n = self.values.len().max(1);
         let cell = SIDE / n as f64;
         for (i, row) in self.values.iter().enumerate() {

@@ -135,18 +135,7 @@ impl Plot {
     }
 
     fn draw(&self, out: &mut String, x: &Axis, y: &Axis, level: Option<f64>) -> std::fmt::Result {
-        writeln!(
-            out,
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" width=\"{WIDTH}\" \
-             height=\"{HEIGHT}\" font-family=\"system-ui, sans-serif\" font-size=\"12\" fill=\"{INK}\">"
-        )?;
-        writeln!(out, "<title>{}</title>", escape(&self.title))?;
-        writeln!(out, "<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>")?;
-        writeln!(
-            out,
-            "<text x=\"{LEFT}\" y=\"28\" font-size=\"15\" font-weight=\"600\">{}</text>",
-            escape(&self.title)
-        )?;
+        begin(out, (WIDTH, HEIGHT), LEFT, &self.title)?;
         self.draw_axes(out, x, y)?;
         if let Some(value) = level {
             let at = y.place(value);
@@ -245,6 +234,19 @@ impl Plot {
 
 fn finite(p: (f64, f64)) -> bool {
     p.0.is_finite() && p.1.is_finite()
+}
+
+/// What every picture begins with: its size, a white ground, and the title above, from `left`.
+pub(super) fn begin(out: &mut String, (width, height): (f64, f64), left: f64, title: &str) -> std::fmt::Result {
+    let title = escape(title);
+    writeln!(
+        out,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
+         height=\"{height}\" font-family=\"system-ui, sans-serif\" font-size=\"12\" fill=\"{INK}\">"
+    )?;
+    writeln!(out, "<title>{title}</title>")?;
+    writeln!(out, "<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>")?;
+    writeln!(out, "<text x=\"{left}\" y=\"28\" font-size=\"15\" font-weight=\"600\">{title}</text>")
 }
 
 /// Text safe inside XML; characters XML 1.0 forbids become U+FFFD.

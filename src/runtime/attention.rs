@@ -1,77 +1,19 @@
 //! The two attention variants on a backend: projections, cores and caches.
 
 mod compressed;
+mod projection;
 mod raw;
 mod sliced;
 
 pub(super) use compressed::{CompressedPrompt, Factored};
+use projection::check;
+pub(super) use projection::{Projection, vector, vector_of};
 pub use raw::RawKv;
-
-use ndarray::Array2;
-
 pub use sliced::{RankTensors, Ranks};
 
-use super::tensors::{AttentionTensors, GqaTensors, LayerExtras, Linear, MlaTensors, QueryTensors};
+use super::tensors::{AttentionTensors, GqaTensors, LayerExtras, MlaTensors, QueryTensors};
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
 use crate::arch::{Architecture, Attention, GqaShape, MlaShape, QkNormScope};
-
-/// A linear layer on a backend.
-pub(super) struct Projection<T> {
-    weight: T,
-    bias: Option<T>,
-}
-
-impl<T> Projection<T> {
-    /// Check the shape and move the weights over.
-    pub(super) fn new<B: Backend<Tensor = T>>(
-        backend: &B,
-        role: &'static str,
-        linear: Linear,
-        out: usize,
-        inner: usize,
-    ) -> Result<Self, RuntimeError> {
-        check(role, &[out, inner], linear.weight.shape())?;
-        let bias = match linear.bias {
-            Some(bias) => Some(vector(backend, role, bias, out)?),
-            None => None,
-        };
-        Ok(Self { weight: backend.upload_weight(linear.weight), bias })
-    }
-
-    pub(super) fn apply<B: Backend<Tensor = T>>(&self, backend: &B, x: &T) -> T {
-        backend.linear(x, &self.weight, self.bias.as_ref())
-    }
-}
-
-fn check(role: &'static str, expected: &[usize], found: &[usize]) -> Result<(), RuntimeError> {
-    if expected == found {
-        return Ok(());
-    }
-    Err(RuntimeError::Shape { role, expected: expected.to_vec(), found: found.to_vec() })
-}
-
-/// A vector of a known length.
-pub(super) fn vector_of(role: &'static str, values: Vec<f32>, len: usize) -> Result<Vec<f32>, RuntimeError> {
-    check(role, &[len], &[values.len()])?;
-    Ok(values)
-}
-
-/// A vector on a backend, `[1, len]`.
-pub(super) fn vector<B: Backend>(
-    backend: &B,
-    role: &'static str,
-    values: Vec<f32>,
-    len: usize,
-) -> Result<B::Tensor, RuntimeError> {
-    check(role, &[len], &[values.len()])?;
-    let found = values.len();
-    let row = Array2::from_shape_vec((1, len), values);
-    row.map(|row| backend.upload(row)).map_err(|_| RuntimeError::Shape {
-        role,
-        expected: vec![len],
-        found: vec![found],
-    })
-}
 
 /// Queries, keys and values of every head, rotated.
 pub(super) struct Expanded<T> {

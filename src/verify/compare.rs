@@ -4,6 +4,7 @@ use ndarray::{Array2, ArrayView2, s};
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::error::same_vocabulary;
 use super::perplexity::{BLOCK, Evaluation};
 use super::rows::{RowPair, next_tokens};
 use super::{Thresholds, Verdict, VerifyError};
@@ -53,10 +54,7 @@ pub fn compare<S: Backend, C: Backend>(
     windows: &[Vec<u32>],
     observer: &dyn Observer,
 ) -> Result<Comparison, VerifyError> {
-    let (source_vocab, converted_vocab) = (source.architecture().vocab, converted.architecture().vocab);
-    if source_vocab != converted_vocab {
-        return Err(VerifyError::Vocabulary { source_vocab, converted_vocab });
-    }
+    same_vocabulary(source.architecture(), converted.architecture())?;
     let next = next_tokens(windows);
     let predicted = next.iter().flatten().count();
     if predicted == 0 {

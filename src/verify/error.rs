@@ -1,5 +1,7 @@
 //! What can stop a comparison.
 
+use crate::arch::Architecture;
+
 /// Errors of verification. A threshold that is not met is not an error but a [`super::Verdict`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -52,4 +54,13 @@ pub enum VerifyError {
     /// Principal directions without calibration.
     #[error("principal directions need the latents' moments on calibration text\n\nhint: give some with `--calib`")]
     NoMoments,
+}
+
+/// Whether logits of the two can be compared at all.
+pub(super) fn same_vocabulary(source: &Architecture, converted: &Architecture) -> Result<(), VerifyError> {
+    let (source_vocab, converted_vocab) = (source.vocab, converted.vocab);
+    if source_vocab != converted_vocab {
+        return Err(VerifyError::Vocabulary { source_vocab, converted_vocab });
+    }
+    Ok(())
 }

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::compare::{Sums, max_abs_dlogit};
+use super::error::same_vocabulary;
 use super::perplexity::{BLOCK, Evaluation};
 use super::rows::{RowPair, next_tokens};
 use super::{Comparison, VerifyError};
@@ -79,10 +80,7 @@ pub fn compare_sliced<S: Backend, C: Backend>(
     observer: &dyn Observer,
 ) -> Result<SlicedComparison, VerifyError> {
     let (model, files) = converted;
-    let (source_vocab, converted_vocab) = (source.architecture().vocab, model.architecture().vocab);
-    if source_vocab != converted_vocab {
-        return Err(VerifyError::Vocabulary { source_vocab, converted_vocab });
-    }
+    same_vocabulary(source.architecture(), model.architecture())?;
     // A decoded token is one that is fed behind the prompt: its row predicts the next.
     let position = |w: &Vec<u32>| (0..w.len()).map(|i| i >= prefill).collect::<Vec<_>>();
     let decoded: Vec<usize> = windows.iter().flat_map(position).enumerate().filter(|p| p.1).map(|p| p.0).collect();

@@ -1,0 +1,19 @@
+//! The models of `fixtures/`, and opening any.
+
+use std::path::{Path, PathBuf};
+
+use gqa2mla::arch::Architecture;
+use gqa2mla::observe::Silent;
+use gqa2mla::source::{ModelSource, OpenOptions};
+
+/// Folder of a fixture.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+}
+
+/// A model and what its config says.
+pub fn open(dir: &Path) -> (ModelSource, Architecture) {
+    let source = ModelSource::open(&dir.display().to_string(), &OpenOptions::default(), &Silent).expect("opens");
+    let arch = Architecture::from_config(&source.config).expect("is understood");
+    (source, arch)
+}
