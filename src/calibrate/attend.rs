@@ -1,10 +1,11 @@
 //! Attention as calibration needs it: outputs, pooled inputs and distances, from the runtime's own probabilities.
 
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayView2, Axis, s};
+use rayon::prelude::*;
 
 use super::DistanceProfile;
 use crate::factor::linalg::matmul_f32_sequential;
-use crate::runtime::{Qkv, Span};
+use crate::runtime::Qkv;
 
 /// Head outputs `[T, H d_V]` before the output projection and, if asked, how far back each head looks.
 pub fn attend(qkv: &Qkv, windows: &[usize], profile: bool) -> (Array2<f32>, Option<DistanceProfile>) {
@@ -36,17 +37,25 @@ pub fn attend(qkv: &Qkv, windows: &[usize], profile: bool) -> (Array2<f32>, Opti
 /// Parts `[length, width]` of every (window, head), heads of a window one after the other as
 /// [`Qkv::fold_probabilities`] gives them, as `[T, heads * width]`.
 pub(super) fn side_by_side<'a>(
-    parts: impl Iterator<Item = &'a Array2<f32>>,
+    parts: impl IntoIterator<Item = &'a Array2<f32>>,
     windows: &[usize],
     heads: usize,
     width: usize,
 ) -> Array2<f32> {
+    let parts: Vec<&Array2<f32>> = parts.into_iter().collect();
     let mut out = Array2::zeros((windows.iter().sum(), heads * width));
-    let places =
-        Span::of_windows(windows).into_iter().flat_map(|span| (0..heads).map(move |h| (span.queries.clone(), h)));
-    for (part, (rows, head)) in parts.zip(places) {
-        out.slice_mut(s![rows, head * width..(head + 1) * width]).assign(part);
+    let mut places = Vec::with_capacity(windows.len());
+    let mut rest = out.view_mut();
+    for (of_window, &length) in parts.chunks(heads.max(1)).zip(windows) {
+        let (rows, tail) = rest.split_at(Axis(0), length);
+        places.push((rows, of_window));
+        rest = tail;
     }
+    places.into_par_iter().for_each(|(mut rows, of_window)| {
+        for (head, part) in of_window.iter().enumerate() {
+            rows.slice_mut(s![.., head * width..(head + 1) * width]).assign(part);
+        }
+    });
     out
 }
 

@@ -1,10 +1,14 @@
 //! A converted layer's attention on calibration tokens, before it is written: pooled latents, head by head.
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
+use rayon::prelude::*;
 
 use super::pool;
 use crate::factor::linalg::matmul_f32;
 use crate::methods::MlaLayer;
+
+/// Rows per task of sums over tokens.
+const ROWS: usize = 512;
 
 /// Latents, queries and rotated keys of one converted layer for some windows of tokens.
 pub struct LatentAttention<'a> {
@@ -98,20 +102,28 @@ pub fn output_projection(mla: &MlaLayer, heads: &Array2<f32>) -> Array2<f32> {
 /// `E |a - b|^2 / E |b - mean b|^2`, in f64, for activations `[T, D]`.
 pub fn relative_error(a: &Array2<f32>, b: &Array2<f32>) -> f64 {
     let n = b.nrows().max(1) as f64;
-    let mean = b.fold_axis(Axis(0), 0.0_f64, |s, v| s + f64::from(*v)) / n;
+    // Blocks are summed side by side and added up in order: the sums do not depend on the number of threads.
+    let sums: Vec<Array1<f64>> = b
+        .axis_chunks_iter(Axis(0), ROWS)
+        .into_par_iter()
+        .map(|b| b.fold_axis(Axis(0), 0.0_f64, |s, v| s + f64::from(*v)))
+        .collect();
+    let mean = sums.iter().fold(Array1::<f64>::zeros(b.ncols()), |mean, sum| mean + sum) / n;
     let energy = |rows: ArrayView1<'_, f32>, other: ArrayView1<'_, f32>| -> (f64, f64) {
         let mut out = (0.0, 0.0);
-        for (i, (x, y)) in rows.iter().zip(other).enumerate() {
+        for ((x, y), mean) in rows.iter().zip(other).zip(&mean) {
             out.0 += f64::from(x - y).powi(2);
-            out.1 += (f64::from(*y) - mean[i]).powi(2);
+            out.1 += (f64::from(*y) - mean).powi(2);
         }
         out
     };
-    let (mut error, mut total) = (0.0, 0.0);
-    for (x, y) in a.rows().into_iter().zip(b.rows()) {
-        let (e, t) = energy(x, y);
-        error += e;
-        total += t;
-    }
+    let blocks = a.axis_chunks_iter(Axis(0), ROWS).into_par_iter().zip(b.axis_chunks_iter(Axis(0), ROWS));
+    let parts: Vec<(f64, f64)> = blocks
+        .map(|(a, b)| {
+            let rows = a.rows().into_iter().zip(b.rows());
+            rows.map(|(x, y)| energy(x, y)).fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
+        })
+        .collect();
+    let (error, total) = parts.iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
     if total > 0.0 { error / total } else { 0.0 }
 }

@@ -3,9 +3,11 @@
 //! Everything a method calibrates on is linear in the layer's normed input `x`, so one Gram matrix of `x^ = [x; 1]` holds
 //! it all: `E[y z^T] = W^_y E[x^ x^T] W^_z^T` (algorithms.md 0.5).
 
+use faer::Accum;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use rayon::prelude::*;
 
-use crate::factor::linalg::{matmul, matmul_f32_into, symmetrise};
+use crate::factor::linalg::{gemm, matmul, matmul_f32_into, symmetrise};
 
 /// Rows per f32 product: each product's rounding stays that of a few hundred additions, sums run on in f64.
 const BLOCK: usize = 512;
@@ -17,6 +19,43 @@ pub(crate) fn add_products(mut sum: ArrayViewMut2<'_, f64>, a: ArrayView2<'_, f3
     for (a, b) in a.axis_chunks_iter(Axis(0), BLOCK).zip(b.axis_chunks_iter(Axis(0), BLOCK)) {
         matmul_f32_into(&mut product, a.reversed_axes(), b);
         ndarray::Zip::from(&mut sum).and(&product).par_for_each(|s, &p| *s += f64::from(p));
+    }
+}
+
+/// Columns per block of a Gram matrix of `width` columns: some blocks for every thread, each wide enough for a product to run
+/// at full speed.
+fn gram_block(width: usize) -> usize {
+    const STEP: usize = 96;
+    (width.div_ceil(6).div_ceil(STEP) * STEP).clamp(STEP, 8 * STEP)
+}
+
+/// `sum += a^T a` for tokens in rows, `a` `[T, A]`, `sum` `[A, A]`: as [`add_products`], but only the blocks on and above the
+/// diagonal are multiplied out.
+pub(crate) fn add_gram(mut sum: ArrayViewMut2<'_, f64>, a: ArrayView2<'_, f32>) {
+    let width = a.ncols();
+    let block = gram_block(width);
+    let range = |i: usize| i * block..((i + 1) * block).min(width);
+    let count = width.div_ceil(block);
+    let pairs: Vec<(usize, usize)> = (0..count).flat_map(|i| (i..count).map(move |j| (i, j))).collect();
+    let of_pair = |&(i, j): &(usize, usize)| {
+        let (rows, columns) = (range(i), range(j));
+        let mut out = Array2::<f64>::zeros((rows.len(), columns.len()));
+        let mut product = Array2::<f32>::zeros(out.raw_dim());
+        for a in a.axis_chunks_iter(Axis(0), BLOCK) {
+            let (left, right) = (a.slice(s![.., rows.clone()]), a.slice(s![.., columns.clone()]));
+            gemm(product.view_mut(), Accum::Replace, left.reversed_axes(), right, 1.0);
+            ndarray::Zip::from(&mut out).and(&product).for_each(|s, &p| *s += f64::from(p));
+        }
+        out
+    };
+    let parts: Vec<Array2<f64>> = pairs.par_iter().map(of_pair).collect();
+    for ((i, j), part) in pairs.into_iter().zip(parts) {
+        let mut upper = sum.slice_mut(s![range(i), range(j)]);
+        upper += &part;
+        if i != j {
+            let mut lower = sum.slice_mut(s![range(j), range(i)]);
+            lower += &part.t();
+        }
     }
 }
 
@@ -36,7 +75,7 @@ impl Moments {
     /// Add tokens, one per row of `x` `[T, D]`. Products in f32, sums in f64, in row order whatever the thread count.
     pub fn add(&mut self, x: ArrayView2<'_, f32>) {
         let hidden = x.ncols();
-        add_products(self.sum.slice_mut(s![..hidden, ..hidden]), x, x);
+        add_gram(self.sum.slice_mut(s![..hidden, ..hidden]), x);
         for block in x.axis_chunks_iter(Axis(0), BLOCK) {
             let mut mean = Array1::<f64>::zeros(hidden);
             for row in block.rows() {
@@ -110,7 +149,6 @@ impl Moments {
 pub struct PooledMoments {
     gram: Array2<f64>,
     cross: Array2<f64>,
-    target: f64,
     tokens: usize,
 }
 
@@ -120,7 +158,6 @@ impl PooledMoments {
         Self {
             gram: Array2::zeros((features + 1, features + 1)),
             cross: Array2::zeros((targets, features + 1)),
-            target: 0.0,
             tokens: 0,
         }
     }
@@ -128,7 +165,7 @@ impl PooledMoments {
     /// Add tokens: features `[T, F]`, targets `[T, Y]`.
     pub fn add(&mut self, features: ArrayView2<'_, f32>, targets: ArrayView2<'_, f32>) {
         let (f, rows) = (features.ncols(), features.nrows());
-        add_products(self.gram.slice_mut(s![..f, ..f]), features, features);
+        add_gram(self.gram.slice_mut(s![..f, ..f]), features);
         add_products(self.cross.slice_mut(s![.., ..f]), targets, features);
         for start in (0..rows).step_by(BLOCK) {
             let range = start..(start + BLOCK).min(rows);
@@ -142,7 +179,6 @@ impl PooledMoments {
             let sum = y.fold_axis(Axis(0), 0.0_f64, |a, &b| a + f64::from(b));
             let mut last = self.cross.slice_mut(s![.., f]);
             last += &sum;
-            self.target += y.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
         }
         self.tokens += rows;
     }
@@ -155,11 +191,6 @@ impl PooledMoments {
     /// `E[y [f; 1]^T]`.
     pub fn cross(&self) -> Array2<f64> {
         &self.cross / self.tokens.max(1) as f64
-    }
-
-    /// `E |y|^2`.
-    pub fn target_energy(&self) -> f64 {
-        self.target / self.tokens.max(1) as f64
     }
 
     /// Tokens seen.

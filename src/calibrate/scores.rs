@@ -15,7 +15,8 @@
 use std::ops::Range;
 
 use faer::Accum;
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+use rayon::prelude::*;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::attend::side_by_side;
@@ -85,69 +86,75 @@ impl<'a> ScoreTarget<'a> {
         self.by_head(parts.into_iter())
     }
 
-    /// What `J` sees of keys `k` `[T, H w]`, per head: `sum_m sum_n w_mn (k_n - kbar_m)(k_n - kbar_m)^T`, `[w, w]`, with
-    /// `kbar_m = sum_n w_mn k_n`. Times `scale^2` it is the curvature of `J` if queries were white.
-    pub fn key_covariances(&self, k: &Array2<f32>) -> Vec<Array2<f64>> {
+    /// [`ScoreTarget::residual`] at keys, and what `J` sees of them, per head:
+    /// `sum_m sum_n w_mn (k_n - kbar_m)(k_n - kbar_m)^T`, `[w, w]`, with `kbar_m = sum_n w_mn k_n`. Times `scale^2` that is
+    /// the curvature of `J` if queries were white.
+    pub fn residual_with_key_covariances(
+        &self,
+        q: &Array2<f32>,
+        k: &Array2<f32>,
+    ) -> (ScoreGradient, Vec<Array2<f64>>) {
         let heads = self.source.heads;
         let width = k.ncols() / heads;
         let parts = self.source.fold_probabilities(
             self.windows,
-            |window, _| (vec![0.0_f32; self.windows[window]], Array2::<f32>::zeros((width, width))),
-            |(received, pooled), tile| {
-                let mut w = tile.probabilities.to_owned();
-                for (i, mut row) in w.rows_mut().into_iter().enumerate() {
-                    let seen = tile.row0 + i + 1;
-                    let row = row.slice_mut(s![..seen]);
-                    let (share, uniform) = weights(seen);
-                    ndarray::Zip::from(row).and(&mut received[..seen]).for_each(|w, r| {
-                        *w = share * *w + uniform;
-                        *r += *w;
-                    });
-                }
-                let columns = tile.head * width..(tile.head + 1) * width;
-                let keys = k.slice(s![tile.window_start..tile.window_start + w.ncols(), columns]);
-                let mean = matmul_f32_sequential(w.view(), keys);
-                *pooled += &matmul_f32_sequential(mean.t(), mean.view());
+            |window, _| (Gradient::new(self.windows[window], width), KeyMoments::new(self.windows[window], width)),
+            |(gradient, moments), tile| {
+                self.add(gradient, &tile, (q, k), At::Keys(k), true);
+                moments.add(&tile, k);
             },
         );
-        let mut out = vec![Array2::<f64>::zeros((width, width)); heads];
-        for (window, span) in Span::of_windows(self.windows).into_iter().enumerate() {
-            for (head, out) in out.iter_mut().enumerate() {
-                let (received, pooled) = &parts[window * heads + head];
-                let keys = k.slice(s![span.keys.clone(), head * width..(head + 1) * width]);
-                let weighted = &keys * &ArrayView1::from(received).insert_axis(Axis(1));
-                let moment = matmul_f32_sequential(weighted.t(), keys) - pooled;
-                *out += &moment.mapv(f64::from);
+        let covariance = |head: usize| {
+            let mut out = Array2::<f64>::zeros((width, width));
+            for (window, span) in Span::of_windows(self.windows).into_iter().enumerate() {
+                let keys = k.slice(s![span.keys, head * width..(head + 1) * width]);
+                out += &parts[window * heads + head].1.covariance(keys);
             }
-        }
-        out.iter().map(symmetrise).collect()
+            symmetrise(&out)
+        };
+        let covariances = (0..heads).into_par_iter().map(covariance).collect();
+        (self.joined(parts.iter().map(|part| &part.0), width), covariances)
     }
 
     fn gradient(&self, q: &Array2<f32>, k: &Array2<f32>, at: At<'_>, residual: bool) -> ScoreGradient {
-        let heads = self.source.heads;
-        let width = q.ncols() / heads;
+        let width = q.ncols() / self.source.heads;
         let parts = self.source.fold_probabilities(
             self.windows,
-            |window, _| (Array2::<f32>::zeros((self.windows[window], width)), 0.0_f64),
-            |(rows, error), tile| {
-                let (mut e, of_tile) = self.weighted(q, k, &tile, residual);
-                *error += of_tile;
-                e *= self.scale;
-                let (queries, keys) = places(&tile, width);
-                match at {
-                    At::Keys(k) => {
-                        let mut part = rows.slice_mut(s![tile.row0..tile.row0 + e.nrows(), ..]);
-                        gemm(part.view_mut(), Accum::Replace, e.view(), k.slice(s![keys.0, keys.1]), 1.0);
-                    }
-                    At::Queries(q) => {
-                        let mut seen = rows.slice_mut(s![..e.ncols(), ..]);
-                        gemm(seen.view_mut(), Accum::Add, e.t(), q.slice(s![queries.0, queries.1]), 1.0);
-                    }
-                }
-            },
+            |window, _| Gradient::new(self.windows[window], width),
+            |gradient, tile| self.add(gradient, &tile, (q, k), at, residual),
         );
-        let rows = side_by_side(parts.iter().map(|(rows, _)| rows), self.windows, heads, width);
-        ScoreGradient { rows, errors: self.by_head(parts.iter().map(|(_, error)| *error)) }
+        self.joined(parts.iter(), width)
+    }
+
+    /// Add a tile to the gradient of its window and head.
+    fn add(
+        &self,
+        gradient: &mut Gradient,
+        tile: &ProbabilityTile<'_>,
+        (q, k): (&Array2<f32>, &Array2<f32>),
+        at: At<'_>,
+        residual: bool,
+    ) {
+        let Gradient { rows, error } = gradient;
+        let (e, of_tile) = self.weighted(q, k, tile, residual);
+        *error += of_tile;
+        let (queries, keys) = places(tile, rows.ncols());
+        match at {
+            At::Keys(k) => {
+                let mut part = rows.slice_mut(s![tile.row0..tile.row0 + e.nrows(), ..]);
+                gemm(part.view_mut(), Accum::Replace, e.view(), k.slice(s![keys.0, keys.1]), self.scale);
+            }
+            At::Queries(q) => {
+                let mut seen = rows.slice_mut(s![..e.ncols(), ..]);
+                gemm(seen.view_mut(), Accum::Add, e.t(), q.slice(s![queries.0, queries.1]), self.scale);
+            }
+        }
+    }
+
+    /// Gradients of every window and head, in order, as one.
+    fn joined<'g>(&self, parts: impl Iterator<Item = &'g Gradient> + Clone, width: usize) -> ScoreGradient {
+        let rows = side_by_side(parts.clone().map(|part| &part.rows), self.windows, self.source.heads, width);
+        ScoreGradient { rows, errors: self.by_head(parts.map(|part| part.error)) }
     }
 
     /// `w (e - ebar)` of a tile, and its share of `J`.
@@ -184,6 +191,57 @@ impl<'a> ScoreTarget<'a> {
         let (queries, keys) = places(tile, source.qk_dim);
         let columns = kv * source.qk_dim..(kv + 1) * source.qk_dim;
         (source.q.slice(s![queries.0, queries.1]), source.k.slice(s![keys.0, columns]))
+    }
+}
+
+/// Half the gradient of one head in one window, `[length, w]`, and its share of `J`.
+struct Gradient {
+    rows: Array2<f32>,
+    error: f64,
+}
+
+impl Gradient {
+    fn new(length: usize, width: usize) -> Self {
+        Self { rows: Array2::zeros((length, width)), error: 0.0 }
+    }
+}
+
+/// What one head's weights make of the keys of one window.
+struct KeyMoments {
+    /// `sum_m w_mn`, `[length]`.
+    received: Array1<f32>,
+    /// `sum_m kbar_m kbar_m^T`, `[w, w]`.
+    pooled: Array2<f32>,
+}
+
+impl KeyMoments {
+    fn new(length: usize, width: usize) -> Self {
+        Self { received: Array1::zeros(length), pooled: Array2::zeros((width, width)) }
+    }
+
+    fn add(&mut self, tile: &ProbabilityTile<'_>, k: &Array2<f32>) {
+        let mut w = tile.probabilities.to_owned();
+        for (i, mut row) in w.rows_mut().into_iter().enumerate() {
+            let seen = tile.row0 + i + 1;
+            let (share, uniform) = weights(seen);
+            let received = self.received.slice_mut(s![..seen]);
+            ndarray::Zip::from(row.slice_mut(s![..seen])).and(received).for_each(|w, r| {
+                *w = share * *w + uniform;
+                *r += *w;
+            });
+        }
+        let keys = k.slice({
+            let (rows, columns) = places(tile, self.pooled.ncols()).1;
+            s![rows, columns]
+        });
+        let mean = matmul_f32_sequential(w.view(), keys);
+        gemm(self.pooled.view_mut(), Accum::Add, mean.t(), mean.view(), 1.0);
+    }
+
+    /// `sum_n received_n k_n k_n^T - pooled` for the window's keys `[length, w]`.
+    fn covariance(&self, keys: ArrayView2<'_, f32>) -> Array2<f64> {
+        let weighted = &keys * &self.received.view().insert_axis(Axis(1));
+        (matmul_f32_sequential(weighted.t(), keys) - &self.pooled).mapv(f64::from)
     }
 }
 
@@ -321,7 +379,8 @@ mod tests {
         let source = source();
         let target = ScoreTarget::new(&source, &[9, 5], 0.4);
         let k = data(14, 6, 2.3);
-        let covariances = target.key_covariances(&k);
+        let (gradient, covariances) = target.residual_with_key_covariances(&data(14, 6, 1.1), &k);
+        assert_eq!(gradient.rows, target.residual(&data(14, 6, 1.1), &k, At::Keys(&k)).rows);
         for (head, covariance) in covariances.iter().enumerate() {
             // The same query u in every row of one head: J = scale^2 u^T K u.
             let u = [0.8, -0.3, 1.1];

@@ -82,11 +82,11 @@ pub(super) fn refit_scores(
         heads: layer.heads,
         nope: layer.nope_dim(),
     };
-    if steps.query_refit {
-        scores.refit_queries(layer)?;
-    }
+    let c = scores.project(&layer.latent);
+    let q = scores.queries(&scores.query_weight(layer));
+    let q = if steps.query_refit { scores.refit_queries(layer, &c, q)? } else { q };
     if steps.key_refit {
-        scores.refit_keys(layer)?;
+        scores.refit_keys(layer, &c, &q)?;
     }
     Ok(())
 }
@@ -274,40 +274,50 @@ impl Scores<'_> {
         matmul(&matmul(&weight, &self.moment.slice(s![..columns, ..columns])), &weight.t())
     }
 
-    fn refit_queries(&self, layer: &mut MlaLayer) -> Result<(), FactorError> {
-        let (heads, n) = (self.heads, self.nope);
-        let query = &mut layer.query;
-        let weight = join(
+    /// Query projections of every head, `[H w, D]` or a column more.
+    fn query_weight(&self, layer: &MlaLayer) -> Array2<f64> {
+        let query = &layer.query;
+        join(
             &augmented(&query.nope, query.nope_bias.as_ref()),
             &augmented(&query.rope, query.rope_bias.as_ref()),
-            heads,
-        );
-        let k = self.keys(&self.project(&layer.latent), &layer.k_up, &rotated_key(layer));
+            self.heads,
+        )
+    }
+
+    /// Refit the query projections at latents `c`, with `q` the present queries. Returns the new queries.
+    fn refit_queries(
+        &self,
+        layer: &mut MlaLayer,
+        c: &Array2<f32>,
+        q: Array2<f32>,
+    ) -> Result<Array2<f32>, FactorError> {
+        let (heads, n) = (self.heads, self.nope);
+        let weight = self.query_weight(layer);
+        let k = self.keys(c, &layer.k_up, &rotated_key(layer));
         let scale = layer.score_scale.powi(2) / self.x.nrows() as f64;
-        let seen = self.target.key_covariances(&k);
+        let (residual, seen) = self.target.residual_with_key_covariances(&q, &k);
         let curvature = Curvature {
             nope: seen.iter().map(|k| regularised(k.slice(s![..n, ..n]).to_owned()) * scale).collect(),
             rope: seen.iter().map(|k| pair_means(&k.diag().slice(s![n..]).to_owned()) * scale).collect(),
             moment: self.moment(weight.ncols()),
         };
-        let mut system = OfQueries { scores: self, k: &k, curvature };
-        let b = system.against(self.target.residual(&self.queries(&weight), &k, At::Keys(&k)));
+        let mut system = OfQueries { scores: self, k: &k, q, along: Array2::zeros((0, 0)), curvature };
+        let b = system.against(residual);
         let found = conjugate_gradients(vec![-b], heads, &mut system, QUERY_STEPS)?;
         let query = &mut layer.query;
         let width = weight.nrows() / heads;
         add(&mut query.nope, query.nope_bias.as_mut(), &part(&found.x[0], heads, 0..n));
         add(&mut query.rope, query.rope_bias.as_mut(), &part(&found.x[0], heads, n..width));
-        Ok(())
+        Ok(system.q)
     }
 
-    fn refit_keys(&self, layer: &mut MlaLayer) -> Result<(), FactorError> {
+    /// Refit the key up-projections and the rotated key at queries `q` and latents `c`.
+    fn refit_keys(&self, layer: &mut MlaLayer, c: &Array2<f32>, q: &Array2<f32>) -> Result<(), FactorError> {
         let (heads, n) = (self.heads, self.nope);
         let query = &layer.query;
         let (nope, rope) =
             (augmented(&query.nope, query.nope_bias.as_ref()), augmented(&query.rope, query.rope_bias.as_ref()));
-        let q = self.queries(&join(&nope, &rope, heads));
         let k_rope = rotated_key(layer);
-        let c = self.project(&layer.latent);
         let scale = layer.score_scale.powi(2);
         let of_head = |w: ArrayView2<'_, f64>| self.output_moment(w);
         let mut pairs = Array1::zeros(k_rope.nrows());
@@ -316,8 +326,8 @@ impl Scores<'_> {
         }
         let mut system = OfKeys {
             scores: self,
-            q: &q,
-            c: &c,
+            q,
+            c,
             up: Curvature {
                 nope: nope.axis_chunks_iter(Axis(0), n.max(1)).map(|w| regularised(of_head(w)) * scale).collect(),
                 rope: vec![Array1::zeros(0); heads],
@@ -325,8 +335,8 @@ impl Scores<'_> {
             },
             shared: Curvature { nope: Vec::new(), rope: vec![pairs * scale], moment: self.moment(k_rope.ncols()) },
         };
-        let k = self.keys(&c, &layer.k_up, &k_rope);
-        let b = system.against(self.target.residual(&q, &k, At::Queries(&q))).into_iter().map(|g| -g).collect();
+        let k = self.keys(c, &layer.k_up, &k_rope);
+        let b = system.against(self.target.residual(q, &k, At::Queries(q))).into_iter().map(|g| -g).collect();
         let found = conjugate_gradients(b, 1, &mut system, KEY_STEPS)?;
         layer.k_up += &found.x[0];
         add(&mut layer.k_rope, layer.k_rope_bias.as_mut(), &found.x[1]);
@@ -354,6 +364,10 @@ struct OfQueries<'a> {
     scores: &'a Scores<'a>,
     /// `[T, H w]`.
     k: &'a Array2<f32>,
+    /// Queries of the solution so far, `[T, H w]`.
+    q: Array2<f32>,
+    /// Queries of the last direction.
+    along: Array2<f32>,
     curvature: Curvature,
 }
 
@@ -371,15 +385,27 @@ impl System for OfQueries<'_> {
     type Error = FactorError;
 
     fn apply(&mut self, p: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, FactorError> {
-        let q = self.scores.queries(&p[0]);
-        let mut out = self.against(self.scores.target.curvature(&q, self.k, At::Keys(self.k)));
+        self.along = self.scores.queries(&p[0]);
+        let mut out = self.against(self.scores.target.curvature(&self.along, self.k, At::Keys(self.k)));
         out.scaled_add(RIDGE, &self.curvature.apply(&p[0]));
         Ok(vec![out])
     }
 
     fn form(&mut self, p: &[Array2<f64>]) -> Result<Array1<f64>, FactorError> {
-        let found = self.scores.target.curvatures(&self.scores.queries(&p[0]), self.k);
+        self.along = self.scores.queries(&p[0]);
+        let found = self.scores.target.curvatures(&self.along, self.k);
         Ok(found + inner(&p[0], &self.curvature.apply(&p[0]), self.scores.heads) * RIDGE)
+    }
+
+    fn moved(&mut self, step: &Array1<f64>) {
+        let width = self.q.ncols() / step.len();
+        let rows = self.q.axis_iter_mut(Axis(0)).into_par_iter().zip(self.along.axis_iter(Axis(0)));
+        rows.for_each(|(mut q, along)| {
+            let heads = q.axis_chunks_iter_mut(Axis(0), width).zip(along.axis_chunks_iter(Axis(0), width));
+            for ((mut q, along), step) in heads.zip(step) {
+                q.scaled_add(*step as f32, &along);
+            }
+        });
     }
 
     fn precondition(&mut self, r: &[Array2<f64>]) -> Result<Vec<Array2<f64>>, FactorError> {

@@ -116,8 +116,7 @@ impl<'b> SourceLayer<'b> {
     /// Add the attention output and the MLP's to a stream.
     pub fn advance(&self, stream: &mut Stream, attention: &Array2<f32>) -> Result<(), ConvertError> {
         self.layer.add_attention(&mut stream.hidden, attention.view())?;
-        let mlp = self.layer.mlp_output(stream.hidden.view())?;
-        stream.hidden += &mlp;
+        self.layer.add_mlp(&mut stream.hidden)?;
         Ok(())
     }
 }

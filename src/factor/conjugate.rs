@@ -59,6 +59,12 @@ pub trait System {
     /// Those of the system.
     fn form(&mut self, p: &[Array2<f64>]) -> Result<Array1<f64>, Self::Error>;
 
+    /// Told that the solution went `step` of each system along the `p` last applied or formed: a system that keeps what follows
+    /// from the solution need not work it out again.
+    fn moved(&mut self, step: &Array1<f64>) {
+        let _ = step;
+    }
+
     /// `M r`, with `M ~ A^-1` symmetric positive definite.
     ///
     /// # Errors
@@ -110,6 +116,7 @@ pub fn conjugate_gradients<S: System>(
         let form = if last { system.form(&direction)? } else { dot(&direction, &image, systems) };
         let step = ratio(&energy, &form);
         combine(&mut x, &ones, &step, &direction);
+        system.moved(&step);
         decrease += step.dot(&energy);
         if last {
             break;

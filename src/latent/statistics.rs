@@ -6,7 +6,7 @@ use ndarray::{Array1, Array2, ArrayView2, s};
 use super::LatentWeights;
 use super::weights::need_mla;
 use crate::arch::{Architecture, MlaShape};
-use crate::calibrate::{CorpusError, Moments, add_products, calibration_windows, read_texts};
+use crate::calibrate::{CorpusError, Moments, add_gram, calibration_windows, read_texts};
 use crate::convert::{CalibrationSettings, ConvertError};
 use crate::factor::linalg::matmul;
 use crate::observe::{Event, Observer};
@@ -104,7 +104,7 @@ fn absorbed(qkv: &Qkv, weights: &LatentWeights, shape: &MlaShape) -> Array2<f64>
         let first = qkv.query_columns(h).start;
         let q = qkv.q.slice(s![.., first..first + nope]);
         let mut moment = Array2::zeros((nope, nope));
-        add_products(moment.view_mut(), q, q);
+        add_gram(moment.view_mut(), q);
         let mut keys = weights.kv_b.slice(s![h * head..h * head + nope, ..]).to_owned();
         if let Some(gain) = &weights.gain {
             keys *= gain;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, concatenate, s};
 
 use super::attention::{AttentionBlock, Cache, CompressedPrompt, LatentPath, Step, vector};
 use super::feed_forward::{ExpertLoader, FeedForward};
@@ -112,8 +112,11 @@ impl<'b, B: Backend> Layer<'b, B> {
     pub fn add_attention(&self, hidden: &mut Array2<f32>, output: ArrayView2<'_, f32>) -> Result<(), RuntimeError> {
         self.check(output, self.hidden, None)?;
         match &self.attention_out_norm {
-            None => *hidden += &output,
-            Some(_) => *hidden += &self.by_rows(output, |x| Ok(self.normed(x, &self.attention_out_norm)))?,
+            None => add(hidden.view_mut(), output),
+            Some(_) => {
+                let output = self.by_rows(output, |x| Ok(self.normed(x, &self.attention_out_norm)))?;
+                add(hidden.view_mut(), output.view());
+            }
         }
         Ok(())
     }
@@ -198,6 +201,19 @@ impl<'b, B: Backend> Layer<'b, B> {
     pub fn mlp_output(&self, hidden: ArrayView2<'_, f32>) -> Result<Array2<f32>, RuntimeError> {
         self.check(hidden, self.hidden, None)?;
         self.by_rows(hidden, |x| self.mlp(&x))
+    }
+
+    /// Add [`Layer::mlp_output`] of the hidden state to it.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Width`].
+    pub fn add_mlp(&self, hidden: &mut Array2<f32>) -> Result<(), RuntimeError> {
+        self.check(hidden.view(), self.hidden, None)?;
+        for rows in hidden.axis_chunks_iter_mut(Axis(0), CHUNK) {
+            let output = self.backend.download(self.mlp(&self.backend.upload_view(rows.view()))?)?;
+            add(rows, output.view());
+        }
+        Ok(())
     }
 
     /// As [`Layer::mlp_output`], with the normed input and the activated intermediate. Holds all `T` rows of both.
@@ -415,4 +431,9 @@ fn join(mut parts: Vec<Array2<f32>>) -> Result<Array2<f32>, RuntimeError> {
     }
     let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
     concatenate(Axis(0), &views).map_err(|_| RuntimeError::NoTokens)
+}
+
+/// `to += from`, on all threads.
+fn add(to: ArrayViewMut2<'_, f32>, from: ArrayView2<'_, f32>) {
+    ndarray::Zip::from(to).and(from).par_for_each(|to, from| *to += from);
 }

@@ -10,7 +10,7 @@ use crate::runtime::{AttentionShape, Span};
 /// Scores per tile, at most, unless that leaves fewer than [`MIN_ROWS`] rows: 1 MiB, to stay in a core's cache.
 const TILE_SCORES: usize = 1 << 18;
 const MIN_ROWS: usize = 16;
-const MAX_ROWS: usize = 128;
+const MAX_ROWS: usize = 64;
 
 /// Query rows per tile for spans of up to `keys` keys.
 pub(in crate::runtime) fn tile_rows(keys: usize) -> usize {
