@@ -2,12 +2,15 @@
 
 use faer::c64;
 use ndarray::{Array1, Array2, s};
+use rayon::prelude::*;
 
 use super::scores::refit_scores;
 use super::streams::SourcePass;
 use super::{ConvertError, LayerReport, Steps};
 use crate::arch::AttentionSource;
 use crate::calibrate::{LatentAttention, Moments, PooledMoments, output_projection, relative_error};
+use crate::factor::FactorError;
+use crate::factor::linalg::matmul_f32;
 use crate::factor::refit::refit;
 use crate::methods::MlaLayer;
 use crate::methods::attention_aware::{Draft, DraftSettings, analyse_slots, draft};
@@ -17,6 +20,8 @@ use crate::refine::{RefineSettings, refine};
 const VALUE_RIDGE: f64 = 1e-4;
 /// Ridge of the output refit towards the present projection (algorithms.md 18.3).
 const OUTPUT_RIDGE: f64 = 0.01;
+/// Heads whose values are refitted side by side, so that one's copies and solves run beside the other's products.
+const HEADS: usize = 2;
 /// A ridge this many times larger than asked is worth a note in the report.
 const RIDGE_NOTE: f64 = 2.0;
 
@@ -120,14 +125,26 @@ fn refit_values(
     {
         let attention =
             LatentAttention::new(layer, inputs.x.view(), inputs.windows).capped(inputs.source.score_softcap);
-        for h in 0..heads {
-            let columns = h * value..(h + 1) * value;
+
+        let of_head = |h: usize| {
             let pooled = attention.pooled(h);
-            if inputs.steps.value_refit {
-                let mut moments = PooledMoments::new(pooled.ncols(), value);
-                moments.add(pooled.view(), inputs.pass.heads.slice(s![.., columns.clone()]));
-                let fit = refit(&moments.gram(), &moments.cross(), None, VALUE_RIDGE, inputs.bias, "pooled latents")
-                    .map_err(ConvertError::layer(inputs.index))?;
+            if !inputs.steps.value_refit {
+                return Ok((attention.head_output(h, &pooled), None));
+            }
+            let mut moments = PooledMoments::new(pooled.ncols(), value);
+            moments.add(pooled.view(), inputs.pass.heads.slice(s![.., h * value..(h + 1) * value]));
+            let fit = refit(&moments.gram(), &moments.cross(), None, VALUE_RIDGE, inputs.bias, "pooled latents")?;
+            let up = fit.weight.mapv(|v| v as f32);
+            Ok((matmul_f32(&pooled, &up.t()), Some(fit)))
+        };
+        for first in (0..heads).step_by(HEADS) {
+            let range = first..heads.min(first + HEADS);
+            let found = range.into_par_iter().map(of_head).collect::<Result<Vec<_>, FactorError>>();
+            let found = found.map_err(ConvertError::layer(inputs.index))?;
+            for (h, (output, fit)) in (first..).zip(found) {
+                let columns = h * value..(h + 1) * value;
+                out.slice_mut(s![.., columns.clone()]).assign(&output);
+                let Some(fit) = fit else { continue };
                 if fit.ridge > VALUE_RIDGE * RIDGE_NOTE {
                     notes.push(format!(
                         "head {h}: singular pooled latents, value refit regularised by {:.0e}",
@@ -135,11 +152,7 @@ fn refit_values(
                     ));
                 }
                 ups.slice_mut(s![columns.clone(), ..]).assign(&fit.weight);
-                constants.slice_mut(s![columns.clone()]).assign(&fit.offset);
-                let up = fit.weight.mapv(|v| v as f32);
-                out.slice_mut(s![.., columns]).assign(&crate::factor::linalg::matmul_f32(&pooled, &up.t()));
-            } else {
-                out.slice_mut(s![.., columns]).assign(&attention.head_output(h, &pooled));
+                constants.slice_mut(s![columns]).assign(&fit.offset);
             }
         }
     }

@@ -9,9 +9,13 @@ use faer::linalg::matmul::matmul as faer_matmul;
 use faer::linalg::solvers::Solve;
 use faer::traits::ComplexField;
 use faer::{Accum, Mat, MatMut, MatRef, Par, Side, c64};
-use ndarray::{Array1, Array2, ArrayBase, ArrayView2, ArrayViewMut2, Data, Ix2};
+use ndarray::{Array1, Array2, ArrayBase, ArrayView2, ArrayViewMut2, Axis, Data, Ix2};
+use rayon::prelude::*;
 
 use super::FactorError;
+
+/// Right-hand sides that are solved for together, one task each.
+const SOLVED: usize = 64;
 
 /// Decompositions run on the calling thread: their reductions would be split otherwise.
 pub(super) fn sequential_solvers() {
@@ -209,13 +213,16 @@ pub fn solve_right_spd(
         return Ok((Array2::zeros((b.nrows(), n)), ridge));
     }
     let mean = mean.max(f64::MIN_POSITIVE);
-    let rhs = Mat::from_fn(n, b.nrows(), |i, j| b[[j, i]]);
     let mut ridge = ridge;
     for _ in 0..7 {
         let m = Mat::from_fn(n, n, |i, j| a[[i, j]] + if i == j { ridge * mean } else { 0.0 });
         if let Ok(llt) = m.llt(Side::Lower) {
-            let x = llt.solve(&rhs);
-            let out = Array2::from_shape_fn((b.nrows(), n), |(i, j)| x[(j, i)]);
+            let mut out = Array2::zeros((b.nrows(), n));
+            let blocks = out.axis_chunks_iter_mut(Axis(0), SOLVED).into_par_iter();
+            blocks.zip(b.axis_chunks_iter(Axis(0), SOLVED)).for_each(|(mut out, b)| {
+                let x = llt.solve(Mat::from_fn(n, b.nrows(), |i, j| b[[j, i]]));
+                out.indexed_iter_mut().for_each(|((i, j), out)| *out = x[(j, i)]);
+            });
             if out.iter().all(|v| v.is_finite()) {
                 return Ok((out, ridge));
             }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, concatenate, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
 use super::attention::{AttentionBlock, Cache, CompressedPrompt, LatentPath, Step, vector};
 use super::feed_forward::{ExpertLoader, FeedForward};
@@ -429,8 +429,15 @@ fn join(mut parts: Vec<Array2<f32>>) -> Result<Array2<f32>, RuntimeError> {
     if parts.len() == 1 {
         return Ok(parts.remove(0));
     }
-    let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
-    concatenate(Axis(0), &views).map_err(|_| RuntimeError::NoTokens)
+    let columns = parts.first().ok_or(RuntimeError::NoTokens)?.ncols();
+    let mut out = Array2::zeros((parts.iter().map(Array2::nrows).sum(), columns));
+    let mut rest = out.view_mut();
+    for part in parts {
+        let (to, tail) = rest.split_at(Axis(0), part.nrows());
+        ndarray::Zip::from(to).and(&part).par_for_each(|to, from| *to = *from);
+        rest = tail;
+    }
+    Ok(out)
 }
 
 /// `to += from`, on all threads.

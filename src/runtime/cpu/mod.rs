@@ -28,6 +28,19 @@ const ROWS: usize = 16;
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Cpu;
 
+/// Elements above which a copy is spread over the threads.
+const LARGE: usize = 1 << 18;
+
+/// A copy in standard layout, large ones by all threads.
+fn copied(host: ArrayView2<'_, f32>) -> Array2<f32> {
+    if host.len() < LARGE {
+        return host.as_standard_layout().into_owned();
+    }
+    let mut out = Array2::zeros(host.raw_dim());
+    ndarray::Zip::from(&mut out).and(host).par_for_each(|to, from| *to = *from);
+    out
+}
+
 /// The elements of a tensor, row-major. Every constructor in this module makes the standard layout.
 fn flat(x: &Array2<f32>) -> &[f32] {
     x.as_slice().expect("cpu tensors are in standard layout")
@@ -59,7 +72,7 @@ impl Backend for Cpu {
     }
 
     fn upload_view(&self, host: ArrayView2<'_, f32>) -> Array2<f32> {
-        host.as_standard_layout().into_owned()
+        copied(host)
     }
 
     fn download(&self, tensor: Array2<f32>) -> Result<Array2<f32>, RuntimeError> {
