@@ -59,6 +59,7 @@ fn shard_to(from: &Path, to: &Path, sharing: Sharing) -> Result<ShardReport, Str
     let settings = ShardSettings {
         sharing,
         calibrate: false,
+        refit: false,
         calibration: CalibrationSettings { samples: 24, seq_len: 128, ..CalibrationSettings::default() },
         device: DeviceChoice::Cpu,
         overwrite: false,
@@ -204,7 +205,7 @@ fn one_rank_is_the_whole_model_and_prompts_are_not_sliced() {
         for transform in [Transform::None, Transform::Hadamard] {
             for (ranks, shared_rms) in [(1, false), (1, true), (2, false), (2, true)] {
                 let sharing = Sharing { ranks, shared_rms, logit_scale: 1.0 };
-                cases.push(SharedOut { transform, sharing });
+                cases.push(SharedOut { transform, sharing, refitted: None });
             }
         }
         for prefill in [0, 3] {

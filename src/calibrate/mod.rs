@@ -12,7 +12,7 @@ pub(crate) use corpus::shuffle;
 pub use corpus::{CorpusError, bundled_calibration, bundled_heldout, calibration_windows, read_texts};
 pub(crate) use latent::project;
 pub use latent::{LatentAttention, output_projection, relative_error};
-pub(crate) use moments::{add_gram, add_products};
 pub use moments::{Moments, PooledMoments};
+pub(crate) use moments::{add_gram, add_products};
 pub use profile::DistanceProfile;
 pub use scores::{At, ScoreGradient, ScoreTarget};

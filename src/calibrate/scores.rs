@@ -16,8 +16,8 @@ use std::ops::Range;
 
 use faer::Accum;
 use ndarray::{Array1, Array2, ArrayView2, Axis, s};
-use rayon::prelude::*;
 use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
 
 use super::attend::side_by_side;
 use crate::factor::linalg::{gemm, matmul_f32_sequential, symmetrise};
@@ -89,11 +89,7 @@ impl<'a> ScoreTarget<'a> {
     /// [`ScoreTarget::residual`] at keys, and what `J` sees of them, per head:
     /// `sum_m sum_n w_mn (k_n - kbar_m)(k_n - kbar_m)^T`, `[w, w]`, with `kbar_m = sum_n w_mn k_n`. Times `scale^2` that is
     /// the curvature of `J` if queries were white.
-    pub fn residual_with_key_covariances(
-        &self,
-        q: &Array2<f32>,
-        k: &Array2<f32>,
-    ) -> (ScoreGradient, Vec<Array2<f64>>) {
+    pub fn residual_with_key_covariances(&self, q: &Array2<f32>, k: &Array2<f32>) -> (ScoreGradient, Vec<Array2<f64>>) {
         let heads = self.source.heads;
         let width = k.ncols() / heads;
         let parts = self.source.fold_probabilities(

@@ -285,12 +285,7 @@ impl Scores<'_> {
     }
 
     /// Refit the query projections at latents `c`, with `q` the present queries. Returns the new queries.
-    fn refit_queries(
-        &self,
-        layer: &mut MlaLayer,
-        c: &Array2<f32>,
-        q: Array2<f32>,
-    ) -> Result<Array2<f32>, FactorError> {
+    fn refit_queries(&self, layer: &mut MlaLayer, c: &Array2<f32>, q: Array2<f32>) -> Result<Array2<f32>, FactorError> {
         let (heads, n) = (self.heads, self.nope);
         let weight = self.query_weight(layer);
         let k = self.keys(c, &layer.k_up, &rotated_key(layer));
