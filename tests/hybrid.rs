@@ -196,3 +196,51 @@ fn what_cannot_be_is_said_and_nothing_is_written() {
         assert!(error.contains(key), "{error}");
     }
 }
+
+#[test]
+fn what_needs_a_latent_in_every_layer_refuses_hybrids() {
+    use gqa2mla::analyze::{AnalyzeSettings, analyze};
+    use gqa2mla::latent::{RotateSettings, ShardSettings, Sharing, Transform, need_mla, rotate, shard};
+    use gqa2mla::runtime::DeviceChoice;
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (from, to) = (dir.path().join("hybrid"), dir.path().join("out"));
+    run(&fixture("pico-trained"), &from, &settings(Method::XEcomla, list(&[0, 2]))).expect("converts");
+    let (source, arch) = open(&from);
+    let turned = RotateSettings {
+        transform: Transform::Hadamard,
+        slices: 2,
+        calibration: CalibrationSettings::default(),
+        dtype: None,
+        device: DeviceChoice::Cpu,
+        max_shard_bytes: 5_000_000_000,
+        overwrite: false,
+        leftover: Leftover::Refuse,
+    };
+    let shared = ShardSettings {
+        sharing: Sharing { ranks: 2, shared_rms: false, logit_scale: 1.0 },
+        calibrate: false,
+        refit: false,
+        calibration: CalibrationSettings::default(),
+        device: DeviceChoice::Cpu,
+        overwrite: false,
+    };
+    let model = Model::new(&source, &arch, &Cpu);
+    let faults = [
+        rotate(&source, &arch, &turned, &to, &|_| Vec::new(), &Silent).expect_err("rotate").to_string(),
+        shard(&source, &arch, &shared, &to, &Silent).expect_err("shard").to_string(),
+        // What `verify --tp` asks first.
+        need_mla(&source, &arch).expect_err("verify --tp").to_string(),
+    ];
+    for fault in &faults {
+        assert!(fault.contains("has grouped-query attention in some of its layers, which have no latent"), "{fault}");
+        assert!(fault.contains("hint: convert all layers (`gqa2mla convert` without `--mla-layers`)"), "{fault}");
+    }
+    let fault = analyze(&model, &tokens(), &AnalyzeSettings { groups: vec![1], align_rank: None }, &Silent)
+        .expect_err("analyze")
+        .to_string();
+    let xkv: gqa2mla::runtime::XkvSettings = "8,8,1".parse().expect("three integers");
+    for fault in [fault, xkv.check(&arch, 32).expect_err("--xkv").to_string()] {
+        assert!(fault.contains("hint: "), "{fault}");
+    }
+    assert!(!to.exists(), "nothing is written");
+}

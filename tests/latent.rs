@@ -13,7 +13,7 @@ use gqa2mla::arch::{Architecture, check_tensors};
 use gqa2mla::convert::{CalibrationSettings, ConvertSettings, OutputDtype, TargetKind, convert};
 use gqa2mla::latent::{
     LatentWeights, RotateSettings, RotationReport, ShardReport, ShardSettings, Sharing, Transform, latent_moments,
-    latent_windows, rotate, shard,
+    latent_windows, refitted_ranks, rotate, shard,
 };
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, DeviceChoice, LayerTensors, Model};
@@ -59,6 +59,7 @@ fn shard_to(from: &Path, to: &Path, sharing: Sharing) -> Result<ShardReport, Str
     let settings = ShardSettings {
         sharing,
         calibrate: false,
+        refit: false,
         calibration: CalibrationSettings { samples: 24, seq_len: 128, ..CalibrationSettings::default() },
         device: DeviceChoice::Cpu,
         overwrite: false,
@@ -204,7 +205,7 @@ fn one_rank_is_the_whole_model_and_prompts_are_not_sliced() {
         for transform in [Transform::None, Transform::Hadamard] {
             for (ranks, shared_rms) in [(1, false), (1, true), (2, false), (2, true)] {
                 let sharing = Sharing { ranks, shared_rms, logit_scale: 1.0 };
-                cases.push(SharedOut { transform, sharing });
+                cases.push(SharedOut { transform, sharing, refitted: None });
             }
         }
         for prefill in [0, 3] {
@@ -318,4 +319,57 @@ fn rank_files_hold_what_the_runtime_runs_and_add_up_to_the_model() {
             assert_eq!(rank.kv_b.iter().copied().collect::<Vec<_>>(), values);
         }
     }
+}
+
+#[test]
+fn fitted_rank_files_hold_what_verify_runs_and_one_rank_has_nothing_to_fit() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (mla, from) = (dir.path().join("mla"), dir.path().join("turned"));
+    converted(&mla, TargetKind::DeepseekV3);
+    turn(&mla, &from, &settings(Transform::Hadamard, 2)).expect("turns");
+    let (source, arch) = open(&from);
+    let calibration = CalibrationSettings { samples: 24, seq_len: 128, ..CalibrationSettings::default() };
+    let shape = arch.mla().expect("MLA");
+    let text = latent_windows(&source, &arch, &calibration, shape.kv_lora_rank).expect("text");
+    let moments = latent_moments(&source, &arch, &Cpu, &text, &Silent).expect("moments");
+    let fitted = |ranks: usize| {
+        let sharing = Sharing { ranks, shared_rms: false, logit_scale: 1.0 };
+        let how = (Transform::None, &sharing);
+        refitted_ranks(&source, &arch, &Cpu, (&text, &moments), how, &Silent).expect("fits")
+    };
+    let tensors = LayerTensors::load(&source, &arch, 0).expect("a layer");
+    let weights = LatentWeights::of(&tensors.attention).expect("MLA");
+    assert_eq!(fitted(1)[0][0].kv_b, weights.kv_b.mapv(|v| v as f32), "one rank has nothing to fit");
+
+    let sharing = Sharing { ranks: 2, shared_rms: false, logit_scale: 1.0 };
+    let own = fitted(2);
+    let settings = ShardSettings {
+        sharing,
+        calibrate: false,
+        refit: true,
+        calibration,
+        device: DeviceChoice::Cpu,
+        overwrite: false,
+    };
+    let to = dir.path().join("ranks");
+    let report = shard(&source, &arch, &settings, &to, &Silent).expect("shards");
+    for (t, entry) in report.ranks.iter().enumerate() {
+        let bytes = fs_err::read(to.join(&entry.file)).expect("a rank's file");
+        let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+        for (layer, ranks) in own.iter().enumerate() {
+            let name = format!("{}.weight", arch.names.layer(layer).role("kv_b"));
+            let view = file.tensor(&name).expect("kv_b");
+            let values: Vec<f32> = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            assert_eq!(ranks[t].kv_b.iter().copied().collect::<Vec<_>>(), values, "rank {t}, layer {layer}");
+        }
+    }
+    // Fitting is worth something on text it has not seen.
+    let windows = heldout(&source, 128, 4);
+    let model = Model::new(&source, &arch, &Cpu);
+    let case = |refitted| SharedOut { transform: Transform::None, sharing, refitted };
+    let cases = [case(None), case(Some(own))];
+    let found =
+        compare_sliced(&model, (&model, &source), &cases, Some(&moments), (&windows, 64), &Silent).expect("runs");
+    let kl: Vec<f64> = found.cases.iter().map(|c| c.kl_whole_nats_per_token).collect();
+    assert!(kl[1] < kl[0], "{kl:?}");
 }

@@ -56,7 +56,8 @@ pub fn open_convertible(spec: &str, context: &Context) -> anyhow::Result<OpenMod
     if model.arch.mla().is_some() {
         anyhow::bail!(
             "`{spec}` is an MLA model already\n\nhint: give the GQA checkpoint it was made from; one that was trained as MLA needs \
-             no conversion: `inspect`, `check`, `eval`, `generate` and `bench` take it as it is"
+             no conversion: `inspect`, `check`, `eval`, `generate` and `bench` take it as it is, `rotate` and `shard` turn and \
+             share out its latents"
         );
     }
     Ok(model)

@@ -37,6 +37,9 @@ pub struct ShardArgs {
     /// Calibrate the size of slices that are normed by themselves; --calib does so too
     #[arg(long)]
     calibrate: bool,
+    /// Fit each rank's keys and values to its slice on calibration text
+    #[arg(long)]
+    refit: bool,
     #[command(flatten)]
     calibration: CalibrationOptions,
     /// Replace an existing output folder
@@ -57,6 +60,7 @@ impl ShardArgs {
         let settings = ShardSettings {
             sharing: Sharing { ranks: self.tp, shared_rms: self.shared_rms, logit_scale: self.logit_scale },
             calibrate: self.calibrate || !calibration.files.is_empty(),
+            refit: self.refit,
             calibration,
             device: self.device,
             overwrite: self.overwrite,

@@ -2,7 +2,7 @@
 
 use anyhow::bail;
 use clap::Args;
-use gqa2mla::latent::{Sharing, Transform, check_slices, latent_moments, latent_windows, need_mla};
+use gqa2mla::latent::{Sharing, Transform, check_slices, latent_moments, latent_windows, need_mla, refitted_ranks};
 use gqa2mla::report::SlicedVerification;
 use gqa2mla::runtime::{Device, Model};
 use gqa2mla::verify::{SharedOut, Thresholds, compare_sliced};
@@ -33,8 +33,33 @@ pub struct SlicedOptions {
     /// With --tp: tokens of each window that are a prompt, run whole; the rest is decoded [default: half a window]
     #[arg(long, value_name = "TOKENS", requires = "tp")]
     prefill: Option<usize>,
+    /// With --tp: fit each rank's keys and values to its slice on the calibration text: of latents that are turned
+    /// (hadamard, pca), of all, of none
+    #[arg(long, value_name = "WHICH", default_value = "turned")]
+    refit: Refit,
     #[command(flatten)]
     calibration: CalibrationOptions,
+}
+
+/// Which ranks are fitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Refit {
+    /// Those of latents that were turned
+    Turned,
+    /// All
+    All,
+    /// None: slices as they are
+    None,
+}
+
+impl Refit {
+    fn applies(self, transform: Transform) -> bool {
+        match self {
+            Refit::Turned => transform != Transform::None,
+            Refit::All => true,
+            Refit::None => false,
+        }
+    }
 }
 
 impl SlicedOptions {
@@ -47,6 +72,7 @@ impl SlicedOptions {
             let ignored = [
                 (self.transform != [Transform::None], "--transform"),
                 (self.logit_scale != [1.0], "--logit-scale"),
+                (self.refit != Refit::Turned, "--refit"),
                 (!self.calibration.settings().files.is_empty(), "--calib"),
             ];
             if let Some((_, option)) = ignored.iter().find(|i| i.0) {
@@ -86,17 +112,29 @@ impl SlicedOptions {
             for &ranks in &self.tp {
                 for &logit_scale in &self.logit_scale {
                     let sharing = Sharing { ranks, shared_rms: self.shared_rms, logit_scale };
-                    cases.push(SharedOut { transform, sharing });
+                    cases.push(SharedOut { transform, sharing, refitted: None });
                 }
             }
         }
         let settings = self.calibration.settings();
-        let calibrated = self.transform.contains(&Transform::Pca) || !settings.files.is_empty();
+        let refit = self.transform.iter().any(|t| self.refit.applies(*t));
+        let calibrated = refit || self.transform.contains(&Transform::Pca) || !settings.files.is_empty();
         let (mut moments, mut calibration_tokens) = (None, 0);
         if calibrated {
             let text = latent_windows(&converted.source, &converted.arch, &settings, shape.kv_lora_rank)?;
             calibration_tokens = text.iter().map(Vec::len).sum();
-            moments = Some(latent_moments(&converted.source, &converted.arch, device, &text, &context.progress)?);
+            let found = latent_moments(&converted.source, &converted.arch, device, &text, &context.progress)?;
+            for case in cases.iter_mut().filter(|c| self.refit.applies(c.transform)) {
+                case.refitted = Some(refitted_ranks(
+                    &converted.source,
+                    &converted.arch,
+                    device,
+                    (&text, &found),
+                    (case.transform, &case.sharing),
+                    &context.progress,
+                )?);
+            }
+            moments = Some(found);
         }
         let a = Model::new(&source.source, &source.arch, device);
         let b = Model::new(&converted.source, &converted.arch, device);

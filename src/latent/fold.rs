@@ -13,9 +13,11 @@
 //! to the scale that low-precision caches want - and otherwise the power of two nearest to the gain's root mean square, so
 //! that what is cached keeps its scale.
 
-use ndarray::{Array1, Array2, s};
+use ndarray::{Array1, Array2, ArrayView2, s};
 
 use super::Turn;
+use crate::arch::MlaShape;
+use crate::factor::linalg::matmul;
 
 /// The weights of one MLA layer that touch the latent. `r` latent, `d_R` rotated key, `D` hidden.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,7 +32,56 @@ pub struct LatentWeights {
     pub kv_b: Array2<f64>,
 }
 
+/// A norm whose latents have at most this mean square over its epsilon does nothing: scaling coordinates changes what it gives
+/// by less than half of it.
+const NEUTRAL: f64 = 1e-3;
+
 impl LatentWeights {
+    /// Whether the norm of these latents does nothing, whatever the input: there is none, or its epsilon `eps` outweighs what
+    /// inputs behind an RMSNorm with gain `input` `[D]` can give (algorithms.md 14.1). Such an input `x` is shorter than
+    /// `sqrt(D)` before its gain, so that `ms(W x + b) <= (|W diag(input)| sqrt(D) + |b|)^2 / r`; on average over directions
+    /// `|W diag(input)|^2 / r`, which is what is compared. An empty `input` bounds nothing.
+    pub fn is_neutral(&self, input: &[f32], eps: f64) -> bool {
+        if self.gain.is_none() {
+            return true;
+        }
+        if input.len() != self.kv_a.ncols() {
+            return false;
+        }
+        let r = self.rank();
+        let rows = self.kv_a.slice(s![..r, ..]);
+        let weights: f64 = rows
+            .rows()
+            .into_iter()
+            .flat_map(|row| row.into_iter().zip(input))
+            .map(|(w, g)| (w * f64::from(*g)).powi(2))
+            .sum();
+        let bias: f64 = self.bias.iter().flat_map(|b| b.slice(s![..r]).to_vec()).map(|b| b * b).sum();
+        (weights + bias) / r as f64 <= NEUTRAL * eps
+    }
+
+    /// What weights alone say is read of white latents, `[r, r]`: `sum_h (v_h / k_h) UK_h^T UK_h + UV_h^T O_h^T O_h UV_h` with
+    /// `k_h` and `v_h` the traces, so that each head's scores weigh what its outputs do. `output` is `o_proj` `[D, H d_V]`.
+    pub fn read_by_weights(&self, shape: &MlaShape, output: ArrayView2<'_, f64>) -> Array2<f64> {
+        let (nope, head) = (shape.qk_nope_head_dim, shape.qk_nope_head_dim + shape.v_head_dim);
+        let mut out = Array2::zeros((self.rank(), self.rank()));
+        for h in 0..self.kv_b.nrows() / head {
+            let keys = self.kv_b.slice(s![h * head..h * head + nope, ..]);
+            let keys = matmul(&keys.t(), &keys);
+            add_reads(&mut out, &keys, &self.values_of_head(shape, h, output));
+        }
+        out
+    }
+
+    /// `UV_h^T O_h^T O_h UV_h` `[r, r]` of head `h`, without the gain.
+    pub(super) fn values_of_head(&self, shape: &MlaShape, h: usize, output: ArrayView2<'_, f64>) -> Array2<f64> {
+        let (nope, value) = (shape.qk_nope_head_dim, shape.v_head_dim);
+        let first = h * (nope + value) + nope;
+        let to_output =
+            matmul(&output.slice(s![.., h * value..(h + 1) * value]), &self.kv_b.slice(s![first..first + value, ..]));
+        matmul(&to_output.t(), &to_output)
+    }
+
     /// Latent width `r`.
     pub fn rank(&self) -> usize {
         self.kv_b.ncols()
@@ -53,12 +104,21 @@ impl LatentWeights {
             }
             gain.fill(common);
         }
-        turn.apply(self.kv_b.view_mut());
+        turn.apply_dual(self.kv_b.view_mut());
         turn.apply(self.kv_a.slice_mut(s![..r, ..]).reversed_axes());
         if let Some(bias) = &mut self.bias {
             turn.apply(bias.slice_mut(s![..r]).insert_axis(ndarray::Axis(0)));
         }
     }
+}
+
+/// Add one head's scores and outputs to what is read of a latent, the scores scaled to weigh what the outputs do.
+pub(super) fn add_reads(sum: &mut Array2<f64>, keys: &Array2<f64>, values: &Array2<f64>) {
+    let (k, v) = (keys.diag().sum(), values.diag().sum());
+    if k > 0.0 && v > 0.0 {
+        sum.scaled_add(v / k, keys);
+    }
+    *sum += values;
 }
 
 /// The one number that stands for a gain: itself where all of it is the same, else the power of two nearest to its root mean
@@ -75,7 +135,6 @@ pub fn common_gain(gain: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::factor::linalg::matmul;
 
     fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f64> {
         Array2::from_shape_fn((rows, columns), |(i, j)| {

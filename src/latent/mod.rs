@@ -5,6 +5,7 @@
 //! and those are free: an orthogonal matrix folds into the weights around the latent, exactly.
 
 mod fold;
+mod refit;
 mod rotate;
 mod shard;
 mod slicing;
@@ -13,11 +14,12 @@ mod turn;
 mod weights;
 
 pub use fold::{LatentWeights, common_gain};
+pub use refit::{predict_keys, refit_values, refitted_ranks};
 pub use rotate::{
     ROTATION_FILE, ROTATION_SCHEMA, RotateSettings, RotationExtras, RotationReport, TurnedLayer, Turns, rotate,
 };
 pub use shard::{Held, RankEntry, SHARDS_FILE, SHARDS_SCHEMA, ShardReport, ShardSettings, ShardedLayer, shard};
 pub use slicing::{Sharing, rms_corrections};
 pub use statistics::{LatentMoments, latent_moments, latent_windows};
-pub use turn::{Transform, Turn, principal};
+pub use turn::{Transform, Turn, principal, turn_of};
 pub use weights::{check_slices, need_mla};

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use ndarray::Array2;
 use serde::Serialize;
 
 use super::statistics::{LatentMoments, latent_moments, latent_windows};
@@ -13,7 +14,7 @@ use crate::arch::{Architecture, MlaShape, Part, SCALE_SUFFIX, StoredPart};
 use crate::convert::{CalibrationSettings, ConvertError, OutputDtype};
 use crate::factor::hadamard::Spread;
 use crate::observe::{Event, Observer};
-use crate::runtime::{Device, DeviceChoice};
+use crate::runtime::{Device, DeviceChoice, LayerTensors};
 use crate::source::{Dtype, ModelSource};
 use crate::target::encode;
 use crate::write::{Leftover, PlannedTensor, ShardPlan, StagedWriter, Staging, StagingOptions};
@@ -126,7 +127,7 @@ impl Turns {
             (Transform::Pca, Some(moments)) => {
                 let mut out = Self { layers: Vec::with_capacity(layers), energies: Vec::with_capacity(layers) };
                 for (layer, m) in moments.iter().enumerate() {
-                    let found = principal(&m.queries);
+                    let found = principal(&m.reads);
                     let (turn, energies) = found.map_err(|e| ConvertError::Layer { layer, source: e.into() })?;
                     out.layers.push(turn);
                     out.energies.push(energies);
@@ -188,6 +189,7 @@ pub fn rotate(
     let mut writer = StagedWriter::new(staging, shards);
     let mut layers = Vec::with_capacity(arch.layers);
     observer.event(Event::Phase { name: "rotate", steps: Some(arch.layers as u64) });
+    let mut scaled = false;
     let mut current: Option<(usize, LatentWeights)> = None;
     for emit in &list {
         match &emit.from {
@@ -199,7 +201,12 @@ pub fn rotate(
             From::Latent(layer, role) => {
                 if current.as_ref().is_none_or(|(at, _)| at != layer) {
                     let mut weights = LatentWeights::load(source, arch, *layer)?;
-                    weights.turn(&turns.layers[*layer]);
+                    let turn = match settings.transform {
+                        Transform::Hadamard => hadamard_of(source, arch, shape, *layer, &weights)?,
+                        _ => turns.layers[*layer].clone(),
+                    };
+                    scaled |= matches!(turn, Turn::Scaled { .. });
+                    weights.turn(&turn);
                     layers.push(TurnedLayer {
                         layer: *layer,
                         gain: weights.gain.as_ref().and_then(|g| g.first().copied()),
@@ -229,7 +236,7 @@ pub fn rotate(
         source: source.spec.clone(),
         source_fingerprint: source.fingerprint().into_iter().map(|f| (f.file, f.header_sha256)).collect(),
         settings: settings.clone(),
-        construction: construction(settings.transform, rank),
+        construction: construction(settings.transform, rank, scaled),
         order: order(settings.transform, rank, slices),
         kv_lora_rank: rank,
         qk_rope_head_dim: shape.qk_rope_head_dim,
@@ -249,11 +256,36 @@ pub fn rotate(
     Ok(RotationReport { output: published.path, ..report })
 }
 
-fn construction(transform: Transform, rank: usize) -> String {
+/// The Hadamard turn of layer `layer`, over scaled directions where the norm does nothing.
+fn hadamard_of(
+    source: &ModelSource,
+    arch: &Architecture,
+    shape: &MlaShape,
+    layer: usize,
+    weights: &LatentWeights,
+) -> Result<Turn, ConvertError> {
+    let input = LayerTensors::load_input_norm(source, arch, layer)?;
+    if !weights.is_neutral(&input, shape.latent_eps) {
+        return Ok(Turn::hadamard(weights.rank()));
+    }
+    let name = arch.weight(layer, "o").name;
+    let values = StoredPart::find(&source.tensors, &Part::whole(&name))?.to_f64();
+    let output = Array2::from_shape_vec((arch.hidden, arch.heads * shape.v_head_dim), values).map_err(|_| {
+        refused(format!("tensor `{name}` has another shape than the config says"), "is the checkpoint intact?")
+    })?;
+    let turn = Turn::spread_by(&weights.read_by_weights(shape, output.view()));
+    turn.map_err(|e| ConvertError::Layer { layer, source: e.into() })
+}
+
+fn construction(transform: Transform, rank: usize, scaled: bool) -> String {
     match transform {
         Transform::None => "the identity: latents stay as they are".to_owned(),
+        Transform::Hadamard if scaled => format!(
+            "{}, over each layer's directions scaled by what its weights read of them",
+            Spread::new(rank).describe()
+        ),
         Transform::Hadamard => Spread::new(rank).describe(),
-        Transform::Pca => "eigenvectors of each layer's sum over heads of E[q q^T], q the absorbed query".to_owned(),
+        Transform::Pca => "eigenvectors of what each layer's scores and outputs read of its latent".to_owned(),
     }
 }
 
@@ -261,7 +293,7 @@ fn order(transform: Transform, rank: usize, slices: usize) -> String {
     let width = rank / slices;
     let blocks = format!("slice t holds coordinates {width} t to {width} t + {}", width - 1);
     match transform {
-        Transform::Pca => format!("{blocks}, by falling weight in the queries"),
+        Transform::Pca => format!("{blocks}, by falling share in what is read"),
         _ => blocks,
     }
 }

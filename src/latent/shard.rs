@@ -10,7 +10,7 @@ use super::rotate::{ROTATION_FILE, copy, is_fp8, pretty, put, side_files};
 use super::slicing::rms_corrections;
 use super::statistics::{LatentMoments, latent_moments, latent_windows};
 use super::weights::{LatentNames, check_slices, need_mla, refused};
-use super::{LatentWeights, Sharing};
+use super::{LatentWeights, Sharing, Transform, refitted_ranks};
 use crate::arch::{Architecture, MlaShape};
 use crate::convert::{CalibrationSettings, ConvertError};
 use crate::observe::{Event, Observer};
@@ -30,6 +30,8 @@ pub struct ShardSettings {
     pub sharing: Sharing,
     /// Whether to calibrate the sizes of slices that are normed by themselves.
     pub calibrate: bool,
+    /// Whether to fit each rank's keys and values to its slice (`refitted_ranks`); calibrates.
+    pub refit: bool,
     /// Calibration text.
     pub calibration: CalibrationSettings,
     /// Where calibration runs the model.
@@ -55,7 +57,7 @@ pub enum Held {
     LatentRows,
     /// The rank's slice of the norm's gain, times its correction.
     LatentGain,
-    /// The columns of the rank's slice of the latent, those of keys times `logit_scale`.
+    /// The columns of the rank's slice of the latent, those of keys times `logit_scale`, or fitted ones (`refit`).
     LatentColumns,
 }
 
@@ -164,7 +166,7 @@ pub fn shard(
             "`gqa2mla rotate` writes such a model in bf16; shard that",
         ));
     }
-    let calibrated = settings.calibrate;
+    let calibrated = settings.calibrate || settings.refit;
     let windows = match calibrated {
         true => latent_windows(source, arch, &settings.calibration, rank)?,
         false => Vec::new(),
@@ -172,7 +174,7 @@ pub fn shard(
     let held = roles(arch, shape, &sharing);
     let files: Vec<(String, Vec<Piece>)> = (0..sharing.ranks)
         .map(|t| {
-            (format!("rank-{t}-of-{}.safetensors", sharing.ranks), pieces(source, arch, shape, &sharing, &held, t))
+            (format!("rank-{t}-of-{}.safetensors", sharing.ranks), pieces(source, arch, shape, settings, &held, t))
         })
         .collect();
     let planned: Vec<(String, Vec<PlannedTensor>)> =
@@ -196,14 +198,29 @@ pub fn shard(
     });
     let ranks: Vec<RankEntry> = ranks.collect();
     let staging = Staging::create(output, &options)?;
-    let moments = match calibrated {
-        true => Some(latent_moments(source, arch, &Device::open(settings.device)?, &windows, observer)?),
-        false => None,
-    };
+    let (mut moments, mut refitted) = (None, None);
+    if calibrated {
+        let device = Device::open(settings.device)?;
+        let found = latent_moments(source, arch, &device, &windows, observer)?;
+        if settings.refit {
+            let how = (Transform::None, &sharing);
+            refitted = Some(refitted_ranks(source, arch, &device, (&windows, &found), how, observer)?);
+        }
+        moments = Some(found);
+    }
     let mut writer = StagedWriter::new(staging, plan);
     observer.event(Event::Phase { name: "shard", steps: Some(sharing.ranks as u64) });
     for (t, (_, pieces)) in files.iter().enumerate() {
-        let mut own = OfRank { source, arch, shape, sharing: &sharing, moments: moments.as_deref(), t, at: None };
+        let mut own = OfRank {
+            source,
+            arch,
+            shape,
+            sharing: &sharing,
+            moments: moments.as_deref(),
+            t,
+            at: None,
+            refitted: refitted.as_deref(),
+        };
         for piece in pieces {
             write_piece(piece, &mut own, &mut writer)?;
             observer.event(Event::Written { tensor: piece.planned.name.clone() });
@@ -311,10 +328,11 @@ fn pieces(
     source: &ModelSource,
     arch: &Architecture,
     shape: &MlaShape,
-    sharing: &Sharing,
+    settings: &ShardSettings,
     held: &BTreeMap<String, Held>,
     t: usize,
 ) -> Vec<Piece> {
+    let sharing = &settings.sharing;
     let mut by_name: BTreeMap<String, (Held, usize)> = BTreeMap::new();
     for layer in 0..arch.layers {
         let names = arch.names.layer(layer);
@@ -371,7 +389,7 @@ fn pieces(
             }
             Some((Held::LatentColumns, layer)) => {
                 shape_of[1] = rank / sharing.ranks;
-                match sharing.logit_scale == 1.0 {
+                match sharing.logit_scale == 1.0 && !settings.refit {
                     true => Cut::Columns(sharing.columns(rank, t)),
                     false => {
                         dtype = Dtype::F32;
@@ -398,10 +416,15 @@ struct OfRank<'a> {
     /// The rank.
     t: usize,
     at: Option<(usize, RankTensors)>,
+    /// By layer and rank, where they were fitted.
+    refitted: Option<&'a [Vec<RankTensors>]>,
 }
 
 impl OfRank<'_> {
     fn layer(&mut self, layer: usize) -> Result<&RankTensors, ConvertError> {
+        if let Some(fitted) = self.refitted.and_then(|r| r.get(layer)?.get(self.t)) {
+            return Ok(&self.at.insert((layer, fitted.clone())).1);
+        }
         let tensors = match self.at.take() {
             Some((at, tensors)) if at == layer => tensors,
             _ => {

@@ -56,7 +56,14 @@ impl LatentMoments {
             turn.apply(m.view_mut());
             m
         };
-        Self { mean: mean.remove_axis(Axis(0)), second: both(&self.second), queries: both(&self.queries) }
+        let reads = {
+            let mut m = self.reads.clone();
+            turn.apply_dual(m.view_mut());
+            let mut m = m.reversed_axes().as_standard_layout().into_owned();
+            turn.apply_dual(m.view_mut());
+            m
+        };
+        Self { mean: mean.remove_axis(Axis(0)), second: both(&self.second), covariance: both(&self.covariance), reads }
     }
 }
 
@@ -169,7 +176,8 @@ mod tests {
         LatentMoments {
             mean: n.mean_axis(Axis(0)).unwrap(),
             second: matmul(&n.t(), &n) / 200.0,
-            queries: Array2::eye(rank),
+            covariance: matmul(&n.t(), &n) / 200.0,
+            reads: Array2::eye(rank),
         }
     }
 
@@ -215,7 +223,8 @@ mod tests {
         let of = |n: &Array2<f64>| LatentMoments {
             mean: n.mean_axis(Axis(0)).unwrap(),
             second: matmul(&n.t(), n) / 50.0,
-            queries: matmul(&n.t(), n),
+            covariance: matmul(&n.t(), n) / 50.0,
+            reads: matmul(&n.t(), n),
         };
         let turn = Turn::hadamard(8);
         let mut turned = n.clone();

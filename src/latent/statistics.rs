@@ -1,16 +1,17 @@
 //! Second moments of every layer's latents on calibration text, through the reference runtime, one layer in memory at a
 //! time.
 
-use ndarray::{Array1, Array2, ArrayView2, s};
+use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 
 use super::LatentWeights;
+use super::fold::add_reads;
 use super::weights::need_mla;
 use crate::arch::{Architecture, MlaShape};
 use crate::calibrate::{CorpusError, Moments, add_gram, calibration_windows, read_texts};
 use crate::convert::{CalibrationSettings, ConvertError};
 use crate::factor::linalg::matmul;
 use crate::observe::{Event, Observer};
-use crate::runtime::{Backend, LayerTensors, Model, Qkv};
+use crate::runtime::{AttentionTensors, Backend, LayerTensors, Model, Qkv};
 use crate::source::ModelSource;
 
 /// Moments of one layer's latents `n = norm(c)`, before the norm's gain; where the class norms no latent, of `c` itself. And
@@ -21,8 +22,11 @@ pub struct LatentMoments {
     pub mean: Array1<f64>,
     /// `E[n n^T]`, `[r, r]`.
     pub second: Array2<f64>,
-    /// `sum_h E[q~_h q~_h^T]`, `[r, r]`.
-    pub queries: Array2<f64>,
+    /// `sum_h (v_h / k_h) E[q~_h q~_h^T] + UV~_h^T O_h^T O_h UV~_h`, `[r, r]`, with `UV~ = UV diag(gain)` and `k_h`, `v_h` the
+    /// traces: what scores and outputs read of white latents, each head's scores weighing what its outputs do.
+    pub reads: Array2<f64>,
+    /// `E[n n^T] - E[n] E[n]^T`, which alone tells scores apart: a softmax does not see what all its scores share.
+    pub covariance: Array2<f64>,
 }
 
 /// Calibration windows for a latent of `rank` values.
@@ -64,15 +68,20 @@ pub fn latent_moments<B: Backend>(
         let tensors = LayerTensors::load(source, arch, index)?;
         let gain = tensors.latent_gain().to_vec();
         let weights = LatentWeights::of(&tensors.attention);
+        let output = match &tensors.attention {
+            AttentionTensors::Mla(t) => t.o.weight.mapv(f64::from),
+            AttentionTensors::Gqa(_) => Array2::zeros((0, 0)),
+        };
         let layer = crate::runtime::Layer::new(backend, arch, tensors)?;
         let x = layer.attention_input(hidden.view())?;
         let latents = layer.latents(x.view(), &lengths)?;
-        let queries = weights.map_or_else(
+        let reads = weights.map_or_else(
             || Ok(Array2::zeros((rank, rank))),
-            |w| layer.project_qkv(x.view(), &lengths).map(|qkv| absorbed(&qkv, &w, shape)),
+            |w| layer.project_qkv(x.view(), &lengths).map(|qkv| reads_of(&qkv, w, shape, output.view())),
         )?;
         let (mean, second) = moments_of(latents.slice(s![.., ..rank]), &gain);
-        out.push(LatentMoments { mean, second, queries });
+        let outer = mean.view().insert_axis(Axis(1)).dot(&mean.view().insert_axis(Axis(0)));
+        out.push(LatentMoments { covariance: &second - &outer, mean, second, reads });
         layer.forward(&mut hidden, &lengths)?;
         model.check_layer(index, hidden.view())?;
         let tokens = (hidden.nrows() * (index + 1)) as u64;
@@ -96,20 +105,21 @@ fn moments_of(latents: ArrayView2<'_, f32>, gain: &[f32]) -> (Array1<f64>, Array
     (mean, second)
 }
 
-/// `sum_h diag(g) UK_h^T E[q_h q_h^T] UK_h diag(g)` of the queries before RoPE's part.
-fn absorbed(qkv: &Qkv, weights: &LatentWeights, shape: &MlaShape) -> Array2<f64> {
+/// [`LatentMoments::reads`] of queries before RoPE's part and of `o_proj` `[D, H d_V]`.
+fn reads_of(qkv: &Qkv, mut weights: LatentWeights, shape: &MlaShape, output: ArrayView2<'_, f64>) -> Array2<f64> {
     let (nope, head) = (shape.qk_nope_head_dim, shape.qk_nope_head_dim + shape.v_head_dim);
+    if let Some(gain) = &weights.gain {
+        weights.kv_b *= gain;
+    }
     let mut out = Array2::zeros((weights.rank(), weights.rank()));
     for h in 0..qkv.heads {
         let first = qkv.query_columns(h).start;
         let q = qkv.q.slice(s![.., first..first + nope]);
         let mut moment = Array2::zeros((nope, nope));
         add_gram(moment.view_mut(), q);
-        let mut keys = weights.kv_b.slice(s![h * head..h * head + nope, ..]).to_owned();
-        if let Some(gain) = &weights.gain {
-            keys *= gain;
-        }
-        out += &matmul(&keys.t(), &matmul(&moment, &keys));
+        let keys = weights.kv_b.slice(s![h * head..h * head + nope, ..]);
+        let keys = matmul(&keys.t(), &matmul(&moment, &keys)) / qkv.q.nrows().max(1) as f64;
+        add_reads(&mut out, &keys, &weights.values_of_head(shape, h, output));
     }
-    out / qkv.q.nrows().max(1) as f64
+    out
 }

@@ -6,19 +6,26 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayViewMut2};
 use serde::{Deserialize, Serialize};
 
+use super::{LatentMoments, LatentWeights};
+use crate::arch::MlaShape;
 use crate::factor::FactorError;
 use crate::factor::hadamard::Spread;
 use crate::factor::linalg::{eigh, matmul};
+use crate::runtime::{AttentionTensors, LayerTensors};
 
-/// Which orthogonal matrix turns the latents of a model.
+/// Least energy of a scaled direction, relative to the largest: its coordinates shrink to a thousandth.
+pub const SCALE_FLOOR: f64 = 1e-6;
+
+/// Which matrix turns the latents of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transform {
     /// None: latents stay as they are.
     None,
-    /// A Hadamard matrix, or what comes nearest to one; the same in every layer, no data needed.
+    /// A Hadamard matrix, or what comes nearest to one; no data needed. Where the latent's norm does nothing, over directions
+    /// scaled by what the weights read of them.
     Hadamard,
-    /// Principal directions of each layer's latents, as its queries read them on calibration text.
+    /// Principal directions of what each layer's scores and outputs read of its latents on calibration text.
     Pca,
 }
 
@@ -42,7 +49,7 @@ impl fmt::Display for Transform {
     }
 }
 
-/// An orthogonal matrix `U` `[r, r]`.
+/// A matrix `U` `[r, r]` that turns latents, orthogonal but for [`Turn::Scaled`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Turn {
     /// The identity.
@@ -51,6 +58,13 @@ pub enum Turn {
     Spread(Arc<Spread>),
     /// Columns are the new directions.
     Dense(Array2<f64>),
+    /// Latents by `basis`, what reads them by `dual`, the inverse of its transpose. Only where a norm does nothing.
+    Scaled {
+        /// `U` `[r, r]`.
+        basis: Array2<f64>,
+        /// `U^-T` `[r, r]`.
+        dual: Array2<f64>,
+    },
 }
 
 impl Turn {
@@ -59,7 +73,43 @@ impl Turn {
         Turn::Spread(Arc::new(Spread::new(r)))
     }
 
-    /// Every row `x` `[.., r]` becomes `x U`.
+    /// A Hadamard matrix over the principal directions of `energies` `[r, r]`, what is read of a latent whose coordinates are
+    /// alike in size, each direction scaled by the root of its energy: `U = s V diag(lambda^1/2) H`, `lambda` at least
+    /// [`SCALE_FLOOR`] of the largest. `s` leaves the mean square of white latents as it is.
+    ///
+    /// # Errors
+    /// [`FactorError`] for energies that are not finite.
+    pub fn spread_by(energies: &Array2<f64>) -> Result<Self, FactorError> {
+        let (values, vectors) = eigh(energies, "energies of latent directions")?;
+        let largest = values.iter().fold(0.0_f64, |m, v| m.max(*v));
+        let r = vectors.ncols();
+        if largest <= 0.0 {
+            return Ok(Self::hadamard(r));
+        }
+        let size = values.mapv(|v| (v / largest).max(SCALE_FLOOR).sqrt());
+        let size = &size / (size.mapv(|v| v * v).sum() / r as f64).sqrt();
+        let (mut basis, mut dual) = (&vectors * &size, &vectors / &size);
+        let spread = Self::hadamard(r);
+        spread.apply(basis.view_mut());
+        spread.apply(dual.view_mut());
+        Ok(Turn::Scaled { basis, dual })
+    }
+
+    /// Every row `y` `[.., r]` that reads latents becomes `y U^-T`: what it reads of turned latents is what it read.
+    ///
+    /// # Panics
+    /// As [`Turn::apply`].
+    pub fn apply_dual(&self, mut rows: ArrayViewMut2<'_, f64>) {
+        match self {
+            Turn::Scaled { dual, .. } => {
+                let turned = matmul(&rows, dual);
+                rows.assign(&turned);
+            }
+            _ => self.apply(rows),
+        }
+    }
+
+    /// Every row `x` `[.., r]` of latents becomes `x U`.
     ///
     /// # Panics
     /// If the rows have another length than `U`.
@@ -67,7 +117,7 @@ impl Turn {
         match self {
             Turn::None => {}
             Turn::Spread(spread) => spread.apply(rows),
-            Turn::Dense(u) => {
+            Turn::Dense(u) | Turn::Scaled { basis: u, .. } => {
                 let turned = matmul(&rows, u);
                 rows.assign(&turned);
             }
@@ -75,19 +125,64 @@ impl Turn {
     }
 }
 
-/// Eigenvectors of the second moments of what is absorbed into queries, `sum_h E[q~ q~^T]` `[r, r]`, by falling eigenvalue;
-/// and the eigenvalues. The first slice of a latent in these coordinates holds what scores depend on most.
+/// Eigenvectors of what is read of a latent ([`super::LatentMoments::reads`], `[r, r]`), by falling eigenvalue; and the
+/// eigenvalues. The first slice of a latent in these coordinates holds what scores and outputs depend on most.
 ///
 /// # Errors
 /// [`FactorError`] for moments that are not finite.
 pub fn principal(moments: &Array2<f64>) -> Result<(Turn, Vec<f64>), FactorError> {
-    let (values, vectors) = eigh(moments, "second moments of absorbed queries")?;
+    let (values, vectors) = eigh(moments, "energies of what is read of a latent")?;
     Ok((Turn::Dense(vectors), values.iter().map(|v| v.max(0.0)).collect()))
+}
+
+/// The matrix of `transform` for one layer: its tensors, and the latent's weights among them before they are turned. `None` where it
+/// needs moments and there are none.
+///
+/// # Errors
+/// [`FactorError`] for energies that are not finite.
+pub fn turn_of(
+    transform: Transform,
+    tensors: &LayerTensors,
+    weights: &LatentWeights,
+    shape: &MlaShape,
+    moments: Option<&LatentMoments>,
+) -> Result<Option<Turn>, FactorError> {
+    Ok(match (transform, moments, &tensors.attention) {
+        (Transform::None, ..) => Some(Turn::None),
+        (Transform::Hadamard, _, AttentionTensors::Mla(t))
+            if weights.is_neutral(&tensors.input_norm, shape.latent_eps) =>
+        {
+            Some(Turn::spread_by(&weights.read_by_weights(shape, t.o.weight.mapv(f64::from).view()))?)
+        }
+        (Transform::Hadamard, ..) => Some(Turn::hadamard(weights.rank())),
+        (Transform::Pca, Some(moments), _) => Some(principal(&moments.reads)?.0),
+        (Transform::Pca, None, _) => None,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_reads_latents_reads_the_same_of_scaled_ones() {
+        let a = Array2::from_shape_fn((40, 8), |(i, j)| ((i * 31 + j * 17 + i * j) % 53) as f64 / (1 + j) as f64);
+        let turn = Turn::spread_by(&matmul(&a.t(), &a)).unwrap();
+        assert!(matches!(turn, Turn::Scaled { .. }));
+        let x = Array2::from_shape_fn((5, 8), |(i, j)| ((i * 13 + j * 7) % 11) as f64 - 5.0);
+        let y = Array2::from_shape_fn((3, 8), |(i, j)| ((i * 5 + j * 3) % 7) as f64 - 3.0);
+        let want = matmul(&x, &y.t());
+        let (mut tx, mut ty) = (x, y);
+        turn.apply(tx.view_mut());
+        turn.apply_dual(ty.view_mut());
+        // Coordinates differ by at most a thousand in size, and so does the rounding.
+        assert!((&matmul(&tx, &ty.t()) - &want).iter().all(|d| d.abs() < 1e-9));
+        let white: f64 = match &turn {
+            Turn::Scaled { basis, .. } => basis.iter().map(|v| v * v).sum(),
+            _ => 0.0,
+        };
+        assert!((white - 8.0).abs() < 1e-9, "the mean square of white latents stays");
+    }
 
     #[test]
     fn principal_directions_diagonalise_the_moments() {

@@ -38,9 +38,8 @@ fn cache(r: &RotationReport) -> String {
 fn energies(r: &RotationReport) -> Option<String> {
     let all = || r.layers.iter().flat_map(|l| l.slice_energy.iter().copied());
     let (least, most) = (all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max));
-    (most > 0.0 && r.settings.slices > 1).then(|| {
-        format!("a slice holds {} to {} of what a layer's queries read", units::percent(least), units::percent(most))
-    })
+    (most > 0.0 && r.settings.slices > 1)
+        .then(|| format!("a slice holds {} to {} of what a layer reads", units::percent(least), units::percent(most)))
 }
 
 /// `README.md` of a rotated folder.

@@ -52,6 +52,8 @@ pub struct SlicedCase {
     pub shared_rms: bool,
     /// Factor on the part of a rank's scores that comes from its slice.
     pub logit_scale: f64,
+    /// Whether keys and values of the ranks were fitted on calibration text.
+    pub refitted: bool,
     /// Figures.
     #[serde(flatten)]
     pub figures: SlicedFigures,
@@ -82,6 +84,7 @@ impl SlicedVerification {
                 tp: way.sharing.ranks,
                 shared_rms: way.sharing.shared_rms,
                 logit_scale: way.sharing.logit_scale,
+                refitted: way.refitted.is_some(),
                 figures: *figures,
                 cache_bytes_per_token_per_rank: 2 * layers * figures.cache_values_per_rank,
                 failed,
@@ -117,6 +120,7 @@ impl SlicedVerification {
             ">ranks",
             "rms",
             ">scale",
+            "kv_b",
             ">cache/rank",
             ">of whole",
             ">bytes/rank",
@@ -129,6 +133,7 @@ impl SlicedVerification {
         t.row([
             "whole".to_owned(),
             "-".to_owned(),
+            String::new(),
             String::new(),
             String::new(),
             self.cache_values.to_string(),
@@ -146,6 +151,7 @@ impl SlicedVerification {
                 c.tp.to_string(),
                 if c.shared_rms { "shared" } else { "own" }.to_owned(),
                 c.logit_scale.to_string(),
+                if c.refitted { "refit" } else { "sliced" }.to_owned(),
                 f.cache_values_per_rank.to_string(),
                 units::percent(f.cache_values_per_rank as f64 / self.cache_values as f64),
                 bytes(f.cache_values_per_rank),

@@ -44,6 +44,28 @@ impl<B: Backend> Layer<'_, B> {
         Ok(())
     }
 
+    /// What each rank pools for the tokens behind the prompt of one window, `hidden [T, D]`: `[T - prefill, H r / T]` per rank, head
+    /// by head. The ranks' values of it, summed, are the head outputs of [`Layer::forward_sliced`].
+    ///
+    /// # Errors
+    /// As [`Layer::forward_sliced`].
+    pub fn pooled_sliced(
+        &self,
+        hidden: ArrayView2<'_, f32>,
+        prefill: usize,
+        ranks: &Ranks<B::Tensor>,
+    ) -> Result<Vec<Array2<f32>>, RuntimeError> {
+        let (b, x) = (self.backend, self.attention_input(hidden)?);
+        let (length, prompt) = (x.nrows(), prefill.min(x.nrows()));
+        let rotation = Rotation::new(self.rope(), 0..length);
+        let positions: Vec<usize> = (0..length).collect();
+        let all = self.attention.latent_rows(b, &b.upload(x), &rotation, &positions, ranks)?;
+        let caches = self.attention.sliced_rows(b, &all, ranks)?;
+        let spans = [Span { queries: 0..length - prompt, keys: 0..length }];
+        let pooled = self.attention.pool_sliced(b, &all, &positions[prompt..], &caches, ranks, &spans)?;
+        pooled.into_iter().map(|p| b.download(p)).collect()
+    }
+
     /// Head outputs of one window `x [T, D]`.
     fn sliced_heads(
         &self,

@@ -9,9 +9,9 @@ use super::error::same_vocabulary;
 use super::perplexity::{BLOCK, Evaluation};
 use super::rows::{RowPair, next_tokens};
 use super::{Comparison, VerifyError};
-use crate::latent::{LatentMoments, LatentWeights, Sharing, Transform, Turn, principal};
+use crate::latent::{LatentMoments, LatentWeights, Sharing, Transform, turn_of};
 use crate::observe::{Event, Observer};
-use crate::runtime::{AttentionTensors, Backend, Layer, LayerTensors, Model, RuntimeError};
+use crate::runtime::{AttentionTensors, Backend, Layer, LayerTensors, Model, RankTensors, RuntimeError};
 use crate::source::ModelSource;
 
 /// Tokens of the first window that are also decoded one by one.
@@ -24,6 +24,8 @@ pub struct SharedOut {
     pub transform: Transform,
     /// How they are shared out.
     pub sharing: Sharing,
+    /// What the ranks of every layer hold, where it was fitted (`latent::refitted_ranks`); else slices as they are.
+    pub refitted: Option<Vec<Vec<RankTensors>>>,
 }
 
 /// What one way of sharing out costs.
@@ -217,15 +219,9 @@ impl Streams {
                 if !known {
                     let Some(mut weights) = LatentWeights::of(&tensors.attention) else { continue };
                     let own = moments.and_then(|m| m.get(index));
-                    let turn = match (case.transform, own) {
-                        (Transform::None, _) => Turn::None,
-                        (Transform::Hadamard, _) => Turn::hadamard(shape.kv_lora_rank),
-                        (Transform::Pca, Some(own)) => {
-                            let fault = |error| VerifyError::Turning { layer: index, error };
-                            principal(&own.queries).map_err(fault)?.0
-                        }
-                        (Transform::Pca, None) => return Err(VerifyError::NoMoments),
-                    };
+                    let fault = |error| VerifyError::Turning { layer: index, error };
+                    let turn = turn_of(case.transform, &tensors, &weights, shape, own).map_err(fault)?;
+                    let Some(turn) = turn else { return Err(VerifyError::NoMoments) };
                     weights.turn(&turn);
                     let mut tensors = tensors.clone();
                     if let AttentionTensors::Mla(t) = &mut tensors.attention {
@@ -235,7 +231,10 @@ impl Streams {
                     turned = Some((case.transform, layer, weights, own.map(|m| m.turned(&turn))));
                 }
                 let Some((_, layer, weights, moments)) = &turned else { continue };
-                let ranks = weights.ranks(shape, sharing, moments.as_ref());
+                let ranks = match case.refitted.as_ref().and_then(|r| r.get(index)) {
+                    Some(ranks) => ranks.clone(),
+                    None => weights.ranks(shape, sharing, moments.as_ref()),
+                };
                 let ranks = layer.ranks(ranks, sharing.shared_rms).map_err(run)?;
                 layer.forward_sliced(&mut out.cases[i], &lengths, prefill, &ranks).map_err(run)?;
                 model.check_layer(index, out.cases[i].view()).map_err(run)?;

@@ -160,8 +160,8 @@ impl<T: Send + Sync> AttentionBlock<T> {
         Ok(ranks.ranks.iter().map(slice).collect())
     }
 
-    /// Attention of the queries of `rows` over the ranks' caches, summed over the ranks: `[rows, H d_V]`.
-    pub(in crate::runtime) fn attend_sliced<B: Backend<Tensor = T>>(
+    /// What the queries of `rows` pool from each rank's cache, `sum_j p_t(j) c_{j,S_t}`: `[rows, H r / T]` per rank.
+    pub(in crate::runtime) fn pool_sliced<B: Backend<Tensor = T>>(
         &self,
         backend: &B,
         all: &LatentRows<T>,
@@ -169,7 +169,7 @@ impl<T: Send + Sync> AttentionBlock<T> {
         caches: &[T],
         ranks: &Ranks<T>,
         spans: &[Span],
-    ) -> Result<T, RuntimeError> {
+    ) -> Result<Vec<T>, RuntimeError> {
         let mla = self.mla()?;
         let s = &mla.shape;
         let (nope, rope, value) = (s.qk_nope_head_dim, s.qk_rope_head_dim, s.v_head_dim);
@@ -177,9 +177,7 @@ impl<T: Send + Sync> AttentionBlock<T> {
         let plain = HeadColumns { start: 0, stride: mla.qk(), width: nope };
         let plain = backend.gather_heads(&[HeadPart { from: &queries, columns: plain }], mla.heads);
         let key_rows = HeadColumns { start: 0, stride: nope + value, width: nope };
-        let value_rows = HeadColumns { start: nope, stride: nope + value, width: value };
-        let mut sum = backend.zeros(rows.len(), mla.heads * value);
-        for (rank, cached) in ranks.ranks.iter().zip(caches) {
+        let pool = |(rank, cached): (&Rank<T>, &T)| {
             let width = rank.columns.len();
             let absorbed = backend.head_linear(&plain, &rank.kv_b, key_rows, mla.heads, true);
             let parts = [
@@ -195,8 +193,27 @@ impl<T: Send + Sync> AttentionBlock<T> {
                 scale: s.score_scale,
                 sliding_window: mla.window,
             };
-            let mixed = core(backend, self.cap, (&q, cached, cached), &shape, spans)?;
-            backend.add(&mut sum, &backend.head_linear(&mixed, &rank.kv_b, value_rows, mla.heads, false));
+            core(backend, self.cap, (&q, cached, cached), &shape, spans)
+        };
+        ranks.ranks.iter().zip(caches).map(pool).collect()
+    }
+
+    /// Attention of the queries of `rows` over the ranks' caches, summed over the ranks: `[rows, H d_V]`.
+    pub(in crate::runtime) fn attend_sliced<B: Backend<Tensor = T>>(
+        &self,
+        backend: &B,
+        all: &LatentRows<T>,
+        rows: &[usize],
+        caches: &[T],
+        ranks: &Ranks<T>,
+        spans: &[Span],
+    ) -> Result<T, RuntimeError> {
+        let mla = self.mla()?;
+        let (nope, value) = (mla.shape.qk_nope_head_dim, mla.shape.v_head_dim);
+        let value_rows = HeadColumns { start: nope, stride: nope + value, width: value };
+        let mut sum = backend.zeros(rows.len(), mla.heads * value);
+        for (rank, pooled) in ranks.ranks.iter().zip(self.pool_sliced(backend, all, rows, caches, ranks, spans)?) {
+            backend.add(&mut sum, &backend.head_linear(&pooled, &rank.kv_b, value_rows, mla.heads, false));
         }
         Ok(sum)
     }
