@@ -8,10 +8,14 @@
 //! Activations of several windows of text lie under each other: `[T, D]` with `T` the sum of the window lengths. Each
 //! window starts at position 0 and attends to itself only.
 
+#[cfg(any(feature = "gpu", feature = "cuda"))]
+mod accelerator;
 mod attention;
 mod backend;
 mod bench;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device;
 mod error;
 mod feed_forward;

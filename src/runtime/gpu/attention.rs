@@ -1,13 +1,11 @@
-//! Cutting attention into workgroups: tiles of query rows, and runs of keys where there are too few rows to fill a GPU.
+//! Attention in as few calls as kernels can see the rows of.
 
 use std::ops::Range;
 
 use super::kernels::{ATTENTION_ROWS, Kernel};
-use super::{Gpu, GpuTensor, ROWS, whole, words};
+use super::{Gpu, GpuTensor, ROWS, whole};
+use crate::runtime::accelerator::{RUN, Work, cut_into_runs, span_table, words};
 use crate::runtime::{AttentionShape, Span};
-
-/// Keys per run when a span has only one tile of rows, as in decoding. Fixed: sums do not depend on the device.
-const RUN: usize = 256;
 
 pub(super) fn attention(
     gpu: &Gpu,
@@ -49,41 +47,17 @@ fn fits(
 ) -> bool {
     let (queries, keys) = (hull(spans.iter().map(|s| s.queries.clone())), hull(spans.iter().map(|s| s.keys.clone())));
     let bytes = |rows: &Range<usize>, t: &GpuTensor| rows.len() as u64 * t.row_bytes();
-    // What `combine` reads, if every span is cut into runs.
-    let runs: usize = spans.iter().map(|s| s.keys.len().div_ceil(RUN)).sum();
-    let parts = (runs * shape.kv_heads * ATTENTION_ROWS * shape.values.width * 4) as u64;
-    let parts = if spans.iter().all(|s| s.queries.len() == 1) { parts } else { 0 };
+    // What `combine` reads, where spans are cut into runs.
+    let group = shape.heads / shape.kv_heads;
+    let items = |s: &Span| {
+        let runs = if cut_into_runs(s, group, ATTENTION_ROWS) { s.keys.len().div_ceil(RUN) } else { 1 };
+        (s.queries.len() * group).div_ceil(ATTENTION_ROWS) * runs
+    };
+    let cut = spans.iter().any(|s| cut_into_runs(s, group, ATTENTION_ROWS) && s.keys.len() > RUN);
+    let items = if cut { spans.iter().map(items).sum() } else { 0 };
+    let parts = (items * shape.kv_heads * ATTENTION_ROWS * shape.values.width * 4) as u64;
     let largest = [bytes(&queries, q), bytes(&queries, out), bytes(&keys, k), bytes(&keys, v), parts];
     largest.into_iter().all(|bytes| bytes <= gpu.queue.binding_bytes())
-}
-
-/// What the workgroups of one call do.
-#[derive(Default)]
-struct Work {
-    /// Span, first row, first key, end of its keys.
-    items: Vec<[u32; 4]>,
-    /// Span, first row, first item, items.
-    tiles: Vec<[u32; 4]>,
-}
-
-impl Work {
-    fn new(spans: &[Span], group: usize) -> Self {
-        let mut work = Self::default();
-        for (index, span) in spans.iter().enumerate() {
-            let rows = span.queries.len() * group;
-            let keys = span.keys.len();
-            let run = if rows <= ATTENTION_ROWS { RUN } else { keys.max(1) };
-            for row in (0..rows).step_by(ATTENTION_ROWS) {
-                let first = work.items.len();
-                for key in (0..keys).step_by(run) {
-                    work.items.push([index, row, key, keys.min(key + run)].map(|x| x as u32));
-                }
-                let items = work.items.len() - first;
-                work.tiles.push([index, row, first, items].map(|x| x as u32));
-            }
-        }
-        work
-    }
 }
 
 fn group(
@@ -96,18 +70,14 @@ fn group(
     out: &GpuTensor,
 ) {
     let heads_each = shape.heads / shape.kv_heads;
-    let work = Work::new(spans, heads_each);
+    let work = Work::new(spans, heads_each, ATTENTION_ROWS);
     if work.items.is_empty() {
         return;
     }
     let (queries, keys) = (hull(spans.iter().map(|s| s.queries.clone())), hull(spans.iter().map(|s| s.keys.clone())));
     let width = shape.values.width;
-    let direct = work.items.len() == work.tiles.len();
-    let table: Vec<u32> = spans
-        .iter()
-        .flat_map(|s| [s.queries.start, s.queries.len(), s.keys.start, s.keys.len()].map(|x| x as u32))
-        .collect();
-    let table = gpu.queue.filled(bytemuck::cast_slice(&table));
+    let direct = work.is_direct();
+    let table = gpu.queue.filled(bytemuck::cast_slice(span_table(spans).as_flattened()));
     let items = gpu.queue.filled(bytemuck::cast_slice(work.items.as_flattened()));
     let parts = work.items.len() * shape.kv_heads * ATTENTION_ROWS;
     let (result, heights) = match direct {

@@ -17,6 +17,7 @@ use wgpu::{BufferBinding, BufferSize};
 
 use self::kernels::{Kernel, MATVEC_OUTS, THREADS};
 use self::queue::Queue;
+use super::accelerator::{pack, words};
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
 use crate::arch::RopeLayout;
 
@@ -89,11 +90,6 @@ impl GpuTensor {
 /// A whole buffer, for a kernel.
 fn whole(buffer: &wgpu::Buffer) -> BufferBinding<'_> {
     BufferBinding { buffer, offset: 0, size: None }
-}
-
-/// Positions, rows and the like, for a kernel.
-fn words(values: impl Iterator<Item = usize>) -> Vec<u32> {
-    values.map(|v| v as u32).collect()
 }
 
 impl Gpu {
@@ -170,14 +166,6 @@ impl Gpu {
             }
         }
     }
-}
-
-/// The upper halves of the values, two to a word, if the lower halves are all zero.
-fn pack(values: &[f32]) -> Option<Vec<u32>> {
-    if values.iter().fold(0, |bits, v| bits | v.to_bits() & 0xffff) != 0 {
-        return None;
-    }
-    Some(values.chunks(2).map(|v| v[0].to_bits() >> 16 | v.get(1).map_or(0, |v| v.to_bits())).collect())
 }
 
 impl Backend for Gpu {
@@ -354,23 +342,5 @@ impl Backend for Gpu {
 
     fn add(&self, x: &mut GpuTensor, y: &GpuTensor) {
         self.pointwise(Kernel::Add, x, y);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_values_that_are_bf16_are_packed() {
-        let values = [1.0f32, -2.5, 0.15625, f32::NAN, 3.0];
-        let packed = pack(&values.map(|v| f32::from_bits(v.to_bits() & 0xffff_0000))).unwrap();
-        assert_eq!(packed.len(), 3);
-        for (i, v) in values.iter().enumerate() {
-            let word = packed[i / 2];
-            let bits = if i % 2 == 1 { word & 0xffff_0000 } else { word << 16 };
-            assert_eq!(bits, v.to_bits() & 0xffff_0000);
-        }
-        assert!(pack(&[1.0, 0.1]).is_none());
     }
 }

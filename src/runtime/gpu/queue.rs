@@ -11,6 +11,7 @@ use wgpu::{BindingResource, BufferBinding, BufferUsages};
 
 use super::kernels::Kernel;
 use crate::runtime::RuntimeError;
+use crate::runtime::accelerator::{Failure, FirstFailure, panic_text};
 
 /// Dispatches that are recorded before the device gets them.
 const PENDING: usize = 128;
@@ -20,13 +21,6 @@ const PARAMS: usize = 256;
 const IDLE_BYTES: u64 = 1 << 30;
 /// Bytes read back at once.
 const READ_BYTES: u64 = 64 << 20;
-
-/// What went wrong first.
-#[derive(Debug, Clone)]
-enum Failure {
-    Memory(String),
-    Other(String),
-}
 
 #[derive(Debug)]
 struct Compiled {
@@ -53,7 +47,7 @@ pub(super) struct Queue {
     /// Parameters of the dispatches of one submission.
     arena: wgpu::Buffer,
     state: Mutex<State>,
-    failure: Arc<Mutex<Option<Failure>>>,
+    failure: FirstFailure,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -61,27 +55,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Keep the first failure.
-fn fail(slot: &Mutex<Option<Failure>>, failure: Failure) {
-    lock(slot).get_or_insert(failure);
-}
-
 impl Queue {
     pub(super) fn new(name: String, device: wgpu::Device, queue: wgpu::Queue) -> Self {
-        let failure = Arc::new(Mutex::new(None));
-        let slot = Arc::clone(&failure);
+        let failure = FirstFailure::default();
+        let slot = failure.clone();
         device.on_uncaptured_error(Arc::new(move |e: wgpu::Error| {
             let text = e.to_string();
-            fail(
-                &slot,
-                if matches!(e, wgpu::Error::OutOfMemory { .. }) { Failure::Memory(text) } else { Failure::Other(text) },
-            );
+            slot.keep(if matches!(e, wgpu::Error::OutOfMemory { .. }) {
+                Failure::Memory(text)
+            } else {
+                Failure::Other(text)
+            });
         }));
-        let slot = Arc::clone(&failure);
+        let slot = failure.clone();
         device.set_device_lost_callback(move |reason, text| {
             // Our own dropping of the device is no loss.
             if reason != wgpu::DeviceLostReason::Destroyed {
-                fail(&slot, Failure::Other(format!("the device was lost: {text}")));
+                slot.keep(Failure::Other(format!("the device was lost: {text}")));
             }
         });
         let arena = device.create_buffer(&wgpu::BufferDescriptor {
@@ -136,7 +126,7 @@ impl Queue {
         let buffer = self.buffer(size, BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST, true);
         match buffer.get_mapped_range_mut(..) {
             Ok(mut view) => view.slice(..bytes.len()).copy_from_slice(bytes),
-            Err(e) => fail(&self.failure, Failure::Memory(e.to_string())),
+            Err(e) => self.failure.keep(Failure::Memory(e.to_string())),
         }
         buffer.unmap();
         buffer
@@ -145,7 +135,7 @@ impl Queue {
     fn buffer(&self, size: u64, usage: BufferUsages, mapped_at_creation: bool) -> wgpu::Buffer {
         if size > self.limits.max_buffer_size {
             let text = format!("a matrix of {size} bytes, the device allows {}", self.limits.max_buffer_size);
-            fail(&self.failure, Failure::Memory(text));
+            self.failure.keep(Failure::Memory(text));
         }
         self.device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation })
     }
@@ -158,7 +148,7 @@ impl Queue {
         params: &[u32],
         groups: (usize, usize, usize),
     ) {
-        if groups.0 == 0 || groups.1 == 0 || groups.2 == 0 || lock(&self.failure).is_some() {
+        if groups.0 == 0 || groups.1 == 0 || groups.2 == 0 || self.failure.happened() {
             return;
         }
         let compiled = self.compiled(kernel);
@@ -196,7 +186,7 @@ impl Queue {
     /// Fail because of something that no kernel of this device can see at once.
     pub(super) fn refuse(&self, what: String) {
         let text = format!("{what} needs more than the {} bytes that a kernel may see", self.binding_bytes());
-        fail(&self.failure, Failure::Memory(text));
+        self.failure.keep(Failure::Memory(text));
     }
 
     /// Record a copy of `bytes` bytes.
@@ -224,34 +214,24 @@ impl Queue {
                 self.submit(&mut lock(&self.state));
                 landing.map_async(wgpu::MapMode::Read, .., |_| {});
                 if let Err(e) = self.device.poll(wgpu::PollType::wait_indefinitely()) {
-                    fail(&self.failure, Failure::Other(e.to_string()));
+                    self.failure.keep(Failure::Other(e.to_string()));
                 }
                 // What made the mapping fail is the first failure already.
-                if lock(&self.failure).is_some() {
+                if self.failure.happened() {
                     return;
                 }
                 match landing.get_mapped_range(..) {
                     Ok(view) => part.copy_from_slice(bytemuck::cast_slice(&view)),
-                    Err(e) => return fail(&self.failure, Failure::Other(e.to_string())),
+                    Err(e) => return self.failure.keep(Failure::Other(e.to_string())),
                 }
                 offset += bytes;
             }
         };
         // A driver's failure must not end the process.
         if let Err(panic) = catch_unwind(AssertUnwindSafe(read)) {
-            fail(&self.failure, Failure::Other(super::adapter::panic_text(panic.as_ref())));
+            self.failure.keep(Failure::Other(panic_text(panic.as_ref())));
         }
-        self.check()
-    }
-
-    /// The first failure, if there was one.
-    fn check(&self) -> Result<(), RuntimeError> {
-        let device = self.name.clone();
-        match lock(&self.failure).clone() {
-            None => Ok(()),
-            Some(Failure::Memory(message)) => Err(RuntimeError::DeviceMemory { device, message }),
-            Some(Failure::Other(message)) => Err(RuntimeError::Device { device, message }),
-        }
+        self.failure.check(&self.name)
     }
 
     fn encoder<'s>(&self, state: &'s mut State) -> &'s mut wgpu::CommandEncoder {

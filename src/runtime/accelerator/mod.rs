@@ -1,0 +1,18 @@
+//! What device backends share: keeping the first failure, guarding drivers, narrowing weights, cutting attention.
+
+mod failure;
+mod guard;
+mod pack;
+mod work;
+
+pub(super) use failure::{Failure, FirstFailure};
+pub(super) use guard::{guarded, panic_text};
+pub(super) use pack::pack;
+#[cfg(feature = "gpu")]
+pub(super) use work::{RUN, cut_into_runs};
+pub(super) use work::{Work, span_table};
+
+/// Positions, rows and the like, for a kernel.
+pub(super) fn words(values: impl Iterator<Item = usize>) -> Vec<u32> {
+    values.map(|v| v as u32).collect()
+}
