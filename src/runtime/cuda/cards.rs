@@ -27,7 +27,9 @@ pub struct CardDescription {
     pub unusable: Option<String>,
 }
 
-/// What stands for a library that is not there.
+/// Bytes of f32 that a bf16 weight becomes at a time.
+const WIDENED_BYTES: usize = 256 << 20;
+/// What to do without a library.
 const INSTEAD: &str = "use `--device gpu` (Vulkan) or `--device cpu` instead";
 
 /// Every card, in the driver's order.
@@ -106,6 +108,14 @@ fn describe(n: i32, missing: Option<&str>, known: &Result<Vec<i32>, String>) -> 
 /// [`RuntimeError::Device`] when there is no such card, a library is missing, or the card fails or computes wrong;
 /// [`RuntimeError::DeviceMemory`] when others have all its memory.
 pub fn open(index: usize) -> Result<Cuda, RuntimeError> {
+    open_limited(index, WIDENED_BYTES)
+}
+
+/// As [`open`], with bf16 weights widened so many bytes at a time.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_limited(index: usize, widened_bytes: usize) -> Result<Cuda, RuntimeError> {
     let failed = |message: String| RuntimeError::Device { device: format!("cuda:{index}"), message };
     let found = cards().map_err(failed)?;
     let card = found.get(index).ok_or_else(|| failed("there is no such card".to_owned()))?;
@@ -117,7 +127,7 @@ pub fn open(index: usize) -> Result<Cuda, RuntimeError> {
         let device = result::device::get(index as i32).map_err(|e| failed(e.to_string()))?;
         let name = format!("cuda:{index} ({})", card.name);
         // SAFETY: the device comes from the driver, which `cards` has initialised.
-        let cuda = Cuda::new(unsafe { Stream::open(name, device, target) }?);
+        let cuda = Cuda::new(unsafe { Stream::open(name, device, target) }?, widened_bytes);
         try_out(&cuda)?;
         Ok(cuda)
     });

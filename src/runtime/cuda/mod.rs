@@ -24,17 +24,17 @@ use super::accelerator::{pack, words};
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
 use crate::arch::{Activation, RopeLayout};
 
-pub use cards::{CardDescription, cards, open};
+pub use cards::{CardDescription, cards, open, open_limited};
 
 /// Up to this many rows a product is bound by reading the weight, which the kernels do once, as bf16 where it is.
 const FEW_ROWS: usize = 8;
-/// Bytes of a weight that are widened at a time.
-const WIDENED_BYTES: usize = 256 << 20;
 
 /// An NVIDIA card, open for work.
 #[derive(Debug)]
 pub struct Cuda {
     stream: Arc<Stream>,
+    /// Bytes of f32 that a bf16 weight becomes at a time.
+    widened_bytes: usize,
     /// The table and positions that `rope` used last: the layers of a model share them.
     angles: Mutex<Option<Angles>>,
 }
@@ -75,8 +75,8 @@ fn number(activation: Activation) -> u32 {
 }
 
 impl Cuda {
-    fn new(stream: Arc<Stream>) -> Self {
-        Self { stream, angles: Mutex::new(None) }
+    fn new(stream: Arc<Stream>, widened_bytes: usize) -> Self {
+        Self { stream, widened_bytes, angles: Mutex::new(None) }
     }
 
     /// A matrix of anything.
@@ -256,7 +256,7 @@ impl Backend for Cuda {
             return self.zeros(x.rows, n);
         }
         let out = self.scratch(x.rows, n);
-        let step = if weight.packed && x.rows > FEW_ROWS { (WIDENED_BYTES / 4 / k).max(1) } else { n.max(1) };
+        let step = if weight.packed && x.rows > FEW_ROWS { (self.widened_bytes / 4 / k).max(1) } else { n.max(1) };
         for first in (0..n).step_by(step) {
             let product = Product {
                 m: x.rows,
