@@ -102,7 +102,7 @@ bool compile(Program& program) {
     }
     std::string base = folder() + "/kernels-" + std::to_string(getpid()) + "-" + std::to_string(compiled().size());
     std::ofstream file(base + ".cpp");
-    file << "#include " HEADER "\n" << program.source << "\n";
+    file << "#include \"" HEADER "\"\n" << program.source << "\n";
     std::regex kernel("__global__\\s+void\\s+(?:__launch_bounds__\\(\\d+\\)\\s+)?(\\w+)\\s*\\(");
     auto begin = std::sregex_iterator(program.source.begin(), program.source.end(), kernel);
     for (auto i = begin; i != std::sregex_iterator(); ++i) {

@@ -36,7 +36,7 @@ static uint3 threadIdx, blockIdx;
 static dim3 blockDim, gridDim;
 
 #define __global__
-#define __device__ [[maybe_unused]]
+#define __device__
 #define __shared__ __attribute__((section("shared_memory"))) static
 #define __launch_bounds__(n)
 
