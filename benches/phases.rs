@@ -4,6 +4,7 @@ use divan::{Bencher, black_box};
 use gqa2mla::calibrate::{Moments, pool};
 use gqa2mla::factor::joint::joint_low_rank;
 use gqa2mla::factor::linalg::{eigh, matmul, matmul_f32};
+use gqa2mla::runtime::{Backend, Device};
 use ndarray::{Array2, s};
 
 /// Hidden size, one KV head's width times heads, tokens.
@@ -31,6 +32,19 @@ fn product_f32(bencher: Bencher<'_, '_>) {
     let x = sample(TOKENS, HIDDEN).mapv(|v| v as f32);
     let w = sample(1536, HIDDEN).mapv(|v| v as f32);
     bencher.bench(|| matmul_f32(black_box(&x), &w.t()));
+}
+
+/// 4096^3 in f32: 137 GFLOP. A device that is not there, or is software, is left out.
+#[divan::bench(args = ["cpu", "gpu", "cuda"], sample_count = 10)]
+fn product_on_device(bencher: Bencher<'_, '_>, name: &str) {
+    let Some(device) = name.parse().ok().and_then(|choice| Device::open(choice).ok()) else { return };
+    if device.is_software_gpu() {
+        return;
+    }
+    let matrix = || device.upload(sample(4096, 4096).mapv(|v| v as f32));
+    let (x, w) = (matrix(), matrix());
+    // Reading waits for the product.
+    bencher.bench(|| device.download(device.rows(&device.linear(&x, &w, None), 0..1)));
 }
 
 #[divan::bench]

@@ -12,7 +12,8 @@ use super::output::width;
 
 /// List the devices that can compute, with memory and limits, and why others cannot.
 ///
-/// --device of other commands takes an id of this list. A GPU is used through Vulkan, Metal or DX12.
+/// --device of other commands takes an id of this list. A GPU is used through Vulkan, Metal or DX12; NVIDIA cards also
+/// through CUDA, in builds with the feature `cuda`.
 #[derive(Debug, Args)]
 pub struct DevicesArgs {}
 
