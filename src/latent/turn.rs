@@ -75,7 +75,7 @@ impl Turn {
 
     /// A Hadamard matrix over the principal directions of `energies` `[r, r]`, what is read of a latent whose coordinates are
     /// alike in size, each direction scaled by the root of its energy: `U = s V diag(lambda^1/2) H`, `lambda` at least
-    /// [`SCALE_FLOOR`] of the largest. `s` leaves the mean square of white latents as it is.
+    /// 1e-6 of the largest. `s` leaves the mean square of white latents as it is.
     ///
     /// # Errors
     /// [`FactorError`] for energies that are not finite.

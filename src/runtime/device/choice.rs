@@ -13,7 +13,7 @@ pub enum DeviceChoice {
     Auto,
     /// The processor.
     Cpu,
-    /// A GPU by its number in [`devices`], or the first.
+    /// A GPU by its number in [`devices`](super::devices), or the first.
     Gpu(Option<usize>),
     /// The first GPU that is reached through Vulkan.
     Vulkan,
