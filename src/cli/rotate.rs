@@ -16,7 +16,7 @@ use super::options::CalibrationOptions;
 use super::output::width;
 use super::{Context, model, values};
 
-/// Turn the latents of an MLA model by an orthogonal matrix, folded into its weights; the model computes what it did.
+/// Turn the latents of an MLA model by a matrix that is folded into its weights; the model computes what it did.
 ///
 /// For tensor-parallel decoding with sliced latents (TPLA): what slicing costs depends on the coordinates that are sliced.
 /// The matrix and the gain of the latent's norm go into kv_a_proj_with_mqa, kv_a_layernorm and kv_b_proj; every other tensor
@@ -30,8 +30,9 @@ pub struct RotateArgs {
     /// Folder to write
     #[arg(long, short, value_name = "DIR", help_heading = "Output")]
     output: PathBuf,
-    /// none; hadamard: spread evenly over all coordinates, needs no data; pca: principal
-    /// directions of what each layer's queries read, most first
+    /// none; hadamard: spread over all coordinates, needs no data (where the latent's norm does nothing, as in
+    /// conversions, directions scaled by what the weights read of them); pca: principal directions of what each layer's
+    /// scores and outputs read, most first
     #[arg(long, value_name = "TRANSFORM", default_value = "hadamard", value_parser = transform())]
     transform: Transform,
     /// Slices the latent will be cut into; has to divide it. For the report: the matrices do not depend on it

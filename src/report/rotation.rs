@@ -46,7 +46,7 @@ fn energies(r: &RotationReport) -> Option<String> {
 pub fn note(r: &RotationReport, command: &str) -> String {
     let mut out = format!("# {}, latents turned\n\n", inline(short_name(&r.source)));
     out += &format!(
-        "The MLA model `{}` with an orthogonal matrix folded into the weights around its latents ({}: {}), by `gqa2mla` \
+        "The MLA model `{}` with a matrix folded into the weights around its latents ({}: {}), by `gqa2mla` \
          {}. The model computes what it did before, to rounding; every other tensor is as it was. It loads wherever the \
          model did. Tensors in f32 keep their digits where the model is loaded in f32.\n\n",
         inline(short_name(&r.source)),
