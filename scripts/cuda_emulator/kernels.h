@@ -32,6 +32,12 @@ static float __uint_as_float(unsigned int bits) {
     return x;
 }
 
+static unsigned int __float_as_uint(float x) {
+    unsigned int bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
 static uint3 threadIdx, blockIdx;
 static dim3 blockDim, gridDim;
 
@@ -39,6 +45,7 @@ static dim3 blockDim, gridDim;
 #define __device__
 #define __shared__ __attribute__((section("shared_memory"))) static
 #define __launch_bounds__(n)
+#define __align__(n) __attribute__((aligned(n)))
 
 // There is always some shared memory, so that the section exists.
 __shared__ __attribute__((used)) float always[1];

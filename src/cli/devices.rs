@@ -32,7 +32,7 @@ impl DevicesArgs {
 #[derive(Debug, Clone, Copy, Args)]
 #[command(next_help_heading = "Device")]
 pub struct DeviceOption {
-    /// Where to compute: auto (a GPU that is no software, else the CPU), cpu, gpu[:N], vulkan, metal or cuda[:N]
+    /// Where to compute: auto (a GPU that is no software, else the CPU), cpu, gpu[:N], vulkan, metal or cuda[:N][:bf16]
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: DeviceChoice,
 }

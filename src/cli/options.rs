@@ -66,7 +66,7 @@ pub struct ConvertOptions {
     calibration: CalibrationOptions,
     #[command(flatten)]
     output: OutputOptions,
-    /// Where to run the model: cpu, auto (a GPU that is no software, else the CPU), gpu[:N], vulkan, metal or cuda[:N];
+    /// Where to run the model: cpu, auto (a GPU that is no software, else the CPU), gpu[:N], vulkan, metal or cuda[:N][:bf16];
     /// the last bits of the output depend on it
     #[arg(long, value_name = "DEVICE", default_value = "cpu", help_heading = "Device")]
     device: DeviceChoice,

@@ -42,7 +42,7 @@ pub struct RotateArgs {
     calibration: CalibrationOptions,
     #[command(flatten)]
     written: WrittenOptions,
-    /// Where calibration runs the model: cpu, auto, gpu[:N], vulkan, metal or cuda[:N]
+    /// Where calibration runs the model: cpu, auto, gpu[:N], vulkan, metal or cuda[:N][:bf16]
     #[arg(long, value_name = "DEVICE", default_value = "cpu", help_heading = "Device")]
     device: DeviceChoice,
 }

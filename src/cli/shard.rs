@@ -45,7 +45,7 @@ pub struct ShardArgs {
     /// Replace an existing output folder
     #[arg(long, help_heading = "Output")]
     overwrite: bool,
-    /// Where calibration runs the model: cpu, auto, gpu[:N], vulkan, metal or cuda[:N]
+    /// Where calibration runs the model: cpu, auto, gpu[:N], vulkan, metal or cuda[:N][:bf16]
     #[arg(long, value_name = "DEVICE", default_value = "cpu", help_heading = "Device")]
     device: DeviceChoice,
 }

@@ -8,6 +8,8 @@ mod work;
 pub(super) use failure::{Failure, FirstFailure};
 pub(super) use guard::{guarded, panic_text};
 pub(super) use pack::pack;
+#[cfg(feature = "cuda")]
+pub(super) use pack::pack_rounded;
 #[cfg(feature = "gpu")]
 pub(super) use work::{RUN, cut_into_runs};
 pub(super) use work::{Work, span_table};

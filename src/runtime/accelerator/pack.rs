@@ -9,6 +9,13 @@ pub(in crate::runtime) fn pack(values: &[f32]) -> Option<Vec<u32>> {
     Some(values.chunks(2).map(|v| v[0].to_bits() >> 16 | v.get(1).map_or(0, |v| v.to_bits())).collect())
 }
 
+/// The nearest bf16 of each value, halves to even, laid out as by [`pack`].
+#[cfg(feature = "cuda")]
+pub(in crate::runtime) fn pack_rounded(values: &[f32]) -> Vec<u32> {
+    let bits = |v: &f32| u32::from(half::bf16::from_f32(*v).to_bits());
+    values.chunks(2).map(|v| bits(&v[0]) | v.get(1).map_or(0, |v| bits(v) << 16)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

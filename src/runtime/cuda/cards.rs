@@ -8,7 +8,7 @@ use super::Cuda;
 use super::kernels::{Target, known_targets};
 use super::stream::Stream;
 use crate::runtime::accelerator::guarded;
-use crate::runtime::{Backend, RuntimeError};
+use crate::runtime::{Backend, Precision, RuntimeError};
 
 /// An NVIDIA card.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,8 +27,8 @@ pub struct CardDescription {
     pub unusable: Option<String>,
 }
 
-/// Bytes of f32 that a bf16 weight becomes at a time.
-const WIDENED_BYTES: usize = 256 << 20;
+/// Bytes that the parts of a product take at a time, before they are summed.
+const PART_BYTES: usize = 1 << 30;
 /// What to do without a library.
 const INSTEAD: &str = "use `--device gpu` (Vulkan) or `--device cpu` instead";
 
@@ -107,15 +107,15 @@ fn describe(n: i32, missing: Option<&str>, known: &Result<Vec<i32>, String>) -> 
 /// # Errors
 /// [`RuntimeError::Device`] when there is no such card, a library is missing, or the card fails or computes wrong;
 /// [`RuntimeError::DeviceMemory`] when others have all its memory.
-pub fn open(index: usize) -> Result<Cuda, RuntimeError> {
-    open_limited(index, WIDENED_BYTES)
+pub fn open(index: usize, precision: Precision) -> Result<Cuda, RuntimeError> {
+    open_limited(index, precision, PART_BYTES)
 }
 
-/// As [`open`], with bf16 weights widened so many bytes at a time.
+/// As [`open`], with parts of products of so many bytes at a time.
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_limited(index: usize, widened_bytes: usize) -> Result<Cuda, RuntimeError> {
+pub fn open_limited(index: usize, precision: Precision, part_bytes: usize) -> Result<Cuda, RuntimeError> {
     let failed = |message: String| RuntimeError::Device { device: format!("cuda:{index}"), message };
     let found = cards().map_err(failed)?;
     let card = found.get(index).ok_or_else(|| failed("there is no such card".to_owned()))?;
@@ -127,22 +127,24 @@ pub fn open_limited(index: usize, widened_bytes: usize) -> Result<Cuda, RuntimeE
         let device = result::device::get(index as i32).map_err(|e| failed(e.to_string()))?;
         let name = format!("cuda:{index} ({})", card.name);
         // SAFETY: the device comes from the driver, which `cards` has initialised.
-        let cuda = Cuda::new(unsafe { Stream::open(name, device, target) }?, widened_bytes);
+        let cuda = Cuda::new(unsafe { Stream::open(name, device, target) }?, precision, part_bytes);
         try_out(&cuda)?;
         Ok(cuda)
     });
     opened.map_err(failed).and_then(|inner| inner)
 }
 
-/// A product by cuBLAS and one by a kernel, of integers: exact in any order.
+/// Products by cuBLAS and by kernels, of integers: exact in any order and in bf16.
 fn try_out(cuda: &Cuda) -> Result<(), RuntimeError> {
     let integers = |rows, columns| Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 7 + j * 3) % 11) as f32 - 5.0);
     for rows in [1, 16] {
         let (x, w) = (integers(rows, 12), integers(20, 12));
-        let found = cuda.download(cuda.linear(&cuda.upload(x.clone()), &cuda.upload(w.clone()), None))?;
-        if found != x.dot(&w.t()) {
-            let message = "a product of small integers comes out wrong".to_owned();
-            return Err(RuntimeError::Device { device: cuda.name().to_owned(), message });
+        for weight in [cuda.upload(w.clone()), cuda.upload_weight(w.clone())] {
+            let found = cuda.download(cuda.linear(&cuda.upload(x.clone()), &weight, None))?;
+            if found != x.dot(&w.t()) {
+                let message = "a product of small integers comes out wrong".to_owned();
+                return Err(RuntimeError::Device { device: cuda.name().to_owned(), message });
+            }
         }
     }
     Ok(())

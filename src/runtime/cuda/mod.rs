@@ -1,15 +1,16 @@
 //! NVIDIA cards, through CUDA: cuBLAS for large products, own kernels in CUDA C for everything else.
 //!
 //! Nothing of CUDA is needed to build: libcuda, libnvrtc and libcublas are opened when a card is, and what is missing is
-//! told. Matrices are f32 on the card as everywhere; weights whose values are all bf16 are kept as such and widened when
-//! they are read, so nothing is rounded. Products are true f32, never TF32. Every kernel sums in a fixed order and cuBLAS
-//! is told to: two runs on one card give the same bits. Operations run when the card gets to them; what went wrong is told
-//! when results are read.
+//! told. Matrices are f32 on the card as everywhere; weights whose values are all bf16 are kept as such. Products with
+//! them run on tensor cores and lose nothing by it (`products.rs`), those of f32 with f32 are true f32, never TF32. Every
+//! kernel sums in a fixed order and cuBLAS is told to: two runs on one card give the same bits. Operations run when the
+//! card gets to them; what went wrong is told when results are read.
 
 mod attention;
 mod cards;
 mod gemm;
 mod kernels;
+mod products;
 mod stream;
 
 use std::ops::Range;
@@ -17,24 +18,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ndarray::{Array2, ArrayView2};
 
-use self::gemm::Product;
-use self::kernels::{BLOCK_OUTPUTS, BLOCK_THREADS, Kernel, NORM_THREADS, THREADS};
+use self::kernels::{Kernel, NORM_THREADS, THREADS};
 use self::stream::{Arg, Memory, Stream};
-use super::accelerator::{pack, words};
-use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
+use super::accelerator::{pack, pack_rounded, words};
+use super::{AttentionShape, Backend, HeadColumns, HeadPart, Precision, Rotation, RuntimeError, Span};
 use crate::arch::{Activation, RopeLayout};
 
 pub use cards::{CardDescription, cards, open, open_limited};
-
-/// Up to this many rows a product is bound by reading the weight, which the kernels do once, as bf16 where it is.
-const FEW_ROWS: usize = 8;
 
 /// An NVIDIA card, open for work.
 #[derive(Debug)]
 pub struct Cuda {
     stream: Arc<Stream>,
-    /// Bytes of f32 that a bf16 weight becomes at a time.
-    widened_bytes: usize,
+    precision: Precision,
+    /// Bytes that the parts of a product take at a time.
+    part_bytes: usize,
     /// The table and positions that `rope` used last: the layers of a model share them.
     angles: Mutex<Option<Angles>>,
 }
@@ -75,8 +73,8 @@ fn number(activation: Activation) -> u32 {
 }
 
 impl Cuda {
-    fn new(stream: Arc<Stream>, widened_bytes: usize) -> Self {
-        Self { stream, widened_bytes, angles: Mutex::new(None) }
+    fn new(stream: Arc<Stream>, precision: Precision, part_bytes: usize) -> Self {
+        Self { stream, precision, part_bytes, angles: Mutex::new(None) }
     }
 
     /// A matrix of anything.
@@ -110,64 +108,6 @@ impl Cuda {
         args.extend(sizes.map(Arg::Size));
         args.push(Arg::Float(eps as f32));
         self.stream.launch(Kernel::RmsNorm, (x.rows * heads, 1, 1), NORM_THREADS, &args);
-    }
-
-    /// A product whose weight begins so many elements behind the start of its matrix, and whose result begins so many
-    /// behind the start of `y`.
-    fn product(
-        &self,
-        product: &Product,
-        x: &CudaTensor,
-        (weight, w_first): (&CudaTensor, usize),
-        bias: Option<&CudaTensor>,
-        (y, y_first): (&CudaTensor, usize),
-    ) {
-        if product.m == 0 || product.n == 0 || product.heads == 0 {
-            return;
-        }
-        if product.m <= FEW_ROWS {
-            return self.few_rows(product, x, (weight, w_first), bias, (y, y_first));
-        }
-        // cuBLAS has no product of f32 and bf16.
-        let widened = weight.packed.then(|| self.widened(product, weight, w_first));
-        let from = widened.as_ref().map_or((&weight.memory, w_first), |wide| (&wide.memory, 0));
-        match product.gemm() {
-            Some(gemm) => self.stream.gemm(&gemm, from, (&x.memory, 0), (&y.memory, y_first)),
-            None => self.stream.refuse(format!("a product is too large for cuBLAS: {product:?}")),
-        }
-    }
-
-    /// What a product reads of a bf16 weight, in f32.
-    fn widened(&self, product: &Product, weight: &CudaTensor, first: usize) -> CudaTensor {
-        let n = (product.heads - 1) * product.w_batch + product.n * product.k;
-        let wide = self.scratch(1, n);
-        let args = [Arg::Behind(&weight.memory, 2 * first), Arg::Memory(&wide.memory), Arg::Size(n)];
-        self.each(Kernel::Widen, n, &args);
-        wide
-    }
-
-    fn few_rows(
-        &self,
-        product: &Product,
-        x: &CudaTensor,
-        (weight, w_first): (&CudaTensor, usize),
-        bias: Option<&CudaTensor>,
-        (y, y_first): (&CudaTensor, usize),
-    ) {
-        let packed = weight.packed;
-        let (kernel, blocks) = match product.absorb {
-            true => (Kernel::Absorbed { packed }, product.n.div_ceil(BLOCK_THREADS)),
-            false => (Kernel::Outputs { packed }, product.n.div_ceil(BLOCK_OUTPUTS)),
-        };
-        let mut args = vec![Arg::Memory(&x.memory), Arg::Memory(&weight.memory)];
-        if !product.absorb {
-            args.push(bias.map_or(Arg::Null, |b| Arg::Behind(&b.memory, 4 * y_first)));
-        }
-        args.push(Arg::Behind(&y.memory, 4 * y_first));
-        args.extend([product.m, product.n, product.k].map(|n| Arg::Word(n as u32)));
-        let p = product;
-        args.extend([p.x_stride, p.x_batch, w_first, p.w_batch, p.y_stride, p.y_batch].map(Arg::Size));
-        self.stream.launch(kernel, (blocks, product.heads, 1), BLOCK_THREADS, &args);
     }
 
     fn angles(&self, rotation: &Rotation, positions: &[usize]) -> Angles {
@@ -206,7 +146,11 @@ impl Backend for Cuda {
     }
 
     fn upload_weight(&self, host: Array2<f32>) -> CudaTensor {
-        match host.as_slice().and_then(pack) {
+        let packed = host.as_slice().and_then(|values| match self.precision {
+            Precision::F32 => pack(values),
+            Precision::Bf16 => Some(pack_rounded(values)),
+        });
+        match packed {
             Some(words) => {
                 let memory = self.stream.filled(&words);
                 CudaTensor { memory, rows: host.nrows(), columns: host.ncols(), packed: true }
@@ -251,32 +195,7 @@ impl Backend for Cuda {
     }
 
     fn linear(&self, x: &CudaTensor, weight: &CudaTensor, bias: Option<&CudaTensor>) -> CudaTensor {
-        let (n, k) = (weight.rows, weight.columns);
-        if k == 0 {
-            return self.zeros(x.rows, n);
-        }
-        let out = self.scratch(x.rows, n);
-        let step = if weight.packed && x.rows > FEW_ROWS { (self.widened_bytes / 4 / k).max(1) } else { n.max(1) };
-        for first in (0..n).step_by(step) {
-            let product = Product {
-                m: x.rows,
-                n: step.min(n - first),
-                k,
-                absorb: false,
-                x_stride: k,
-                x_batch: 0,
-                w_batch: 0,
-                y_stride: n,
-                y_batch: 0,
-                heads: 1,
-            };
-            self.product(&product, x, (weight, first * k), bias, (&out, first));
-        }
-        if let Some(bias) = bias.filter(|_| x.rows > FEW_ROWS) {
-            let args = [Arg::Memory(&out.memory), Arg::Memory(&bias.memory), Arg::Size(out.len()), Arg::Size(n)];
-            self.each(Kernel::AddBias, out.len(), &args);
-        }
-        out
+        products::linear(self, x, weight, bias)
     }
 
     fn head_linear(
@@ -287,26 +206,7 @@ impl Backend for Cuda {
         heads: usize,
         absorb: bool,
     ) -> CudaTensor {
-        let r = weight.columns;
-        let (inner, outer) = if absorb { (of.width, r) } else { (r, of.width) };
-        if inner == 0 {
-            return self.zeros(x.rows, heads * outer);
-        }
-        let out = self.scratch(x.rows, heads * outer);
-        let product = Product {
-            m: x.rows,
-            n: outer,
-            k: inner,
-            absorb,
-            x_stride: heads * inner,
-            x_batch: inner,
-            w_batch: of.stride * r,
-            y_stride: heads * outer,
-            y_batch: outer,
-            heads,
-        };
-        self.product(&product, x, (weight, of.start * r), None, (&out, 0));
-        out
+        products::head_linear(self, x, weight, of, heads, absorb)
     }
 
     fn rms_norm(&self, x: &CudaTensor, gain: &CudaTensor, eps: f64) -> CudaTensor {

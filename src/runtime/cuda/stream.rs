@@ -316,14 +316,16 @@ impl Stream {
         Ok(Function(found))
     }
 
-    /// Products of f32 by cuBLAS, with operands so many elements behind the start of their memories.
-    pub(super) fn gemm(&self, gemm: &Gemm, w: (&Memory, usize), x: (&Memory, usize), y: (&Memory, usize)) {
-        let at = |(memory, first): (&Memory, usize)| memory.address as usize + 4 * first;
-        let (a, b, c) = (at(w), at(x), at(y));
+    /// Products by cuBLAS, of bf16 with bf16 or f32 with f32 to f32. The weight and the result lie so many elements behind
+    /// the start of their memories.
+    pub(super) fn gemm(&self, gemm: &Gemm, bf16: bool, w: (&Memory, usize), x: &Memory, y: (&Memory, usize)) {
+        let at = |(memory, first): (&Memory, usize), width| memory.address as usize + width * first;
+        let (a, b, c) = (at(w, if bf16 { 2 } else { 4 }), at((x, 0), 0), at(y, 4));
         let (one, zero) = (1.0f32, 0.0f32);
         self.run(|state| {
             let Some(handle) = state.blas else { return Ok(()) };
             let f32 = blas::cudaDataType_t::CUDA_R_32F;
+            let operands = if bf16 { blas::cudaDataType_t::CUDA_R_16BF } else { f32 };
             let (yes, no) = (blas::cublasOperation_t::CUBLAS_OP_T, blas::cublasOperation_t::CUBLAS_OP_N);
             // SAFETY: the context is current, the handle is used under the lock, factors are read before the call
             // returns, and `gemm.rs` sees to sizes.
@@ -337,11 +339,11 @@ impl Stream {
                     gemm.k,
                     (&raw const one).cast(),
                     without_provenance(a),
-                    f32,
+                    operands,
                     gemm.lda,
                     gemm.stride_a,
                     without_provenance(b),
-                    f32,
+                    operands,
                     gemm.ldb,
                     gemm.stride_b,
                     (&raw const zero).cast(),

@@ -15,7 +15,7 @@ use super::cuda::{self, Cuda, CudaTensor};
 #[cfg(feature = "gpu")]
 use super::gpu::{self, Gpu, GpuTensor};
 
-pub use choice::DeviceChoice;
+pub use choice::{DeviceChoice, Precision};
 #[cfg(feature = "gpu")]
 use list::choose;
 use list::no_device;
@@ -56,7 +56,7 @@ impl Device {
         match choice {
             DeviceChoice::Cpu => Ok(Self::Cpu(Cpu)),
             DeviceChoice::Auto => Ok(best_card().or_else(best_gpu).unwrap_or(Self::Cpu(Cpu))),
-            DeviceChoice::Cuda(number) => open_card(choice, number),
+            DeviceChoice::Cuda(number, precision) => open_card(choice, number, precision),
             DeviceChoice::Gpu(_) | DeviceChoice::Vulkan | DeviceChoice::Metal => open_gpu(choice),
         }
     }
@@ -74,7 +74,7 @@ impl Device {
 #[cfg(feature = "cuda")]
 fn best_card() -> Option<Device> {
     let index = cuda::cards().ok()?.iter().position(|c| c.unusable.is_none())?;
-    cuda::open(index).ok().map(Device::Cuda)
+    cuda::open(index, Precision::F32).ok().map(Device::Cuda)
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -83,17 +83,17 @@ fn best_card() -> Option<Device> {
 }
 
 #[cfg(feature = "cuda")]
-fn open_card(choice: DeviceChoice, number: Option<usize>) -> Result<Device, RuntimeError> {
+fn open_card(choice: DeviceChoice, number: Option<usize>, precision: Precision) -> Result<Device, RuntimeError> {
     let found = cuda::cards().unwrap_or_default();
     let index = match number {
         None => found.iter().position(|c| c.unusable.is_none()),
         Some(n) => found.get(n).map(|_| n),
     };
-    index.map_or_else(|| Err(no_device(choice)), |index| cuda::open(index).map(Device::Cuda))
+    index.map_or_else(|| Err(no_device(choice)), |index| cuda::open(index, precision).map(Device::Cuda))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn open_card(choice: DeviceChoice, _: Option<usize>) -> Result<Device, RuntimeError> {
+fn open_card(choice: DeviceChoice, _: Option<usize>, _: Precision) -> Result<Device, RuntimeError> {
     Err(no_device(choice))
 }
 
@@ -117,7 +117,7 @@ fn open_gpu(choice: DeviceChoice) -> Result<Device, RuntimeError> {
         DeviceChoice::Gpu(Some(n)) => Some(n).filter(|n| *n < found.len()),
         DeviceChoice::Vulkan => by_interface("vulkan"),
         DeviceChoice::Metal => by_interface("metal"),
-        DeviceChoice::Auto | DeviceChoice::Cpu | DeviceChoice::Cuda(_) => None,
+        DeviceChoice::Auto | DeviceChoice::Cpu | DeviceChoice::Cuda(..) => None,
     };
     index.map_or_else(|| Err(no_device(choice)), |index| gpu::open(index).map(Device::Gpu))
 }
@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn an_absent_device_is_an_error_with_those_there_are() {
-        let error = Device::open(DeviceChoice::Cuda(Some(3))).unwrap_err().to_string();
+        let error = Device::open(DeviceChoice::Cuda(Some(3), Precision::F32)).unwrap_err().to_string();
         assert!(error.contains("cuda:3") && error.contains("cpu:") && error.contains("--device gpu"), "{error}");
         assert!(Device::open(DeviceChoice::Gpu(Some(99))).is_err());
     }

@@ -1,30 +1,34 @@
 // Causal softmax attention over runs of keys, with running maxima and sums: no matrix of all scores.
 //
 // A block takes ROWS rows of one KV head, a row being one query of one of the heads that share it, and a run of keys, in
-// steps of 32. Thread (r, c) scores rows r, r + 16, .. against keys c, c + 8, .. and keeps columns c, c + 8, .. of their
-// results. Where a span's keys are cut into several runs, results are left unnormalised for `combine`.
+// steps of 32. Thread (r, c) scores rows r, r + 16, .. against keys c, c + 8, .. and keeps columns 4 c .. 4 c + 3 of every
+// 32 of their results. It reads shared memory by fours: that is what bounds the kernel. Where a span's keys are cut into several runs, results are left unnormalised for `combine`.
 // Set from outside: DV, the width of a value, and TR, the rows of a thread.
 
 #define ROWS (16 * TR)
 #define KEYS 32
 #define CUT 32
-// A column of padding keeps rows off the same bank of shared memory.
-#define PADDED 33
+// Four columns of padding keep eight rows off the same banks of shared memory, and fours aligned.
+#define PADDED 36
 #define LOWEST (-3.0e38f)
 // Columns of a thread: four per started 32.
 #define OWN ((DV + 31) / 32 * 4)
 
 // Spans hold: first query row, queries, first key row, keys. Items: span, first row, first key, end of its keys.
+static __device__ float4 four(const float* x) {
+    return *(const float4*)x;
+}
+
 extern "C" __global__ void __launch_bounds__(128)
     attention(const uint4* spans, const uint4* items, const float* q, const float* k, const float* v, float* result,
               float2* heights, unsigned int group, unsigned int kv_heads, unsigned int dk, float scale, float cap,
               unsigned int window, unsigned int direct, size_t k_columns, size_t k_start, size_t k_stride,
               size_t v_columns, size_t v_start, size_t v_stride) {
-    __shared__ float qs[ROWS * PADDED];
+    __shared__ __align__(16) float qs[ROWS * PADDED];
     // Keys, then values.
-    __shared__ float ks[KEYS * PADDED];
+    __shared__ __align__(16) float ks[KEYS * PADDED];
     // Weights of the keys.
-    __shared__ float ps[ROWS * PADDED];
+    __shared__ __align__(16) float ps[ROWS * PADDED];
     __shared__ float part[ROWS * 8];
     unsigned int t = threadIdx.x;
     unsigned int r = t / 8;
@@ -63,7 +67,9 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     for (unsigned int key0 = tile_begin; key0 < tile_end; key0 += KEYS) {
         float s[TR][4];
+#pragma unroll
         for (int i = 0; i < TR; i++) {
+#pragma unroll
             for (int j = 0; j < 4; j++) {
                 s[i][j] = 0.0f;
             }
@@ -90,19 +96,22 @@ extern "C" __global__ void __launch_bounds__(128)
                 ks[i / CUT * PADDED + i % CUT] = value;
             }
             __syncthreads();
-#pragma unroll 8
-            for (int d = 0; d < CUT; d++) {
-                float b[4];
+#pragma unroll
+            for (int d = 0; d < CUT; d += 4) {
+                float4 b[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    b[j] = ks[(c + 8 * j) * PADDED + d];
+                    b[j] = four(&ks[(c + 8 * j) * PADDED + d]);
                 }
 #pragma unroll
                 for (int i = 0; i < TR; i++) {
-                    float a = qs[(r + 16 * i) * PADDED + d];
+                    float4 a = four(&qs[(r + 16 * i) * PADDED + d]);
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        s[i][j] += a * b[j];
+                        s[i][j] += a.x * b[j].x;
+                        s[i][j] += a.y * b[j].y;
+                        s[i][j] += a.z * b[j].z;
+                        s[i][j] += a.w * b[j].w;
                     }
                 }
             }
@@ -166,24 +175,30 @@ extern "C" __global__ void __launch_bounds__(128)
             }
             __syncthreads();
             float mixed[TR][4];
+#pragma unroll
             for (int i = 0; i < TR; i++) {
+#pragma unroll
                 for (int j = 0; j < 4; j++) {
                     mixed[i][j] = 0.0f;
                 }
             }
-#pragma unroll 8
-            for (int key = 0; key < KEYS; key++) {
-                float b[4];
+#pragma unroll
+            for (int key = 0; key < KEYS; key += 4) {
+                float4 b[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    b[j] = ks[key * PADDED + c + 8 * j];
+                    b[j] = four(&ks[(key + j) * PADDED + 4 * c]);
                 }
 #pragma unroll
                 for (int i = 0; i < TR; i++) {
-                    float a = ps[(r + 16 * i) * PADDED + key];
+                    float4 a = four(&ps[(r + 16 * i) * PADDED + key]);
+                    float weights[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        mixed[i][j] += a * b[j];
+                        mixed[i][0] += weights[j] * b[j].x;
+                        mixed[i][1] += weights[j] * b[j].y;
+                        mixed[i][2] += weights[j] * b[j].z;
+                        mixed[i][3] += weights[j] * b[j].w;
                     }
                 }
             }
@@ -213,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(128)
         }
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
-            unsigned int column = j / 4 * 32 + c + j % 4 * 8;
+            unsigned int column = j / 4 * 32 + 4 * c + j % 4;
             if (column < DV) {
                 result[to + column] = acc[i][j] * factor;
             }
