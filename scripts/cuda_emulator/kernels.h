@@ -159,3 +159,13 @@ static void __syncthreads() {
         emulation::fail("the wrong thread was woken");
     }
 }
+
+// Of all threads of a block at once, not only of those of a warp: kernels must not depend on less.
+static float __shfl_xor_sync(unsigned int, float x, unsigned int mask) {
+    static float values[1024];
+    values[threadIdx.x] = x;
+    __syncthreads();
+    float other = values[threadIdx.x ^ mask];
+    __syncthreads();
+    return other;
+}

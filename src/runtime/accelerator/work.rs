@@ -4,6 +4,7 @@
 use crate::runtime::Span;
 
 /// Keys per run when a span has few rows, as in decoding. Fixed: sums do not depend on the device.
+#[cfg(any(test, feature = "gpu"))]
 pub(in crate::runtime) const RUN: usize = 256;
 
 /// Whether the keys of a span are cut into runs: single queries, however many heads share the keys, and all that fit
@@ -22,12 +23,12 @@ pub(in crate::runtime) struct Work {
 }
 
 impl Work {
-    /// Tiles of `tile` rows.
-    pub(in crate::runtime) fn new(spans: &[Span], group: usize, tile: usize) -> Self {
+    /// Tiles of `tile` rows, and runs of `run` keys where there are runs.
+    pub(in crate::runtime) fn new(spans: &[Span], group: usize, tile: usize, run: usize) -> Self {
         let mut work = Self::default();
         for (index, span) in spans.iter().enumerate() {
             let (rows, keys) = (span.queries.len() * group, span.keys.len());
-            let run = if cut_into_runs(span, group, tile) { RUN } else { keys.max(1) };
+            let run = if cut_into_runs(span, group, tile) { run } else { keys.max(1) };
             for row in (0..rows).step_by(tile) {
                 let first = work.items.len();
                 for key in (0..keys).step_by(run) {
@@ -64,7 +65,7 @@ mod tests {
             Span { queries: 5..75, keys: 1300..1370 },
         ];
         for group in [1, 3, 40] {
-            let work = Work::new(&spans, group, 16);
+            let work = Work::new(&spans, group, 16, RUN);
             for (index, span) in spans.iter().enumerate() {
                 let mut seen = vec![0; span.queries.len() * group * span.keys.len()];
                 for tile in work.tiles.iter().filter(|t| t[0] as usize == index) {
@@ -80,6 +81,6 @@ mod tests {
             assert!(!work.is_direct());
             assert!(work.items.iter().all(|i| i[0] != 0 || (i[3] - i[2]) as usize <= RUN));
         }
-        assert!(Work::new(&Span::of_windows(&[30, 7]), 4, 16).is_direct());
+        assert!(Work::new(&Span::of_windows(&[30, 7]), 4, 16, RUN).is_direct());
     }
 }

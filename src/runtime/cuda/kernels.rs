@@ -13,13 +13,24 @@ pub(super) const BLOCK_THREADS: usize = 128;
 /// Outputs of a block of `outputs_f32` and `outputs_bf16`.
 pub(super) const BLOCK_OUTPUTS: usize = 4;
 
+/// What attention is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct AttentionConstants {
+    /// Width of a value.
+    pub(super) width: u32,
+    /// Rows of a thread.
+    pub(super) rows: u32,
+    /// Whether rows of queries, keys and values may be read by fours.
+    pub(super) fours: bool,
+}
+
 /// A source text with its constants; what is compiled at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Source {
     /// Everything that has no constants.
     Basic,
     /// Attention with values `width` wide and `rows` rows per thread.
-    Attention { width: u32, rows: u32 },
+    Attention(AttentionConstants),
 }
 
 impl Source {
@@ -32,9 +43,11 @@ impl Source {
                 include_str!("kernels/rows.cu"),
                 include_str!("kernels/products.cu")
             ),
-            Self::Attention { width, rows } => {
-                format!("#define DV {width}\n#define TR {rows}\n{}", include_str!("kernels/attention.cu"))
-            }
+            Self::Attention(AttentionConstants { width, rows, fours }) => format!(
+                "#define DV {width}\n#define TR {rows}\n#define FOURS {}\n{}",
+                u32::from(fours),
+                include_str!("kernels/attention.cu")
+            ),
         }
     }
 }
@@ -132,15 +145,15 @@ pub(super) enum Kernel {
     RmsNorm,
     Outputs { packed: bool },
     Absorbed { packed: bool },
-    Attention { width: u32, rows: u32 },
-    Combine { width: u32, rows: u32 },
+    Attention(AttentionConstants),
+    Combine(AttentionConstants),
 }
 
 impl Kernel {
     /// Where it is.
     pub(super) fn source(self) -> Source {
         match self {
-            Self::Attention { width, rows } | Self::Combine { width, rows } => Source::Attention { width, rows },
+            Self::Attention(constants) | Self::Combine(constants) => Source::Attention(constants),
             _ => Source::Basic,
         }
     }
@@ -166,8 +179,8 @@ impl Kernel {
             Self::Outputs { packed: true } => c"outputs_bf16",
             Self::Absorbed { packed: false } => c"absorbed_f32",
             Self::Absorbed { packed: true } => c"absorbed_bf16",
-            Self::Attention { .. } => c"attention",
-            Self::Combine { .. } => c"combine",
+            Self::Attention(_) => c"attention",
+            Self::Combine(_) => c"combine",
         }
     }
 }
@@ -194,10 +207,10 @@ mod tests {
             let _ = writeln!(std::io::stderr(), "skipped: libnvrtc was not found (LD_LIBRARY_PATH)");
             return;
         }
-        let attention = |width: u32, rows: u32| Source::Attention { width, rows };
-        let mut sources = vec![Source::Basic];
-        sources.extend([1, 20, 64, 128].into_iter().flat_map(|width| [1, 2, 4].map(|rows| attention(width, rows))));
-        sources.extend([attention(512, 1), attention(512, 2), attention(1024, 1)]);
+        let attention = |width, rows, fours| Source::Attention(AttentionConstants { width, rows, fours });
+        let mut sources = vec![Source::Basic, attention(1, 1, false), attention(30, 2, false)];
+        sources.extend([20, 64, 128].into_iter().flat_map(|width| [1, 2, 4].map(|rows| attention(width, rows, true))));
+        sources.extend([(448, 2), (512, 1), (512, 2), (1024, 1)].map(|(width, rows)| attention(width, rows, true)));
         for source in sources {
             for target in [80, 90].into_iter().flat_map(|n| [Target::Portable(n), Target::Machine(n)]) {
                 let image = compile(source, target).unwrap();

@@ -35,6 +35,8 @@ pub struct Cuda {
     part_bytes: usize,
     /// The table and positions that `rope` used last: the layers of a model share them.
     angles: Mutex<Option<Angles>>,
+    /// What `attention` did last.
+    plan: Mutex<Option<Arc<attention::Plan>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -74,7 +76,7 @@ fn number(activation: Activation) -> u32 {
 
 impl Cuda {
     fn new(stream: Arc<Stream>, precision: Precision, part_bytes: usize) -> Self {
-        Self { stream, precision, part_bytes, angles: Mutex::new(None) }
+        Self { stream, precision, part_bytes, angles: Mutex::new(None), plan: Mutex::new(None) }
     }
 
     /// A matrix of anything.

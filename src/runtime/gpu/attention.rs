@@ -70,7 +70,7 @@ fn group(
     out: &GpuTensor,
 ) {
     let heads_each = shape.heads / shape.kv_heads;
-    let work = Work::new(spans, heads_each, ATTENTION_ROWS);
+    let work = Work::new(spans, heads_each, ATTENTION_ROWS, RUN);
     if work.items.is_empty() {
         return;
     }

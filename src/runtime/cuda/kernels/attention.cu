@@ -2,23 +2,59 @@
 //
 // A block takes ROWS rows of one KV head, a row being one query of one of the heads that share it, and a run of keys, in
 // steps of 32. Thread (r, c) scores rows r, r + 16, .. against keys c, c + 8, .. and keeps columns 4 c .. 4 c + 3 of every
-// 32 of their results. It reads shared memory by fours: that is what bounds the kernel. Where a span's keys are cut into several runs, results are left unnormalised for `combine`.
-// Set from outside: DV, the width of a value, and TR, the rows of a thread.
+// 32 of their results. It reads shared memory by fours, and has the next piece of keys or values on its way from the card's
+// memory while it works on the last. Where a span's keys are cut into several runs, results are left unnormalised for
+// `combine`.
+// Set from outside: DV, the width of a value; TR, the rows of a thread; FOURS, whether every row begins at a multiple of
+// four elements and is one long.
 
 #define ROWS (16 * TR)
 #define KEYS 32
+// Columns of a piece of queries, keys or values.
+#if TR == 1 && DV % 64 == 0
+#define CUT 64
+#else
 #define CUT 32
+#endif
 // Four columns of padding keep eight rows off the same banks of shared memory, and fours aligned.
-#define PADDED 36
+#define PADDED (CUT + 4)
 #define LOWEST (-3.0e38f)
 // Columns of a thread: four per started 32.
 #define OWN ((DV + 31) / 32 * 4)
+// Threads that read a row of a piece, rows they read at once, and how often.
+#define READERS (CUT / 4)
+#define AT_ONCE (128 / READERS)
+#define Q_TURNS (ROWS / AT_ONCE)
+#define K_TURNS (KEYS / AT_ONCE)
 
-// Spans hold: first query row, queries, first key row, keys. Items: span, first row, first key, end of its keys.
 static __device__ float4 four(const float* x) {
     return *(const float4*)x;
 }
 
+// Four elements of a row from column d, zero from `width` on.
+static __device__ float4 fetch(const float* row, unsigned int d, unsigned int width) {
+#if FOURS
+    return d < width ? four(row + d) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#else
+    return make_float4(d < width ? row[d] : 0.0f, d + 1 < width ? row[d + 1] : 0.0f, d + 2 < width ? row[d + 2] : 0.0f,
+                       d + 3 < width ? row[d + 3] : 0.0f);
+#endif
+}
+
+// The largest, or the sum, of the eight threads of a row.
+static __device__ float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 4));
+}
+
+static __device__ float row_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    x += __shfl_xor_sync(0xffffffffu, x, 2);
+    return x + __shfl_xor_sync(0xffffffffu, x, 4);
+}
+
+// Spans hold: first query row, queries, first key row, keys. Items: span, first row, first key, end of its keys.
 extern "C" __global__ void __launch_bounds__(128)
     attention(const uint4* spans, const uint4* items, const float* q, const float* k, const float* v, float* result,
               float2* heights, unsigned int group, unsigned int kv_heads, unsigned int dk, float scale, float cap,
@@ -28,8 +64,7 @@ extern "C" __global__ void __launch_bounds__(128)
     // Keys, then values.
     __shared__ __align__(16) float ks[KEYS * PADDED];
     // Weights of the keys.
-    __shared__ __align__(16) float ps[ROWS * PADDED];
-    __shared__ float part[ROWS * 8];
+    __shared__ __align__(16) float ps[ROWS * (KEYS + 4)];
     unsigned int t = threadIdx.x;
     unsigned int r = t / 8;
     unsigned int c = t % 8;
@@ -41,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(128)
     unsigned int before = span.w - span.y;
     // Keys that each row of this thread sees: begin .. end.
     unsigned int begin[TR], end[TR];
+#pragma unroll
     for (int i = 0; i < TR; i++) {
         unsigned int m = min(item.y + r + 16 * i, rows - 1);
         end[i] = before + m / group + 1;
@@ -53,7 +89,37 @@ extern "C" __global__ void __launch_bounds__(128)
     if (window != 0 && first_end > window) {
         tile_begin = max(tile_begin, (first_end - window) / KEYS * KEYS);
     }
-    size_t q_columns = (size_t)kv_heads * group * dk;
+    // What this thread reads: columns `column` and on of some rows.
+    unsigned int reader = t / READERS;
+    unsigned int column = t % READERS * 4;
+    const float* q_rows[Q_TURNS];
+#pragma unroll
+    for (int i = 0; i < Q_TURNS; i++) {
+        unsigned int m = min(item.y + reader + AT_ONCE * i, rows - 1);
+        q_rows[i] = q + ((size_t)(span.x + m / group) * kv_heads * group + kv_head * group + m % group) * dk;
+    }
+    const float* k_first = k + (size_t)span.z * k_columns + k_start + kv_head * k_stride;
+    const float* v_first = v + (size_t)span.z * v_columns + v_start + kv_head * v_stride;
+    float4 q_next[Q_TURNS], next[K_TURNS];
+
+// Begin to read a piece of queries and keys, or of values. Keys that nobody sees are read as the last: their weight is 0.
+#define FETCH_KEYS(key0, d0)                                                                                                 \
+    _Pragma("unroll") for (int i = 0; i < Q_TURNS; i++) {                                                                    \
+        q_next[i] = fetch(q_rows[i], (d0) + column, dk);                                                                     \
+    }                                                                                                                        \
+    _Pragma("unroll") for (int i = 0; i < K_TURNS; i++) {                                                                    \
+        next[i] = fetch(k_first + min((key0) + reader + AT_ONCE * i, tile_end - 1) * k_columns, (d0) + column, dk);          \
+    }
+#define FETCH_VALUES(key0, d0)                                                                                               \
+    _Pragma("unroll") for (int i = 0; i < K_TURNS; i++) {                                                                    \
+        next[i] = fetch(v_first + min((key0) + reader + AT_ONCE * i, tile_end - 1) * v_columns, (d0) + column, DV);          \
+    }
+// Put what was read where all threads see it.
+#define STORE()                                                                                                              \
+    _Pragma("unroll") for (int i = 0; i < K_TURNS; i++) {                                                                    \
+        *(float4*)&ks[(reader + AT_ONCE * i) * PADDED + column] = next[i];                                                   \
+    }
+
     float acc[TR][OWN];
     float height[TR], total[TR];
 #pragma unroll
@@ -64,6 +130,9 @@ extern "C" __global__ void __launch_bounds__(128)
         for (int j = 0; j < OWN; j++) {
             acc[i][j] = 0.0f;
         }
+    }
+    if (tile_begin < tile_end) {
+        FETCH_KEYS(tile_begin, 0)
     }
     for (unsigned int key0 = tile_begin; key0 < tile_end; key0 += KEYS) {
         float s[TR][4];
@@ -76,26 +145,17 @@ extern "C" __global__ void __launch_bounds__(128)
         }
         for (unsigned int d0 = 0; d0 < dk; d0 += CUT) {
             __syncthreads();
-            for (unsigned int i = t; i < ROWS * CUT; i += 128) {
-                unsigned int row = min(item.y + i / CUT, rows - 1);
-                unsigned int d = d0 + i % CUT;
-                float value = 0.0f;
-                if (d < dk) {
-                    size_t head = kv_head * group + row % group;
-                    value = q[(span.x + row / group) * q_columns + head * dk + d];
-                }
-                qs[i / CUT * PADDED + i % CUT] = value;
-            }
-            for (unsigned int i = t; i < KEYS * CUT; i += 128) {
-                unsigned int key = key0 + i / CUT;
-                unsigned int d = d0 + i % CUT;
-                float value = 0.0f;
-                if (key < tile_end && d < dk) {
-                    value = k[((size_t)span.z + key) * k_columns + k_start + kv_head * k_stride + d];
-                }
-                ks[i / CUT * PADDED + i % CUT] = value;
+            STORE()
+#pragma unroll
+            for (int i = 0; i < Q_TURNS; i++) {
+                *(float4*)&qs[(reader + AT_ONCE * i) * PADDED + column] = q_next[i];
             }
             __syncthreads();
+            if (d0 + CUT < dk) {
+                FETCH_KEYS(key0, d0 + CUT)
+            } else {
+                FETCH_VALUES(key0, 0)
+            }
 #pragma unroll
             for (int d = 0; d < CUT; d += 4) {
                 float4 b[4];
@@ -116,8 +176,11 @@ extern "C" __global__ void __launch_bounds__(128)
                 }
             }
         }
+        float shrink[TR];
+#pragma unroll
         for (int i = 0; i < TR; i++) {
             float own = LOWEST;
+#pragma unroll
             for (int j = 0; j < 4; j++) {
                 unsigned int key = key0 + c + 8 * j;
                 s[i][j] *= scale;
@@ -128,85 +191,68 @@ extern "C" __global__ void __launch_bounds__(128)
                     own = fmaxf(own, s[i][j]);
                 }
             }
-            part[(r + 16 * i) * 8 + c] = own;
-        }
-        __syncthreads();
-        float shrink[TR], sum[TR];
-        for (int i = 0; i < TR; i++) {
-            float top = height[i];
-            for (int j = 0; j < 8; j++) {
-                top = fmaxf(top, part[(r + 16 * i) * 8 + j]);
-            }
+            float top = fmaxf(height[i], row_max(own));
             shrink[i] = expf(height[i] - top);
             height[i] = top;
-            sum[i] = 0.0f;
+            float sum = 0.0f;
+#pragma unroll
             for (int j = 0; j < 4; j++) {
                 unsigned int key = key0 + c + 8 * j;
                 float weight = 0.0f;
                 if (key >= begin[i] && key < end[i] && key < tile_end) {
                     weight = expf(s[i][j] - top);
                 }
-                ps[(r + 16 * i) * PADDED + c + 8 * j] = weight;
-                sum[i] += weight;
+                ps[(r + 16 * i) * (KEYS + 4) + c + 8 * j] = weight;
+                sum += weight;
             }
-        }
-        __syncthreads();
-        for (int i = 0; i < TR; i++) {
-            part[(r + 16 * i) * 8 + c] = sum[i];
-        }
-        __syncthreads();
-        for (int i = 0; i < TR; i++) {
-            total[i] *= shrink[i];
-            for (int j = 0; j < 8; j++) {
-                total[i] += part[(r + 16 * i) * 8 + j];
-            }
+            total[i] = total[i] * shrink[i] + row_sum(sum);
         }
 #pragma unroll
         for (int d0 = 0; d0 < DV; d0 += CUT) {
             __syncthreads();
-            for (unsigned int i = t; i < KEYS * CUT; i += 128) {
-                unsigned int key = key0 + i / CUT;
-                unsigned int d = d0 + i % CUT;
-                float value = 0.0f;
-                if (key < tile_end && d < DV) {
-                    value = v[((size_t)span.z + key) * v_columns + v_start + kv_head * v_stride + d];
-                }
-                ks[i / CUT * PADDED + i % CUT] = value;
-            }
+            STORE()
             __syncthreads();
-            float mixed[TR][4];
-#pragma unroll
-            for (int i = 0; i < TR; i++) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    mixed[i][j] = 0.0f;
-                }
+            if (d0 + CUT < DV) {
+                FETCH_VALUES(key0, d0 + CUT)
+            } else if (key0 + KEYS < tile_end) {
+                FETCH_KEYS(key0 + KEYS, 0)
             }
 #pragma unroll
-            for (int key = 0; key < KEYS; key += 4) {
-                float4 b[4];
+            for (int half = 0; half < CUT / 32; half++) {
+                float mixed[TR][4];
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    b[j] = four(&ks[(key + j) * PADDED + 4 * c]);
+                for (int i = 0; i < TR; i++) {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        mixed[i][j] = 0.0f;
+                    }
+                }
+#pragma unroll
+                for (int key = 0; key < KEYS; key += 4) {
+                    float4 b[4];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        b[j] = four(&ks[(key + j) * PADDED + 32 * half + 4 * c]);
+                    }
+#pragma unroll
+                    for (int i = 0; i < TR; i++) {
+                        float4 a = four(&ps[(r + 16 * i) * (KEYS + 4) + key]);
+                        float weights[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            mixed[i][0] += weights[j] * b[j].x;
+                            mixed[i][1] += weights[j] * b[j].y;
+                            mixed[i][2] += weights[j] * b[j].z;
+                            mixed[i][3] += weights[j] * b[j].w;
+                        }
+                    }
                 }
 #pragma unroll
                 for (int i = 0; i < TR; i++) {
-                    float4 a = four(&ps[(r + 16 * i) * PADDED + key]);
-                    float weights[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        mixed[i][0] += weights[j] * b[j].x;
-                        mixed[i][1] += weights[j] * b[j].y;
-                        mixed[i][2] += weights[j] * b[j].z;
-                        mixed[i][3] += weights[j] * b[j].w;
+                        acc[i][d0 / 8 + 4 * half + j] = acc[i][d0 / 8 + 4 * half + j] * shrink[i] + mixed[i][j];
                     }
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < TR; i++) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    acc[i][d0 / 8 + j] = acc[i][d0 / 8 + j] * shrink[i] + mixed[i][j];
                 }
             }
         }
@@ -228,40 +274,74 @@ extern "C" __global__ void __launch_bounds__(128)
         }
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
-            unsigned int column = j / 4 * 32 + 4 * c + j % 4;
-            if (column < DV) {
-                result[to + column] = acc[i][j] * factor;
+            unsigned int at = j / 4 * 32 + 4 * c + j % 4;
+            if (at < DV) {
+                result[to + at] = acc[i][j] * factor;
             }
         }
     }
 }
 
-// Put the results of the runs of a span's keys together, in order: a block per tile, row and KV head.
+// Put the results of the runs of a span's keys together, in order: a block of 128 per tile, row and KV head.
 // Tiles hold: span, first row, first item, items.
 extern "C" __global__ void combine(const uint4* spans, const uint4* tiles, const float* parts, const float2* heights,
                                    float* result, unsigned int group, unsigned int kv_heads) {
+    // Highest scores, then weights and weighted sums, of 128 items at a time.
+    __shared__ float tops[128];
+    __shared__ float weights[128];
+    __shared__ float sums[128];
     uint4 tile = tiles[blockIdx.x];
     uint4 span = spans[tile.x];
     unsigned int r = blockIdx.y;
     unsigned int kv_head = blockIdx.z;
+    unsigned int t = threadIdx.x;
     unsigned int m = tile.y + r;
     if (m >= span.y * group) {
         return;
     }
+    size_t first = ((size_t)tile.z * kv_heads + kv_head) * ROWS + r;
+    size_t step = (size_t)kv_heads * ROWS;
+    float own = LOWEST;
+    for (unsigned int i = t; i < tile.w; i += 128) {
+        own = fmaxf(own, heights[first + i * step].x);
+    }
+    tops[t] = own;
+    __syncthreads();
     float top = LOWEST;
-    for (unsigned int i = 0; i < tile.w; i++) {
-        top = fmaxf(top, heights[((size_t)(tile.z + i) * kv_heads + kv_head) * ROWS + r].x);
+    for (unsigned int i = 0; i < min(tile.w, 128u); i++) {
+        top = fmaxf(top, tops[i]);
+    }
+    const unsigned int TURNS = (DV + 127) / 128;
+    float sum[TURNS];
+    float total = 0.0f;
+    for (unsigned int j = 0; j < TURNS; j++) {
+        sum[j] = 0.0f;
+    }
+    for (unsigned int i0 = 0; i0 < tile.w; i0 += 128) {
+        __syncthreads();
+        if (i0 + t < tile.w) {
+            float2 height = heights[first + (i0 + t) * step];
+            float weight = expf(height.x - top);
+            weights[t] = weight;
+            sums[t] = weight * height.y;
+        }
+        __syncthreads();
+#pragma unroll 8
+        for (unsigned int i = 0; i < min(tile.w - i0, 128u); i++) {
+            const float* part = parts + (first + (i0 + i) * step) * DV;
+            total += sums[i];
+#pragma unroll
+            for (unsigned int j = 0; j < TURNS; j++) {
+                if (t + 128 * j < DV) {
+                    sum[j] += weights[i] * part[t + 128 * j];
+                }
+            }
+        }
     }
     size_t to = ((size_t)(span.x + m / group) * kv_heads * group + kv_head * group + m % group) * DV;
-    for (unsigned int column = threadIdx.x; column < DV; column += blockDim.x) {
-        float sum = 0.0f;
-        float total = 0.0f;
-        for (unsigned int i = 0; i < tile.w; i++) {
-            size_t part = ((size_t)(tile.z + i) * kv_heads + kv_head) * ROWS + r;
-            float weight = expf(heights[part].x - top);
-            total += weight * heights[part].y;
-            sum += weight * parts[part * DV + column];
+    for (unsigned int j = 0; j < TURNS; j++) {
+        if (t + 128 * j < DV) {
+            result[to + t + 128 * j] = sum[j] / total;
         }
-        result[to + column] = sum / total;
     }
 }
