@@ -53,7 +53,9 @@ pub fn both<B: Backend>(device: &B, host: &Array2<f32>) -> (Array2<f32>, B::Tens
 }
 
 pub fn products_of_any_size_are_those_of_the_cpu<B: Backend>(device: &B) {
-    for (rows, inner, outs) in [(1, 33, 70), (3, 64, 5), (8, 20, 129), (9, 31, 33), (70, 50, 65), (131, 40, 200)] {
+    for (rows, inner, outs) in
+        [(1, 33, 70), (3, 64, 5), (8, 20, 129), (9, 31, 33), (16, 24, 40), (17, 31, 33), (70, 50, 65), (131, 40, 200)]
+    {
         for packed in [false, true] {
             let weight = if packed { bf16(outs, inner, 1) } else { noise(outs, inner, 1) };
             let (x, on_there) = both(device, &noise(rows, inner, 2));
@@ -71,7 +73,7 @@ pub fn products_of_any_size_are_those_of_the_cpu<B: Backend>(device: &B) {
 
 pub fn head_products_are_those_of_the_cpu<B: Backend>(device: &B) {
     let (heads, nope, value, r) = (3, 12, 10, 20);
-    for rows in [1, 70] {
+    for rows in [1, 13, 70] {
         for weight in [noise(heads * (nope + value), r, 1), bf16(heads * (nope + value), r, 1)] {
             let w = device.upload_weight(weight.clone());
             for (start, width, absorb) in [(0, nope, true), (nope, value, false)] {
@@ -145,6 +147,7 @@ pub fn attention_is_that_of_the_cpu<B: Backend>(device: &B) {
         ("latent", 9, 1, (28, 20), Some(0), None),
         ("wide", 2, 2, (40, 72), None, None),
         ("many heads", 37, 1, (12, 8), Some(0), None),
+        ("wide latent", 9, 1, (148, 132), Some(0), None),
     ] {
         for spans in [&windows, &decode, &tail] {
             let rows = spans.last().unwrap().queries.end;

@@ -11,8 +11,8 @@ pub(super) use pack::pack;
 #[cfg(feature = "cuda")]
 pub(super) use pack::pack_rounded;
 #[cfg(feature = "gpu")]
-pub(super) use work::{RUN, cut_into_runs};
-pub(super) use work::{Work, span_table};
+pub(super) use work::RUN;
+pub(super) use work::{Work, cut_into_runs, span_table};
 
 /// Positions, rows and the like, for a kernel.
 pub(super) fn words(values: impl Iterator<Item = usize>) -> Vec<u32> {

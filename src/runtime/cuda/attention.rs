@@ -5,28 +5,35 @@ use std::sync::{Arc, PoisonError};
 use super::kernels::{AttentionConstants, BLOCK_THREADS, Kernel};
 use super::stream::{Arg, Memory};
 use super::{Cuda, CudaTensor};
-use crate::runtime::accelerator::{Work, span_table};
+use crate::runtime::accelerator::{Work, cut_into_runs, span_table};
 use crate::runtime::{AttentionShape, HeadColumns, Span};
 
-/// Rows of a block for each row of a thread.
-const BLOCK_ROWS: usize = 16;
-
-/// Rows per thread: as many as there are, unless that takes more registers than a thread has. Depends on shapes alone.
-fn thread_rows(spans: &[Span], group: usize, width: usize) -> usize {
-    let most = spans.iter().map(|s| s.queries.len() * group).max().unwrap_or(0);
-    let fit = match width {
-        0..=128 => 4,
-        129..=512 => 2,
-        _ => 1,
+/// What to run. Depends on shapes alone.
+///
+/// Rows per thread are as many as there are, unless that takes more registers than a thread has. With few rows every warp
+/// has its own, and fewer than four would not pay for what they read.
+fn choose(spans: &[Span], shape: &AttentionShape, fours: bool) -> AttentionConstants {
+    let (group, width) = (shape.heads / shape.kv_heads, shape.values.width);
+    let rows = |s: &Span| s.queries.len() * group;
+    let most = spans.iter().map(rows).max().unwrap_or(0);
+    let few = spans.iter().all(|s| cut_into_runs(s, group, 32));
+    let rows = match (few, width) {
+        (true, 0..=512) if most > 16 => 8,
+        (true, 0..=1024) => 4,
+        (true, 1025..=2048) => 2,
+        (true, _) => 1,
+        (false, 0..=128) => most.div_ceil(16).next_power_of_two().min(4),
+        (false, 129..=512) => 2,
+        (false, _) => 1,
     };
-    most.div_ceil(BLOCK_ROWS).next_power_of_two().min(fit)
+    AttentionConstants { few, width: width as u32, rows: rows as u32, fours }
 }
 
 /// Blocks that fill a large card, with others to go on while one waits for memory. Fixed, and not asked of the card: sums
 /// do not depend on it.
 const BLOCKS: usize = 400;
 /// Keys of the shortest and longest run, and what a run is a multiple of.
-const RUNS: (usize, usize, usize) = (32, 512, 32);
+const RUNS: (usize, usize, usize) = (128, 512, 128);
 
 /// Keys per run where there are few rows: short enough to fill a card, long enough to spare adding up.
 fn run_length(spans: &[Span], shape: &AttentionShape, tile: usize) -> usize {
@@ -81,8 +88,10 @@ pub(super) fn attention(
     let width = shape.values.width;
     let out = cuda.scratch(q.rows, shape.heads * width);
     let group = shape.heads / shape.kv_heads;
-    let rows = thread_rows(spans, group, width);
-    let tile = rows * BLOCK_ROWS;
+    let by_four = |columns: HeadColumns| (columns.start | columns.stride | columns.width).is_multiple_of(4);
+    let fours = by_four(shape.keys) && by_four(shape.values) && (k.columns | v.columns).is_multiple_of(4);
+    let constants = choose(spans, shape, fours);
+    let tile = constants.tile() as usize;
     let plan = Plan::of(cuda, spans, shape, tile);
     if plan.items.1 == 0 || width == 0 {
         return out;
@@ -91,9 +100,6 @@ pub(super) fn attention(
     // Results and heights of the runs.
     let part_rows = if plan.direct { 0 } else { plan.items.1 * shape.kv_heads * tile };
     let (parts, heights) = (cuda.scratch(part_rows, width), cuda.scratch(part_rows, 2));
-    let by_four = |columns: HeadColumns| (columns.start | columns.stride | columns.width) % 4 == 0;
-    let fours = by_four(shape.keys) && by_four(shape.values) && (k.columns | v.columns) % 4 == 0;
-    let constants = AttentionConstants { width: width as u32, rows: rows as u32, fours };
     let (heads, kv_heads) = (Arg::Word(group as u32), Arg::Word(shape.kv_heads as u32));
     stream.launch(
         Kernel::Attention(constants),
@@ -145,36 +151,37 @@ pub(super) fn attention(
 mod tests {
     use super::*;
 
+    fn decode(n: usize, keys: usize) -> Vec<Span> {
+        (0..n).map(|i| Span { queries: i..i + 1, keys: i * keys..(i + 1) * keys }).collect()
+    }
+
+    fn shape(heads: usize, kv_heads: usize, width: usize) -> AttentionShape {
+        let dense = HeadColumns::dense(width);
+        AttentionShape { heads, kv_heads, keys: dense, values: dense, scale: 1.0, sliding_window: None }
+    }
+
     #[test]
     fn threads_take_more_rows_where_there_are_more_and_registers_allow_it() {
+        let of = |spans: &[Span], group, width| {
+            let chosen = choose(spans, &shape(group, 1, width), true);
+            (chosen.few, chosen.rows)
+        };
         let prefill = Span::of_windows(&[3, 100]);
-        let decode = [Span { queries: 0..1, keys: 0..900 }];
-        assert_eq!(thread_rows(&prefill, 1, 64), 4);
-        assert_eq!(thread_rows(&prefill, 1, 512), 2);
-        assert_eq!(thread_rows(&prefill, 1, 576), 1);
-        assert_eq!(thread_rows(&decode, 9, 512), 1);
-        assert_eq!(thread_rows(&decode, 32, 512), 2);
-        assert_eq!(thread_rows(&[], 3, 8), 1);
+        assert_eq!(of(&prefill, 1, 64), (false, 4));
+        assert_eq!(of(&prefill, 1, 512), (false, 2));
+        assert_eq!(of(&prefill, 1, 576), (false, 1));
+        assert_eq!(of(&decode(2, 900), 9, 512), (true, 4));
+        assert_eq!(of(&decode(2, 900), 32, 512), (true, 8));
+        assert_eq!(of(&decode(2, 900), 128, 576), (true, 4));
+        assert_eq!(of(&decode(2, 900), 128, 2048), (true, 2));
     }
 
     #[test]
     fn runs_are_as_long_as_leaves_enough_of_them() {
-        let dense = HeadColumns::dense(64);
-        let shape = |heads, kv_heads| AttentionShape {
-            heads,
-            kv_heads,
-            keys: dense,
-            values: dense,
-            scale: 1.0,
-            sliding_window: None,
-        };
-        let decode = |n: usize, keys: usize| -> Vec<Span> {
-            (0..n).map(|i| Span { queries: i..i + 1, keys: i * keys..(i + 1) * keys }).collect()
-        };
-        assert_eq!(run_length(&decode(1, 1000), &shape(32, 1), 32), 32);
-        assert_eq!(run_length(&decode(1, 32_768), &shape(32, 1), 32), 96);
-        assert_eq!(run_length(&decode(1, 32_768), &shape(32, 8), 16), 512);
-        assert_eq!(run_length(&decode(16, 8192), &shape(32, 1), 32), 352);
-        assert_eq!(run_length(&[], &shape(32, 1), 32), 32);
+        assert_eq!(run_length(&decode(1, 1000), &shape(32, 1, 64), 32), 128);
+        assert_eq!(run_length(&decode(1, 100_000), &shape(32, 1, 64), 32), 256);
+        assert_eq!(run_length(&decode(1, 32_768), &shape(32, 8, 64), 16), 512);
+        assert_eq!(run_length(&decode(16, 8192), &shape(32, 1, 64), 32), 384);
+        assert_eq!(run_length(&[], &shape(32, 1, 64), 32), 128);
     }
 }

@@ -16,6 +16,8 @@ pub(super) const BLOCK_OUTPUTS: usize = 4;
 /// What attention is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct AttentionConstants {
+    /// For few rows and many keys, or for many rows.
+    pub(super) few: bool,
     /// Width of a value.
     pub(super) width: u32,
     /// Rows of a thread.
@@ -24,12 +26,19 @@ pub(super) struct AttentionConstants {
     pub(super) fours: bool,
 }
 
+impl AttentionConstants {
+    /// Rows of a block.
+    pub(super) fn tile(self) -> u32 {
+        self.rows * if self.few { 4 } else { 16 }
+    }
+}
+
 /// A source text with its constants; what is compiled at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Source {
     /// Everything that has no constants.
     Basic,
-    /// Attention with values `width` wide and `rows` rows per thread.
+    /// Attention, and adding up its runs.
     Attention(AttentionConstants),
 }
 
@@ -43,11 +52,16 @@ impl Source {
                 include_str!("kernels/rows.cu"),
                 include_str!("kernels/products.cu")
             ),
-            Self::Attention(AttentionConstants { width, rows, fours }) => format!(
-                "#define DV {width}\n#define TR {rows}\n#define FOURS {}\n{}",
-                u32::from(fours),
-                include_str!("kernels/attention.cu")
-            ),
+            Self::Attention(constants) => {
+                let AttentionConstants { few, width, rows, fours } = constants;
+                let (tile, fours) = (constants.tile(), u32::from(fours));
+                let defined = format!(
+                    "#define DV {width}\n#define TR {rows}\n#define ROWS {tile}\n#define FOURS {fours}\n{}",
+                    include_str!("kernels/attend.cu")
+                );
+                let own = if few { include_str!("kernels/decode.cu") } else { include_str!("kernels/attention.cu") };
+                defined + own + include_str!("kernels/combine.cu")
+            }
         }
     }
 }
@@ -179,7 +193,8 @@ impl Kernel {
             Self::Outputs { packed: true } => c"outputs_bf16",
             Self::Absorbed { packed: false } => c"absorbed_f32",
             Self::Absorbed { packed: true } => c"absorbed_bf16",
-            Self::Attention(_) => c"attention",
+            Self::Attention(AttentionConstants { few: false, .. }) => c"attention",
+            Self::Attention(AttentionConstants { few: true, .. }) => c"decode",
             Self::Combine(_) => c"combine",
         }
     }
@@ -207,10 +222,14 @@ mod tests {
             let _ = writeln!(std::io::stderr(), "skipped: libnvrtc was not found (LD_LIBRARY_PATH)");
             return;
         }
-        let attention = |width, rows, fours| Source::Attention(AttentionConstants { width, rows, fours });
-        let mut sources = vec![Source::Basic, attention(1, 1, false), attention(30, 2, false)];
-        sources.extend([20, 64, 128].into_iter().flat_map(|width| [1, 2, 4].map(|rows| attention(width, rows, true))));
-        sources.extend([(448, 2), (512, 1), (512, 2), (1024, 1)].map(|(width, rows)| attention(width, rows, true)));
+        let attention = |few, width, rows, fours| Source::Attention(AttentionConstants { few, width, rows, fours });
+        let mut sources = vec![Source::Basic, attention(false, 1, 1, false), attention(false, 30, 2, false)];
+        sources.extend([20, 64, 128].into_iter().flat_map(|w| [1, 2, 4].map(|rows| attention(false, w, rows, true))));
+        sources.extend([(448, 2), (512, 1), (512, 2), (1024, 1)].map(|(w, rows)| attention(false, w, rows, true)));
+        sources.extend(
+            [(64, 4), (128, 8), (512, 8), (1024, 4), (2048, 1)].map(|(w, rows)| attention(true, w, rows, true)),
+        );
+        sources.push(attention(true, 30, 4, false));
         for source in sources {
             for target in [80, 90].into_iter().flat_map(|n| [Target::Portable(n), Target::Machine(n)]) {
                 let image = compile(source, target).unwrap();

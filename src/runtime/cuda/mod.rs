@@ -13,6 +13,7 @@ mod kernels;
 mod products;
 mod stream;
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,6 +27,9 @@ use crate::arch::{Activation, RopeLayout};
 
 pub use cards::{CardDescription, cards, open, open_limited};
 
+/// Tables of rows that are kept.
+const TABLES: usize = 4;
+
 /// An NVIDIA card, open for work.
 #[derive(Debug)]
 pub struct Cuda {
@@ -35,6 +39,8 @@ pub struct Cuda {
     part_bytes: usize,
     /// The table and positions that `rope` used last: the layers of a model share them.
     angles: Mutex<Option<Angles>>,
+    /// Tables of rows that were used last: those of the layers of a model repeat, and copying one to the card waits for it.
+    tables: Mutex<VecDeque<(Vec<usize>, Arc<Memory>)>>,
     /// What `attention` did last.
     plan: Mutex<Option<Arc<attention::Plan>>>,
 }
@@ -76,7 +82,14 @@ fn number(activation: Activation) -> u32 {
 
 impl Cuda {
     fn new(stream: Arc<Stream>, precision: Precision, part_bytes: usize) -> Self {
-        Self { stream, precision, part_bytes, angles: Mutex::new(None), plan: Mutex::new(None) }
+        Self {
+            stream,
+            precision,
+            part_bytes,
+            angles: Mutex::default(),
+            tables: Mutex::default(),
+            plan: Mutex::default(),
+        }
     }
 
     /// A matrix of anything.
@@ -90,8 +103,15 @@ impl Cuda {
         self.stream.launch(kernel, (n.div_ceil(THREADS), 1, 1), THREADS, args);
     }
 
-    fn row_table(&self, rows: &[usize]) -> Memory {
-        self.stream.filled(&words(rows.iter().copied()))
+    fn row_table(&self, rows: &[usize]) -> Arc<Memory> {
+        let mut last = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, table)) = last.iter().find(|(same, _)| same == rows) {
+            return Arc::clone(table);
+        }
+        let table = Arc::new(self.stream.filled(&words(rows.iter().copied())));
+        last.truncate(TABLES - 1);
+        last.push_front((rows.to_vec(), Arc::clone(&table)));
+        table
     }
 
     /// Copy some columns of each head of `from` to others of `to`.
@@ -122,7 +142,7 @@ impl Cuda {
                     id: rotation.id(),
                     positions: positions.to_vec(),
                     table: Arc::new(self.stream.filled(&table)),
-                    rows: Arc::new(self.row_table(positions)),
+                    rows: self.row_table(positions),
                 };
                 last.insert(angles).clone()
             }

@@ -13,7 +13,7 @@ use super::{Cuda, CudaTensor};
 use crate::runtime::{HeadColumns, Precision};
 
 /// Up to this many rows a product is bound by reading the weight, which the kernels do once, as bf16 where it is.
-const FEW_ROWS: usize = 8;
+const FEW_ROWS: usize = 16;
 
 /// `x W^T + bias`.
 pub(super) fn linear(cuda: &Cuda, x: &CudaTensor, weight: &CudaTensor, bias: Option<&CudaTensor>) -> CudaTensor {

@@ -50,7 +50,7 @@ impl Kernel {
                 let constants = format!(
                     "const BM = {tile}u;\nconst BN = {tile}u;\nconst BK = 8u;\nconst TM = {own}u;\nconst TN = {own}u;\n"
                 );
-                (include_str!("kernels/matmul.wgsl"), constants + weight(packed))
+                return constants + weight(packed) + &written_out(include_str!("kernels/matmul.wgsl"), own);
             }
             Kernel::Matvec { rows, packed } => {
                 (include_str!("kernels/matvec.wgsl"), format!("const R = {rows}u;\n") + weight(packed))
@@ -77,6 +77,23 @@ impl Kernel {
             Kernel::Combine { .. } => &[true, true, true, true, false],
         }
     }
+}
+
+/// `matmul.wgsl` with the code for each of the `own` x `own` results of a thread.
+fn written_out(text: &str, own: usize) -> String {
+    let (mut accumulators, mut products, mut results) = (String::new(), String::new(), String::new());
+    for j in 0..own {
+        products += &format!("let b{j} = ws[k * (BN + 1u) + tx + {j}u * ACROSS];\n");
+    }
+    for i in 0..own {
+        products += &format!("let a{i} = xs[k * (BM + 1u) + ty * TM + {i}u];\n");
+        for j in 0..own {
+            accumulators += &format!("var acc{i}_{j} = 0.0;\n");
+            products += &format!("acc{i}_{j} += a{i} * b{j};\n");
+            results += &format!("store(row0 + ty * TM + {i}u, col0 + tx + {j}u * ACROSS, group.z, acc{i}_{j});\n");
+        }
+    }
+    text.replace("//accumulators", &accumulators).replace("//products", &products).replace("//results", &results)
 }
 
 fn weight(packed: bool) -> &'static str {

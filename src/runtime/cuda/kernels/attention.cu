@@ -8,7 +8,6 @@
 // Set from outside: DV, the width of a value; TR, the rows of a thread; FOURS, whether every row begins at a multiple of
 // four elements and is one long.
 
-#define ROWS (16 * TR)
 #define KEYS 32
 // Columns of a piece of queries, keys or values.
 #if TR == 1 && DV % 64 == 0
@@ -18,7 +17,6 @@
 #endif
 // Four columns of padding keep eight rows off the same banks of shared memory, and fours aligned.
 #define PADDED (CUT + 4)
-#define LOWEST (-3.0e38f)
 // Columns of a thread: four per started 32.
 #define OWN ((DV + 31) / 32 * 4)
 // Threads that read a row of a piece, rows they read at once, and how often.
@@ -26,33 +24,6 @@
 #define AT_ONCE (128 / READERS)
 #define Q_TURNS (ROWS / AT_ONCE)
 #define K_TURNS (KEYS / AT_ONCE)
-
-static __device__ float4 four(const float* x) {
-    return *(const float4*)x;
-}
-
-// Four elements of a row from column d, zero from `width` on.
-static __device__ float4 fetch(const float* row, unsigned int d, unsigned int width) {
-#if FOURS
-    return d < width ? four(row + d) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#else
-    return make_float4(d < width ? row[d] : 0.0f, d + 1 < width ? row[d + 1] : 0.0f, d + 2 < width ? row[d + 2] : 0.0f,
-                       d + 3 < width ? row[d + 3] : 0.0f);
-#endif
-}
-
-// The largest, or the sum, of the eight threads of a row.
-static __device__ float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 4));
-}
-
-static __device__ float row_sum(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    x += __shfl_xor_sync(0xffffffffu, x, 2);
-    return x + __shfl_xor_sync(0xffffffffu, x, 4);
-}
 
 // Spans hold: first query row, queries, first key row, keys. Items: span, first row, first key, end of its keys.
 extern "C" __global__ void __launch_bounds__(128)
@@ -191,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(128)
                     own = fmaxf(own, s[i][j]);
                 }
             }
-            float top = fmaxf(height[i], row_max(own));
+            float top = fmaxf(height[i], largest<8>(own));
             shrink[i] = expf(height[i] - top);
             height[i] = top;
             float sum = 0.0f;
@@ -205,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(128)
                 ps[(r + 16 * i) * (KEYS + 4) + c + 8 * j] = weight;
                 sum += weight;
             }
-            total[i] = total[i] * shrink[i] + row_sum(sum);
+            total[i] = total[i] * shrink[i] + sum_of<8>(sum);
         }
 #pragma unroll
         for (int d0 = 0; d0 < DV; d0 += CUT) {
@@ -278,70 +249,6 @@ extern "C" __global__ void __launch_bounds__(128)
             if (at < DV) {
                 result[to + at] = acc[i][j] * factor;
             }
-        }
-    }
-}
-
-// Put the results of the runs of a span's keys together, in order: a block of 128 per tile, row and KV head.
-// Tiles hold: span, first row, first item, items.
-extern "C" __global__ void combine(const uint4* spans, const uint4* tiles, const float* parts, const float2* heights,
-                                   float* result, unsigned int group, unsigned int kv_heads) {
-    // Highest scores, then weights and weighted sums, of 128 items at a time.
-    __shared__ float tops[128];
-    __shared__ float weights[128];
-    __shared__ float sums[128];
-    uint4 tile = tiles[blockIdx.x];
-    uint4 span = spans[tile.x];
-    unsigned int r = blockIdx.y;
-    unsigned int kv_head = blockIdx.z;
-    unsigned int t = threadIdx.x;
-    unsigned int m = tile.y + r;
-    if (m >= span.y * group) {
-        return;
-    }
-    size_t first = ((size_t)tile.z * kv_heads + kv_head) * ROWS + r;
-    size_t step = (size_t)kv_heads * ROWS;
-    float own = LOWEST;
-    for (unsigned int i = t; i < tile.w; i += 128) {
-        own = fmaxf(own, heights[first + i * step].x);
-    }
-    tops[t] = own;
-    __syncthreads();
-    float top = LOWEST;
-    for (unsigned int i = 0; i < min(tile.w, 128u); i++) {
-        top = fmaxf(top, tops[i]);
-    }
-    const unsigned int TURNS = (DV + 127) / 128;
-    float sum[TURNS];
-    float total = 0.0f;
-    for (unsigned int j = 0; j < TURNS; j++) {
-        sum[j] = 0.0f;
-    }
-    for (unsigned int i0 = 0; i0 < tile.w; i0 += 128) {
-        __syncthreads();
-        if (i0 + t < tile.w) {
-            float2 height = heights[first + (i0 + t) * step];
-            float weight = expf(height.x - top);
-            weights[t] = weight;
-            sums[t] = weight * height.y;
-        }
-        __syncthreads();
-#pragma unroll 8
-        for (unsigned int i = 0; i < min(tile.w - i0, 128u); i++) {
-            const float* part = parts + (first + (i0 + i) * step) * DV;
-            total += sums[i];
-#pragma unroll
-            for (unsigned int j = 0; j < TURNS; j++) {
-                if (t + 128 * j < DV) {
-                    sum[j] += weights[i] * part[t + 128 * j];
-                }
-            }
-        }
-    }
-    size_t to = ((size_t)(span.x + m / group) * kv_heads * group + kv_head * group + m % group) * DV;
-    for (unsigned int j = 0; j < TURNS; j++) {
-        if (t + 128 * j < DV) {
-            result[to + t + 128 * j] = sum[j] / total;
         }
     }
 }

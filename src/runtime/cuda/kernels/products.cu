@@ -1,4 +1,4 @@
-// Products of up to 8 rows, which are bound by reading the weight: every element of it is read once. The rest is cuBLAS's.
+// Products of up to 16 rows, which are bound by reading the weight: every element of it is read once. The rest is cuBLAS's.
 
 struct Product {
     // Rows of x, outputs and inputs of a head.
@@ -122,8 +122,10 @@ static __device__ void outputs_of(const float* x, const W* w, const float* bias,
         outputs<2>(x, w, bias, y, p, sums);
     } else if (p.m <= 4) {
         outputs<4>(x, w, bias, y, p, sums);
-    } else {
+    } else if (p.m <= 8) {
         outputs<8>(x, w, bias, y, p, sums);
+    } else {
+        outputs<16>(x, w, bias, y, p, sums);
     }
 }
 
@@ -135,15 +137,17 @@ static __device__ void absorbed_of(const float* x, const W* w, float* y, const P
         absorbed<2>(x, w, y, p);
     } else if (p.m <= 4) {
         absorbed<4>(x, w, y, p);
-    } else {
+    } else if (p.m <= 8) {
         absorbed<8>(x, w, y, p);
+    } else {
+        absorbed<16>(x, w, y, p);
     }
 }
 
 extern "C" __global__ void outputs_f32(const float* x, const float* w, const float* bias, float* y, unsigned int m,
                                        unsigned int n, unsigned int k, size_t x_stride, size_t x_batch, size_t w_first,
                                        size_t w_batch, size_t y_stride, size_t y_batch) {
-    __shared__ float sums[8 * 128];
+    __shared__ float sums[16 * 128];
     Product p = {m, n, k, x_stride, x_batch, w_first, w_batch, y_stride, y_batch};
     outputs_of(x, w, bias, y, p, sums);
 }
@@ -151,7 +155,7 @@ extern "C" __global__ void outputs_f32(const float* x, const float* w, const flo
 extern "C" __global__ void outputs_bf16(const float* x, const unsigned short* w, const float* bias, float* y,
                                         unsigned int m, unsigned int n, unsigned int k, size_t x_stride, size_t x_batch,
                                         size_t w_first, size_t w_batch, size_t y_stride, size_t y_batch) {
-    __shared__ float sums[8 * 128];
+    __shared__ float sums[16 * 128];
     Product p = {m, n, k, x_stride, x_batch, w_first, w_batch, y_stride, y_batch};
     outputs_of(x, w, bias, y, p, sums);
 }

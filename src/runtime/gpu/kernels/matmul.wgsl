@@ -1,5 +1,6 @@
 // y = x W^T + bias in tiles held in registers, for any strides, one product per z.
-// Set from outside: BM, BN, BK (tile), TM, TN (per thread), and `weight`.
+// Set from outside: BM, BN, BK (tile), TM, TN (per thread), `weight`, and what stands for the lines `//..`: code for each of
+// the TM TN results of a thread, written out. Arrays would do, but not every driver keeps those in registers.
 
 struct Params {
     m: u32, n: u32, k: u32, x_stride: u32,
@@ -22,6 +23,16 @@ const ACROSS = BN / TN;
 var<workgroup> xs: array<f32, (BM + 1u) * BK>;
 var<workgroup> ws: array<f32, (BN + 1u) * BK>;
 
+fn store(row: u32, col: u32, z: u32, sum: f32) {
+    if (row < p.m && col < p.n) {
+        var value = sum;
+        if (p.has_bias != 0u) {
+            value += bias[p.bias_first + col];
+        }
+        y[p.y_first + z * p.y_batch + row * p.y_stride + col] = value;
+    }
+}
+
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let row0 = group.y * BM;
@@ -30,7 +41,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let w0 = p.w_first + group.z * p.w_batch;
     let tx = t % ACROSS;
     let ty = t / ACROSS;
-    var acc: array<f32, TM * TN>;
+    //accumulators
     for (var k0 = 0u; k0 < p.k; k0 += BK) {
         for (var i = t; i < BM * BK; i += THREADS) {
             let k = i % BK;
@@ -54,30 +65,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         workgroupBarrier();
         for (var k = 0u; k < BK; k++) {
-            var b: array<f32, TN>;
-            for (var j = 0u; j < TN; j++) {
-                b[j] = ws[k * (BN + 1u) + tx + j * ACROSS];
-            }
-            for (var i = 0u; i < TM; i++) {
-                let a = xs[k * (BM + 1u) + ty * TM + i];
-                for (var j = 0u; j < TN; j++) {
-                    acc[i * TN + j] += a * b[j];
-                }
-            }
+            //products
         }
         workgroupBarrier();
     }
-    for (var i = 0u; i < TM; i++) {
-        let row = row0 + ty * TM + i;
-        for (var j = 0u; j < TN; j++) {
-            let col = col0 + tx + j * ACROSS;
-            if (row < p.m && col < p.n) {
-                var value = acc[i * TN + j];
-                if (p.has_bias != 0u) {
-                    value += bias[p.bias_first + col];
-                }
-                y[p.y_first + group.z * p.y_batch + row * p.y_stride + col] = value;
-            }
-        }
-    }
+    //results
 }
