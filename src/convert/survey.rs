@@ -3,7 +3,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::aware::{Inputs, convert_layer};
+use super::aware::{Converted, Inputs, convert_layer};
 use super::head_norms::survey_norms;
 use super::streams::{SourceLayer, SourcePass, Stream};
 use super::widths::folds;
@@ -48,13 +48,16 @@ pub(super) fn survey(
 ) -> Result<Survey, ConvertError> {
     let step = windows.len().div_ceil(WINDOWS).max(1);
     let few: Vec<Vec<u32>> = windows.iter().step_by(step).cloned().collect();
+    // Between them; none where there are few windows in all.
+    let held_out: Vec<Vec<u32>> = windows.iter().skip(step / 2).step_by(step).cloned().collect();
+    let held_out = if step > 1 { held_out } else { Vec::new() };
     if job.arch.qk_norm.is_some() && job.settings.method != Method::Exact {
         survey_norms(job, backend, &few, observer)?;
     }
     let mut found = match job.settings.method {
         Method::Exact => Survey::default(),
         Method::Transmla | Method::Care => survey_fold(job, backend, &few, measure, observer)?,
-        Method::AttentionAware => survey_slots(job, backend, &few, measure, observer)?,
+        Method::AttentionAware => survey_slots(job, backend, (&few, &held_out), measure, observer)?,
         Method::XEcomla | Method::Mha2mla => weights::survey_weights(job, backend, &few, measure, observer)?,
     };
     hybrid::choose(job, backend, &few, &mut found, observer)?;
@@ -74,7 +77,9 @@ pub(super) fn convert_on_trial(
     let attention = &layer.attention;
     let made = match job.settings.method {
         Method::AttentionAware => {
-            return aware_on_trial(job, (index, layer, pass, windows), &found.slots, job.spec.geometry.kv_lora_rank);
+            let made =
+                aware_on_trial(job, (index, layer, pass, windows), &found.slots, job.spec.geometry.kv_lora_rank)?;
+            return Ok(made.report.predicted_error);
         }
         Method::XEcomla | Method::Mha2mla => {
             weights::convert(job, found, index, attention).map_err(ConvertError::layer(index))?.layer
@@ -89,14 +94,14 @@ pub(super) fn convert_on_trial(
 /// A layer of the source on the survey's windows: its index, itself, its attention, tokens per window.
 type Trial<'a> = (usize, &'a SourceLayer<'a>, &'a SourcePass, &'a [usize]);
 
-/// Error of `attention-aware` at one choice of slots and latent width. Without the output refit: on few tokens it would fit
-/// noise.
+/// A layer by `attention-aware` at one choice of slots and latent width. Without the output refit: on few tokens it would
+/// fit noise.
 fn aware_on_trial(
     job: &Job<'_>,
     (index, layer, pass, windows): Trial<'_>,
     slots: &[usize],
     rank: usize,
-) -> Result<f64, ConvertError> {
+) -> Result<Converted, ConvertError> {
     let inputs = Inputs {
         index,
         source: &layer.attention,
@@ -109,7 +114,7 @@ fn aware_on_trial(
         bias: job.spec.bias,
         refine: RefineSettings { steps: 0, ..RefineSettings::default() },
     };
-    Ok(convert_layer(&inputs)?.report.predicted_error)
+    convert_layer(&inputs)
 }
 
 /// Errors of TransMLA or CARE at several FreqFolds.
@@ -143,15 +148,39 @@ pub(super) fn walk(
     profile: bool,
     mut look: impl FnMut(usize, &SourceLayer<'_>, &SourcePass, &Stream) -> Result<(), ConvertError>,
 ) -> Result<(), ConvertError> {
+    walk_beside(job, backend, (windows, &[]), observer, profile, |index, layer, (pass, stream), _| {
+        look(index, layer, pass, stream)
+    })
+}
+
+/// As [`walk`], with other windows beside them, which nothing is fitted on.
+fn walk_beside(
+    job: &Job<'_>,
+    backend: &Device,
+    (windows, beside): (&[Vec<u32>], &[Vec<u32>]),
+    observer: &dyn Observer,
+    profile: bool,
+    mut look: impl FnMut(
+        usize,
+        &SourceLayer<'_>,
+        (&SourcePass, &Stream),
+        Option<(&SourcePass, &Stream)>,
+    ) -> Result<(), ConvertError>,
+) -> Result<(), ConvertError> {
     let mut stream = Stream::start(job, backend, windows)?;
+    let mut other = if beside.is_empty() { None } else { Some(Stream::start(job, backend, beside)?) };
     observer.event(Event::Phase { name: "survey", steps: Some(job.arch.layers as u64) });
     for index in 0..job.arch.layers {
         let mut layer = SourceLayer::load(job, backend, index)?;
         let pass = layer.attend(&stream, profile)?;
+        let other_pass = other.as_ref().map(|other| layer.attend(other, false)).transpose()?;
         layer.linearise(index, pass.x.view())?;
-        look(index, &layer, &pass, &stream)?;
+        look(index, &layer, (&pass, &stream), other_pass.as_ref().zip(other.as_ref()))?;
         if index + 1 < job.arch.layers {
             layer.advance(&mut stream, &pass.output)?;
+            if let (Some(other), Some(pass)) = (&mut other, &other_pass) {
+                layer.advance(other, &pass.output)?;
+            }
         }
         let tokens = (stream.hidden.nrows() * (index + 1)) as u64;
         observer.event(Event::Step { done: index as u64 + 1, tokens });
@@ -239,10 +268,12 @@ pub(super) fn output_error(
     relative_error(&output_projection(layer, &heads), want)
 }
 
+/// Splits are compared on windows that nothing was fitted on: refits on few tokens flatter the wider latent, which has more
+/// to fit.
 fn survey_slots(
     job: &mut Job<'_>,
     backend: &Device,
-    windows: &[Vec<u32>],
+    (windows, held_out): (&[Vec<u32>], &[Vec<u32>]),
     measure: bool,
     observer: &dyn Observer,
 ) -> Result<Survey, ConvertError> {
@@ -282,12 +313,19 @@ fn survey_slots(
     }
     let trial = trial_layers(job.arch.layers);
     let mut errors = vec![0.0; candidates.len()];
-    walk(job, backend, windows, observer, true, |index, layer, pass, stream| {
+    walk_beside(job, backend, (windows, held_out), observer, true, |index, layer, (pass, stream), beside| {
         if !trial.contains(&index) {
             return Ok(());
         }
         for (error, (_, rank, slots)) in errors.iter_mut().zip(&candidates) {
-            let of_trial = aware_on_trial(job, (index, layer, pass, &stream.windows), slots, *rank)?;
+            let made = aware_on_trial(job, (index, layer, pass, &stream.windows), slots, *rank)?;
+            let of_trial = match beside {
+                None => made.report.predicted_error,
+                Some((pass, stream)) => {
+                    let cap = layer.attention.score_softcap;
+                    output_error(&made.layer, cap, pass.x.view(), &stream.windows, &pass.output)
+                }
+            };
             *error += of_trial / trial.len() as f64;
         }
         Ok(())
