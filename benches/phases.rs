@@ -4,7 +4,7 @@ use divan::{Bencher, black_box};
 use gqa2mla::calibrate::{Moments, pool};
 use gqa2mla::factor::joint::joint_low_rank;
 use gqa2mla::factor::linalg::{eigh, matmul, matmul_f32};
-use gqa2mla::runtime::{Backend, Device};
+use gqa2mla::runtime::{AttentionShape, Backend, Device, HeadColumns, Span};
 use ndarray::{Array2, s};
 
 /// Hidden size, one KV head's width times heads, tokens.
@@ -45,6 +45,61 @@ fn product_on_device(bencher: Bencher<'_, '_>, name: &str) {
     let (x, w) = (matrix(), matrix());
     // Reading waits for the product.
     bencher.bench(|| device.download(device.rows(&device.linear(&x, &w, None), 0..1)));
+}
+
+/// Thirty times, as many as layers, one operation of decoding `batch` sequences, on an NVIDIA card: what it takes with the
+/// time to give it to the card, which is all there is to small ones.
+#[divan::bench(args = ["add", "norm", "linear", "absorb", "unabsorb"], consts = [1, 16], sample_count = 20)]
+fn small_steps_on_cuda<const BATCH: usize>(bencher: Bencher<'_, '_>, name: &str) {
+    let Some(device) = "cuda".parse().ok().and_then(|choice| Device::open(choice).ok()) else { return };
+    let matrix = |rows, columns| device.upload(sample(rows, columns).mapv(|v| v as f32));
+    let (mut x, y, gain) = (matrix(BATCH, HIDDEN), matrix(BATCH, HIDDEN), matrix(1, HIDDEN));
+    let (up, q, mixed) = (matrix(1536, HIDDEN), matrix(BATCH, 9 * 128), matrix(BATCH, 9 * RANK));
+    let kv_b = matrix(9 * 128, RANK);
+    let of = |start| HeadColumns { start, stride: 128, width: 64 };
+    bencher.bench_local(|| {
+        for _ in 0..30 {
+            match name {
+                "add" => device.add(&mut x, &y),
+                "norm" => drop(device.rms_norm(&x, &gain, 1e-5)),
+                "linear" => drop(device.linear(&x, &up, None)),
+                "absorb" => drop(device.absorb(&q, &kv_b, of(0), 9)),
+                _ => drop(device.head_linear(&mixed, &kv_b, of(64), 9, false)),
+            }
+        }
+        device.download(device.rows(&x, 0..1))
+    });
+}
+
+/// Attention of thirty layers in decoding: over keys and values of three heads of 64, as SmolLM2 has them, and over a
+/// latent of half the size; of eight heads, and over a latent of half that.
+#[divan::bench(args = ["3 of 64", "128 + 64", "8 of 64", "448 + 64"], consts = [1, 16], sample_count = 10)]
+fn decoding_attention_on_cuda<const BATCH: usize>(bencher: Bencher<'_, '_>, name: &str) {
+    let Some(device) = "cuda".parse().ok().and_then(|choice| Device::open(choice).ok()) else { return };
+    let keys = if BATCH == 1 { 32768 } else { 8192 };
+    let (heads, kv_heads, key, value) = match name {
+        "3 of 64" => (9, 3, 64, 64),
+        "128 + 64" => (9, 1, 192, 128),
+        "8 of 64" => (32, 8, 64, 64),
+        _ => (32, 1, 512, 448),
+    };
+    let matrix =
+        |rows, columns| device.upload(Array2::from_shape_fn((rows, columns), |(i, j)| ((i + 3 * j) % 17) as f32));
+    let q = matrix(BATCH, heads * key);
+    let k = matrix(BATCH * keys, kv_heads * key);
+    let v = if kv_heads == 1 { None } else { Some(matrix(BATCH * keys, kv_heads * value)) };
+    let (keys_at, values_at) = match v {
+        None => (HeadColumns { start: 0, stride: 0, width: key }, HeadColumns { start: 0, stride: 0, width: value }),
+        Some(_) => (HeadColumns::dense(key), HeadColumns::dense(value)),
+    };
+    let shape = AttentionShape { heads, kv_heads, keys: keys_at, values: values_at, scale: 0.1, sliding_window: None };
+    let spans: Vec<Span> = (0..BATCH).map(|i| Span { queries: i..i + 1, keys: i * keys..(i + 1) * keys }).collect();
+    bencher.bench_local(|| {
+        for _ in 1..30 {
+            drop(device.attention(&q, &k, v.as_ref().unwrap_or(&k), &shape, &spans));
+        }
+        device.download(device.attention(&q, &k, v.as_ref().unwrap_or(&k), &shape, &spans))
+    });
 }
 
 #[divan::bench]

@@ -483,12 +483,10 @@ impl<T: Send + Sync> Mla<T> {
             norm.keys(backend, &mut both, rank, self.shape.norm_width, rope / self.shape.norm_width)?;
         }
         backend.rope(&mut both, rotation, positions, rotated, 1);
-        let Some(gain) = &self.kv_a_norm else { return Ok(both) };
-        let latent = backend.gather_heads(&[HeadPart { from: &both, columns: HeadColumns::dense(rank) }], 1);
-        let normed = backend.rms_norm(&latent, gain, self.shape.latent_eps);
-        let parts =
-            [HeadPart { from: &normed, columns: HeadColumns::dense(rank) }, HeadPart { from: &both, columns: rotated }];
-        Ok(backend.gather_heads(&parts, 1))
+        if let Some(gain) = &self.kv_a_norm {
+            backend.rms_norm_heads(&mut both, gain, self.shape.latent_eps, HeadColumns::dense(rank), 1)?;
+        }
+        Ok(both)
     }
 
     /// Keys and values of every head from cached rows.
@@ -531,15 +529,8 @@ impl<T: Send + Sync> Mla<T> {
     fn absorb<B: Backend<Tensor = T>>(&self, backend: &B, q: &T) -> (T, AttentionShape) {
         let s = &self.shape;
         let (rank, nope, rope, value) = (s.kv_lora_rank, s.qk_nope_head_dim, s.qk_rope_head_dim, s.v_head_dim);
-        let plain = HeadColumns { start: 0, stride: self.qk(), width: nope };
-        let plain = backend.gather_heads(&[HeadPart { from: q, columns: plain }], self.heads);
         let key_rows = HeadColumns { start: 0, stride: nope + value, width: nope };
-        let absorbed = backend.head_linear(&plain, &self.kv_b.weight, key_rows, self.heads, true);
-        let parts = [
-            HeadPart { from: &absorbed, columns: HeadColumns::dense(rank) },
-            HeadPart { from: q, columns: self.rotated_query() },
-        ];
-        let q = backend.gather_heads(&parts, self.heads);
+        let q = backend.absorb(q, &self.kv_b.weight, key_rows, self.heads);
         let shape = AttentionShape {
             heads: self.heads,
             kv_heads: 1,

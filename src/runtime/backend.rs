@@ -83,6 +83,28 @@ impl Span {
     }
 }
 
+/// [`Backend::absorb`] by the operations that every device has.
+pub(super) fn absorb_in_steps<B: Backend + ?Sized>(
+    b: &B,
+    x: &B::Tensor,
+    weight: &B::Tensor,
+    of: HeadColumns,
+    heads: usize,
+) -> B::Tensor {
+    let (each, r) = (b.shape(x).1 / heads, b.shape(weight).1);
+    let plain = HeadColumns { start: 0, stride: each, width: of.width };
+    let tail = HeadColumns { start: of.width, stride: each, width: each - of.width };
+    let absorbed = match of.width == each {
+        true => b.head_linear(x, weight, of, heads, true),
+        false => {
+            let plain = b.gather_heads(&[HeadPart { from: x, columns: plain }], heads);
+            b.head_linear(&plain, weight, of, heads, true)
+        }
+    };
+    let parts = [HeadPart { from: &absorbed, columns: HeadColumns::dense(r) }, HeadPart { from: x, columns: tail }];
+    b.gather_heads(&parts, heads)
+}
+
 /// A device that holds matrices of f32 and computes on them.
 ///
 /// Matrices are row-major `[rows, columns]`; weights of linear layers are `[out, in]`; vectors are `[1, n]`. Operations
@@ -142,6 +164,12 @@ pub trait Backend: Sync {
         heads: usize,
         absorb: bool,
     ) -> Self::Tensor;
+
+    /// Queries for a latent: the first `of.width` columns of each head of `x [T, heads (width + tail)]` by `W_h`, rows `of(h)`
+    /// of `weight [rows, r]`, with the head's other columns behind them: `[T, heads (r + tail)]`.
+    fn absorb(&self, x: &Self::Tensor, weight: &Self::Tensor, of: HeadColumns, heads: usize) -> Self::Tensor {
+        absorb_in_steps(self, x, weight, of, heads)
+    }
 
     /// `x / sqrt(mean(x^2) + eps) * gain` per row; `gain [1, columns]`.
     fn rms_norm(&self, x: &Self::Tensor, gain: &Self::Tensor, eps: f64) -> Self::Tensor;

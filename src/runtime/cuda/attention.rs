@@ -11,7 +11,7 @@ use crate::runtime::{AttentionShape, HeadColumns, Span};
 /// What to run. Depends on shapes alone.
 ///
 /// Rows per thread are as many as there are, unless that takes more registers than a thread has. With few rows every warp
-/// has its own, and fewer than four would not pay for what they read.
+/// has its own: up to four, which pay for what it reads.
 fn choose(spans: &[Span], shape: &AttentionShape, fours: bool) -> AttentionConstants {
     let (group, width) = (shape.heads / shape.kv_heads, shape.values.width);
     let rows = |s: &Span| s.queries.len() * group;
@@ -19,6 +19,8 @@ fn choose(spans: &[Span], shape: &AttentionShape, fours: bool) -> AttentionConst
     let few = spans.iter().all(|s| cut_into_runs(s, group, 32));
     let rows = match (few, width) {
         (true, 0..=512) if most > 16 => 8,
+        // As few for each as serve all in as many warps.
+        (true, 0..=1024) if most < 16 => most.div_ceil(most.div_ceil(4)),
         (true, 0..=1024) => 4,
         (true, 1025..=2048) => 2,
         (true, _) => 1,
@@ -170,7 +172,9 @@ mod tests {
         assert_eq!(of(&prefill, 1, 64), (false, 4));
         assert_eq!(of(&prefill, 1, 512), (false, 2));
         assert_eq!(of(&prefill, 1, 576), (false, 1));
-        assert_eq!(of(&decode(2, 900), 9, 512), (true, 4));
+        assert_eq!(of(&decode(2, 900), 3, 64), (true, 3));
+        assert_eq!(of(&decode(2, 900), 9, 512), (true, 3));
+        assert_eq!(of(&decode(2, 900), 16, 512), (true, 4));
         assert_eq!(of(&decode(2, 900), 32, 512), (true, 8));
         assert_eq!(of(&decode(2, 900), 128, 576), (true, 4));
         assert_eq!(of(&decode(2, 900), 128, 2048), (true, 2));

@@ -12,6 +12,8 @@ pub(super) const NORM_THREADS: usize = 128;
 pub(super) const BLOCK_THREADS: usize = 128;
 /// Outputs of a block of `outputs_f32` and `outputs_bf16`.
 pub(super) const BLOCK_OUTPUTS: usize = 4;
+/// Outputs of a block of `absorbed_f32` and `absorbed_bf16`.
+pub(super) const ABSORBED_OUTPUTS: usize = 32;
 
 /// What attention is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

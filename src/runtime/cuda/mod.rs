@@ -231,6 +231,10 @@ impl Backend for Cuda {
         products::head_linear(self, x, weight, of, heads, absorb)
     }
 
+    fn absorb(&self, x: &CudaTensor, weight: &CudaTensor, of: HeadColumns, heads: usize) -> CudaTensor {
+        products::absorb(self, x, weight, of, heads)
+    }
+
     fn rms_norm(&self, x: &CudaTensor, gain: &CudaTensor, eps: f64) -> CudaTensor {
         let out = self.scratch(x.rows, x.columns);
         self.norm(x, gain, &out, eps, HeadColumns::dense(x.columns), 1);

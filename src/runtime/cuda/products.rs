@@ -7,9 +7,10 @@
 //! [`Precision::Bf16`] rounds instead, and multiplies once.
 
 use super::gemm::Product;
-use super::kernels::{BLOCK_OUTPUTS, BLOCK_THREADS, Kernel};
+use super::kernels::{ABSORBED_OUTPUTS, BLOCK_OUTPUTS, BLOCK_THREADS, Kernel};
 use super::stream::Arg;
 use super::{Cuda, CudaTensor};
+use crate::runtime::backend::absorb_in_steps;
 use crate::runtime::{HeadColumns, Precision};
 
 /// Up to this many rows a product is bound by reading the weight, which the kernels do once, as bf16 where it is.
@@ -38,7 +39,7 @@ pub(super) fn linear(cuda: &Cuda, x: &CudaTensor, weight: &CudaTensor, bias: Opt
         heads: 1,
     };
     if x.rows <= FEW_ROWS {
-        few_rows(cuda, &whole, x, (weight, 0), bias, &out);
+        few_rows(cuda, &whole, x, (weight, 0), Beside::Bias(bias), &out);
     } else if weight.packed {
         let parts = Parts::of(cuda, x);
         // At least 8 outputs, and a multiple of it, which tensor cores want.
@@ -91,12 +92,39 @@ pub(super) fn head_linear(
     };
     let weight = (weight, of.start * r);
     if x.rows <= FEW_ROWS {
-        few_rows(cuda, &product, x, weight, None, &out);
+        few_rows(cuda, &product, x, weight, if absorb { Beside::Tail(0) } else { Beside::Bias(None) }, &out);
     } else if weight.0.packed {
         Parts::of(cuda, x).product(cuda, &product, weight, None, (&out, 0));
     } else {
         true_f32(cuda, &product, x, weight, &out);
     }
+    out
+}
+
+/// See [`Backend::absorb`](crate::runtime::Backend::absorb).
+pub(super) fn absorb(cuda: &Cuda, x: &CudaTensor, weight: &CudaTensor, of: HeadColumns, heads: usize) -> CudaTensor {
+    let (r, each) = (weight.columns, x.columns / heads);
+    let tail = each - of.width;
+    if x.rows > FEW_ROWS {
+        return absorb_in_steps(cuda, x, weight, of, heads);
+    }
+    let out = cuda.scratch(x.rows, heads * (r + tail));
+    if out.len() == 0 {
+        return out;
+    }
+    let product = Product {
+        m: x.rows,
+        n: r,
+        k: of.width,
+        absorb: true,
+        x_stride: x.columns,
+        x_batch: each,
+        w_batch: of.stride * r,
+        y_stride: out.columns,
+        y_batch: r + tail,
+        heads,
+    };
+    few_rows(cuda, &product, x, (weight, of.start * r), Beside::Tail(tail), &out);
     out
 }
 
@@ -166,27 +194,39 @@ impl Parts {
     }
 }
 
+/// What [`few_rows`] does besides multiplying.
+#[derive(Debug, Clone, Copy)]
+enum Beside<'a> {
+    /// Add this to every row of `x W^T`.
+    Bias(Option<&'a CudaTensor>),
+    /// Copy so many columns behind those of `x W`, of what follows the factors in `x`.
+    Tail(usize),
+}
+
 /// A weight, so many elements behind its start, read once.
 fn few_rows(
     cuda: &Cuda,
     product: &Product,
     x: &CudaTensor,
     (weight, w_first): (&CudaTensor, usize),
-    bias: Option<&CudaTensor>,
+    beside: Beside<'_>,
     y: &CudaTensor,
 ) {
-    let packed = weight.packed;
-    let (kernel, blocks) = match product.absorb {
-        true => (Kernel::Absorbed { packed }, product.n.div_ceil(BLOCK_THREADS)),
-        false => (Kernel::Outputs { packed }, product.n.div_ceil(BLOCK_OUTPUTS)),
-    };
+    let (packed, p) = (weight.packed, product);
+    let sizes = [p.m, p.n, p.k].map(|n| Arg::Word(n as u32));
+    let strides = [p.x_stride, p.x_batch, w_first, p.w_batch, p.y_stride, p.y_batch].map(Arg::Size);
     let mut args = vec![Arg::Memory(&x.memory), Arg::Memory(&weight.memory)];
-    if !product.absorb {
-        args.push(bias.map_or(Arg::Null, |b| Arg::Memory(&b.memory)));
-    }
+    let (kernel, blocks) = match beside {
+        Beside::Bias(bias) => {
+            args.push(bias.map_or(Arg::Null, |b| Arg::Memory(&b.memory)));
+            (Kernel::Outputs { packed }, p.n.div_ceil(BLOCK_OUTPUTS))
+        }
+        Beside::Tail(tail) => (Kernel::Absorbed { packed }, (p.n + tail).div_ceil(ABSORBED_OUTPUTS)),
+    };
     args.push(Arg::Memory(&y.memory));
-    args.extend([product.m, product.n, product.k].map(|n| Arg::Word(n as u32)));
-    let p = product;
-    args.extend([p.x_stride, p.x_batch, w_first, p.w_batch, p.y_stride, p.y_batch].map(Arg::Size));
-    cuda.stream.launch(kernel, (blocks, product.heads, 1), BLOCK_THREADS, &args);
+    args.extend(sizes.into_iter().chain(strides));
+    if let Beside::Tail(tail) = beside {
+        args.push(Arg::Word(tail as u32));
+    }
+    cuda.stream.launch(kernel, (blocks, p.heads, 1), BLOCK_THREADS, &args);
 }

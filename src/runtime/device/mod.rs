@@ -245,6 +245,10 @@ impl Backend for Device {
         on!(self, |b, get, get_mut, into, made| made(b.head_linear(get(x), get(weight), of, heads, absorb)))
     }
 
+    fn absorb(&self, x: &DeviceTensor, weight: &DeviceTensor, of: HeadColumns, heads: usize) -> DeviceTensor {
+        on!(self, |b, get, get_mut, into, made| made(b.absorb(get(x), get(weight), of, heads)))
+    }
+
     fn rms_norm(&self, x: &DeviceTensor, gain: &DeviceTensor, eps: f64) -> DeviceTensor {
         on!(self, |b, get, get_mut, into, made| made(b.rms_norm(get(x), get(gain), eps)))
     }

@@ -13,7 +13,10 @@ pub(super) enum Kernel {
         rows: u32,
         packed: bool,
     },
-    RmsNorm,
+    /// Norms of heads in place, or of one matrix to another.
+    RmsNorm {
+        in_place: bool,
+    },
     Rope,
     Gather,
     Scatter,
@@ -55,7 +58,7 @@ impl Kernel {
             Kernel::Matvec { rows, packed } => {
                 (include_str!("kernels/matvec.wgsl"), format!("const R = {rows}u;\n") + weight(packed))
             }
-            Kernel::RmsNorm => (include_str!("kernels/rms_norm.wgsl"), String::new()),
+            Kernel::RmsNorm { in_place } => (include_str!("kernels/rms_norm.wgsl"), norm_bindings(in_place).to_owned()),
             Kernel::Rope => (include_str!("kernels/rope.wgsl"), String::new()),
             Kernel::Gather => (include_str!("kernels/gather.wgsl"), String::new()),
             Kernel::Scatter => (include_str!("kernels/scatter.wgsl"), String::new()),
@@ -71,8 +74,8 @@ impl Kernel {
     pub(super) fn reads(self) -> &'static [bool] {
         match self {
             Kernel::Matmul { .. } | Kernel::Matvec { .. } => &[true, true, true, false],
-            Kernel::RmsNorm | Kernel::Rope | Kernel::Scatter => &[true, true, false],
-            Kernel::Gather | Kernel::SiluMul | Kernel::Add => &[true, false],
+            Kernel::RmsNorm { in_place: false } | Kernel::Rope | Kernel::Scatter => &[true, true, false],
+            Kernel::RmsNorm { in_place: true } | Kernel::Gather | Kernel::SiluMul | Kernel::Add => &[true, false],
             Kernel::Attention { .. } => &[true, true, true, true, true, false, false],
             Kernel::Combine { .. } => &[true, true, true, true, false],
         }
@@ -104,6 +107,23 @@ fn weight(packed: bool) -> &'static str {
              return bitcast<f32>(select(word << 16u, word & 0xffff0000u, i % 2u == 1u));\n}\n"
         }
         false => "alias WORD = f32;\nfn weight(i: u32) -> f32 {\n    return w[i];\n}\n",
+    }
+}
+
+/// A buffer must not be bound twice where it is written.
+fn norm_bindings(in_place: bool) -> &'static str {
+    match in_place {
+        true => {
+            "@group(0) @binding(1) var<storage, read> gain: array<f32>;\n\
+             @group(0) @binding(2) var<storage, read_write> y: array<f32>;\n\
+             fn input(i: u32) -> f32 {\n    return y[i];\n}\n"
+        }
+        false => {
+            "@group(0) @binding(1) var<storage, read> x: array<f32>;\n\
+             @group(0) @binding(2) var<storage, read> gain: array<f32>;\n\
+             @group(0) @binding(3) var<storage, read_write> y: array<f32>;\n\
+             fn input(i: u32) -> f32 {\n    return x[i];\n}\n"
+        }
     }
 }
 

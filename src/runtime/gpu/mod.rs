@@ -149,6 +149,21 @@ impl Gpu {
         }
     }
 
+    /// Parameters and workgroups of [`Kernel::RmsNorm`].
+    fn norm(
+        &self,
+        rows: usize,
+        stride: usize,
+        columns: HeadColumns,
+        heads: usize,
+        eps: f64,
+    ) -> ([u32; 8], (usize, usize, usize)) {
+        let (groups, across) = self.spread(rows * heads);
+        let [stride, heads, start, step, width] =
+            [stride, heads, columns.start, columns.stride, columns.width].map(|n| n as u32);
+        ([rows as u32, stride, heads, start, step, width, (eps as f32).to_bits(), across], groups)
+    }
+
     fn angles(&self, rotation: &Rotation, positions: &[usize]) -> Angles {
         let mut last = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
         match &*last {
@@ -284,13 +299,28 @@ impl Backend for Gpu {
 
     fn rms_norm(&self, x: &GpuTensor, gain: &GpuTensor, eps: f64) -> GpuTensor {
         let out = self.scratch(x.rows, x.columns);
+        let columns = HeadColumns::dense(x.columns);
         for rows in self.parts(x.rows, x.row_bytes()) {
-            let (groups, across) = self.spread(rows.len());
-            let params = [rows.len() as u32, x.columns as u32, (eps as f32).to_bits(), across];
+            let (params, groups) = self.norm(rows.len(), x.columns, columns, 1, eps);
             let buffers = [x.part(rows.clone()), gain.all(), out.part(rows)];
-            self.queue.dispatch(Kernel::RmsNorm, &buffers, &params, groups);
+            self.queue.dispatch(Kernel::RmsNorm { in_place: false }, &buffers, &params, groups);
         }
         out
+    }
+
+    fn rms_norm_heads(
+        &self,
+        x: &mut GpuTensor,
+        gain: &GpuTensor,
+        eps: f64,
+        columns: HeadColumns,
+        heads: usize,
+    ) -> Result<(), RuntimeError> {
+        for rows in self.parts(x.rows, x.row_bytes()) {
+            let (params, groups) = self.norm(rows.len(), x.columns, columns, heads, eps);
+            self.queue.dispatch(Kernel::RmsNorm { in_place: true }, &[gain.all(), x.part(rows)], &params, groups);
+        }
+        Ok(())
     }
 
     fn rope(&self, x: &mut GpuTensor, rotation: &Rotation, positions: &[usize], columns: HeadColumns, heads: usize) {
