@@ -1,10 +1,10 @@
 //! The phases of a conversion at the sizes of SmolLM2-135M: `cargo bench`.
 
 use divan::{Bencher, black_box};
-use gqa2mla::calibrate::{Moments, pool};
+use gqa2mla::calibrate::{Moments, attend};
 use gqa2mla::factor::joint::joint_low_rank;
 use gqa2mla::factor::linalg::{eigh, matmul, matmul_f32};
-use gqa2mla::runtime::{AttentionShape, Backend, Device, HeadColumns, Span};
+use gqa2mla::runtime::{AttentionShape, Backend, Device, HeadColumns, Qkv, Span};
 use ndarray::{Array2, s};
 
 /// Hidden size, one KV head's width times heads, tokens.
@@ -129,5 +129,8 @@ fn pooling_of_one_head(bencher: Bencher<'_, '_>) {
     let x = sample(TOKENS, 2 * RANK).mapv(|v| v as f32);
     let (q, k) = (x.slice(s![.., ..RANK]).to_owned(), x.slice(s![.., RANK..]).to_owned());
     let windows = [256; TOKENS / 256];
-    bencher.bench(|| pool(q.clone(), k.clone(), 0.125, None, &windows, black_box(k.view())));
+    let (v, qk_dim, v_dim) = (k.clone(), RANK, RANK);
+    let qkv =
+        Qkv { q, k, v, heads: 1, kv_heads: 1, qk_dim, v_dim, scale: 0.125, sliding_window: None, score_softcap: None };
+    bencher.bench(|| attend(black_box(&qkv), &windows, false));
 }

@@ -169,7 +169,7 @@ fn the_predicted_error_is_the_measured_one() {
         let want = a.attention_output(x.view(), &lengths).expect("runs");
         // The converted stream is scaled by sqrt(1e-6 / eps): undo it to compare.
         let got = b.attention_output(x.view(), &lengths).expect("runs") * (sa.norm_eps / 1e-6).sqrt() as f32;
-        let error = gqa2mla::calibrate::relative_error(&got, &want);
+        let error = gqa2mla::calibrate::relative_error(got.view(), want.view());
         predicted += report.layers[layer].predicted_error;
         measured += error;
         a.forward(&mut hidden, &lengths).expect("runs");

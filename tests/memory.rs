@@ -122,10 +122,13 @@ fn the_heap_does_not_grow_with_the_layers() {
     for method in [Method::Exact, Method::Care, Method::AttentionAware] {
         let s = settings(method);
         let (few, planned) = peak(SMALL, &s);
-        let (many, _) = peak(Shape { layers: 12, ..SMALL }, &s);
-        println!("{method}: heap {few} with 3 layers, {many} with 12, planned {planned}");
-        // Names, plans and reports of layers are a few kilobytes each.
-        assert!(many < few + few / 50 + 9 * 64_000, "{method}: {few} bytes with 3 layers, {many} with 12");
+        let (many, of_many) = peak(Shape { layers: 12, ..SMALL }, &s);
+        println!("{method}: heap {few} with 3 layers, {many} with 12, planned {planned} and {of_many}");
+        assert_eq!(planned, of_many, "{method}: what is planned depends on the number of layers");
+        // Names, plans and reports of layers are a few kilobytes each. In attention-aware the source's forward pass runs
+        // beside the factorisation, and which of their peaks meet is a matter of time: the plan counts all.
+        let grown = if method == Method::AttentionAware { planned } else { few + few / 50 + 9 * 64_000 };
+        assert!(many < grown, "{method}: {few} bytes with 3 layers, {many} with 12");
         assert!(many < planned, "{method}: {many} bytes, planned {planned}");
     }
 }
@@ -138,6 +141,17 @@ fn large_tensors_are_not_held() {
     let (heap, _) = peak(shape, &settings(Method::Exact));
     println!("exact, tensors of 512 MB: heap {heap}");
     assert!(heap < 200_000_000, "{heap}");
+}
+
+/// Address space that matrix products set aside for operands, untouched: as much as the last-level caches hold, for each of two
+/// operands and each of `threads` threads. Virtual machines show a processor's whole cache.
+fn reserved_by_products(threads: u64) -> u64 {
+    let cache = Path::new("/sys/devices/system/cpu/cpu0/cache/index3");
+    let read = |file: &str| fs_err::read_to_string(cache.join(file)).unwrap_or_default();
+    let size: u64 = read("size").trim().trim_end_matches('K').parse().unwrap_or(0) << 10;
+    let sharing: u32 = read("shared_cpu_map").chars().filter_map(|c| c.to_digit(16)).map(u32::count_ones).sum();
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
+    2 * threads * size * processors.div_ceil(u64::from(sharing.max(1)))
 }
 
 /// The binary, under a limit of `kilobytes` on its address space, which counts whatever it maps or reserves.
@@ -161,7 +175,8 @@ fn under_a_limit(shape: Shape, gigabytes: u64, options: &[&str]) -> (u64, u64, u
     let (from, to) = (from.display().to_string(), dir.path().join("out").display().to_string());
     let common = [&["--json", "-q", "--threads", "2"], options].concat();
     let document = |args: &[&str]| -> Value {
-        let out = limited(gigabytes << 20, args);
+        // Two workers and the main thread.
+        let out = limited((gigabytes << 20) + (reserved_by_products(3) >> 10), args);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         serde_json::from_slice(&out.stdout).expect("JSON")
     };

@@ -197,16 +197,15 @@ fn attention_is_its_definition_and_the_statistics_see_it() {
         assert_close(name, &heads, &naive_heads(&qkv, &WINDOWS), 300);
 
         // Probabilities times values, tile by tile.
-        let parts = qkv.fold_probabilities(
-            &WINDOWS,
-            |_, _| Vec::new(),
-            |parts, tile| {
-                let kv = qkv.kv_head(tile.head);
-                let (start, keys) = (tile.window_start, tile.probabilities.ncols());
-                let values = qkv.v.slice(s![start..start + keys, kv * qkv.v_dim..(kv + 1) * qkv.v_dim]);
-                parts.push((start + tile.row0, tile.probabilities.dot(&values)));
-            },
-        );
+        let parts = qkv.fold_probabilities(&WINDOWS, vec![Vec::new(); WINDOWS.len() * qkv.heads], |parts, mut tile| {
+            assert_eq!(tile.scratch.dim(), tile.probabilities.dim());
+            // What is left there may not reach the next tile.
+            tile.scratch.fill(f32::NAN);
+            let kv = qkv.kv_head(tile.head);
+            let (start, keys) = (tile.window_start, tile.probabilities.ncols());
+            let values = qkv.v.slice(s![start..start + keys, kv * qkv.v_dim..(kv + 1) * qkv.v_dim]);
+            parts.push((start + tile.row0, tile.probabilities.dot(&values)));
+        });
         let mut folded = Array2::zeros(heads.dim());
         for (index, tiles) in parts.into_iter().enumerate() {
             let head = index % qkv.heads;

@@ -1,27 +1,30 @@
 //! A converted layer's attention on calibration tokens, before it is written: pooled latents, head by head.
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
+use faer::Accum;
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2, s};
 use rayon::prelude::*;
 
-use super::pool;
-use crate::factor::linalg::matmul_f32;
+use super::attend::by_window;
+use super::moments::column_sums;
+use crate::factor::linalg::{gemm, matmul_f32, matmul_f32_into};
 use crate::methods::MlaLayer;
+use crate::runtime::{Rotation, Scoring, Span, TileRoom, probability_tiles};
 
 /// Rows per task of sums over tokens.
 const ROWS: usize = 512;
 
-/// Latents, queries and rotated keys of one converted layer for some windows of tokens.
+/// One converted layer on some windows of tokens: latents and rotated keys, from which each head's queries and keys are
+/// made as they are needed.
 pub struct LatentAttention<'a> {
     mla: &'a MlaLayer,
     windows: &'a [usize],
+    rotation: Rotation,
+    /// What queries are projected from, `[T, D]` or `[T, r_q]`.
+    input: CowArray<'a, f32, Ix2>,
     /// `[T, r]`.
     latent: Array2<f32>,
     /// `[T, d_R]`, rotated.
     k_rope: Array2<f32>,
-    /// `[T, H d_N]`.
-    q_nope: Array2<f32>,
-    /// `[T, H d_R]`, rotated.
-    q_rope: Array2<f32>,
     /// Cap of the scores.
     cap: Option<f64>,
 }
@@ -36,19 +39,47 @@ pub(crate) fn project(x: ArrayView2<'_, f32>, weight: &Array2<f64>, bias: Option
     out
 }
 
-impl<'a> LatentAttention<'a> {
-    /// Project and rotate the normed inputs `x` `[T, D]`.
-    pub fn new(mla: &'a MlaLayer, x: ArrayView2<'_, f32>, windows: &'a [usize]) -> Self {
-        let rotation = mla.rotation(windows.iter().copied().max().unwrap_or(0));
+/// What makes queries and keys of one head, in f32.
+struct Head {
+    /// `[d_N + d_R, D]`, or as wide as the latent of queries.
+    query: Array2<f32>,
+    /// `[d_N + d_R]`.
+    query_bias: Option<Array1<f32>>,
+    /// `[d_N, r]`.
+    key_up: Array2<f32>,
+}
+
+impl Head {
+    fn new(mla: &MlaLayer, h: usize) -> Self {
+        let (nope, rope) = (h * mla.nope_dim()..(h + 1) * mla.nope_dim(), h * mla.rope_dim()..(h + 1) * mla.rope_dim());
         let query = &mla.query;
-        let through = query.down.as_ref().map(|down| project(x, down, None));
-        let inner = through.as_ref().map_or(x, |t| t.view());
-        let q_nope = project(inner, &query.nope, query.nope_bias.as_ref());
-        let mut q_rope = project(inner, &query.rope, query.rope_bias.as_ref());
+        let rows = |m: &Array2<f64>, rows: &std::ops::Range<usize>| m.slice(s![rows.clone(), ..]).mapv(|v| v as f32);
+        let (from, to) = (rows(&query.nope, &nope), rows(&query.rope, &rope));
+        let bias = match (&query.nope_bias, &query.rope_bias) {
+            (None, None) => None,
+            (n, r) => {
+                let part = |b: &Option<Array1<f64>>, range: std::ops::Range<usize>| match b {
+                    Some(b) => b.slice(s![range]).mapv(|v| v as f32),
+                    None => Array1::zeros(range.len()),
+                };
+                Some(ndarray::concatenate![Axis(0), part(n, nope.clone()), part(r, rope)])
+            }
+        };
+        Self { query: ndarray::concatenate![Axis(0), from, to], query_bias: bias, key_up: rows(&mla.k_up, &nope) }
+    }
+}
+
+impl<'a> LatentAttention<'a> {
+    /// Project the normed inputs `x` `[T, D]`.
+    pub fn new(mla: &'a MlaLayer, x: ArrayView2<'a, f32>, windows: &'a [usize]) -> Self {
+        let rotation = mla.rotation(windows.iter().copied().max().unwrap_or(0));
         let mut k_rope = project(x, &mla.k_rope, mla.k_rope_bias.as_ref());
-        rotation.turn_windows(&mut q_rope, windows);
         rotation.turn_windows(&mut k_rope, windows);
-        Self { mla, windows, latent: project(x, &mla.latent, None), k_rope, q_nope, q_rope, cap: None }
+        let input = match &mla.query.down {
+            Some(down) => project(x, down, None).into(),
+            None => x.into(),
+        };
+        Self { mla, windows, rotation, input, latent: project(x, &mla.latent, None), k_rope, cap: None }
     }
 
     /// With scores capped as the source's are.
@@ -56,41 +87,76 @@ impl<'a> LatentAttention<'a> {
         Self { cap, ..self }
     }
 
-    /// What head `h` pools of the latents, `[T, r]`.
-    pub fn pooled(&self, h: usize) -> Array2<f32> {
-        self.pooled_from(h, self.latent.view())
+    /// What head `h` pools of the latents, into `out` `[T, r]`.
+    pub fn pool(&self, h: usize, out: ArrayViewMut2<'_, f32>) {
+        self.pool_from(h, self.latent.view(), out);
     }
 
-    /// What head `h` pools of other values, one row per token.
-    pub fn pooled_from(&self, h: usize, values: ArrayView2<'_, f32>) -> Array2<f32> {
-        let (nope, rope) = (self.mla.nope_dim(), self.mla.rope_dim());
-        let tokens = self.latent.nrows();
-        let mut q = Array2::zeros((tokens, nope + rope));
-        q.slice_mut(s![.., ..nope]).assign(&self.q_nope.slice(s![.., h * nope..(h + 1) * nope]));
-        q.slice_mut(s![.., nope..]).assign(&self.q_rope.slice(s![.., h * rope..(h + 1) * rope]));
-        let up = self.mla.k_up.slice(s![h * nope..(h + 1) * nope, ..]).mapv(|v| v as f32);
-        let mut k = Array2::zeros((tokens, nope + rope));
-        k.slice_mut(s![.., ..nope]).assign(&matmul_f32(&self.latent, &up.t()));
-        k.slice_mut(s![.., nope..]).assign(&self.k_rope);
-        pool(q, k, self.mla.score_scale, self.cap, self.windows, values)
+    /// What head `h` pools of other values, `sum_n p_mn values_n` for every token, into `out` `[T, width]`.
+    ///
+    /// # Panics
+    /// If `out` has another shape than `values`.
+    pub fn pool_from(&self, h: usize, values: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) {
+        assert_eq!(values.dim(), out.dim(), "shapes of values and what is pooled of them");
+        let head = Head::new(self.mla, h);
+        let scoring = Scoring { scale: self.mla.score_scale, sliding_window: None, cap: self.cap };
+        let work = |room: &mut TileRoom, (mut out, span): (ArrayViewMut2<'_, f32>, Span)| {
+            let rows = span.queries;
+            let values = values.slice(s![rows.clone(), ..]);
+            let (q, k) = self.queries_and_keys(&head, rows);
+            probability_tiles((q.view(), k.view()), &scoring, room, |row0, p, _| {
+                let out = out.slice_mut(s![row0..row0 + p.nrows(), ..]);
+                gemm(out, Accum::Replace, p, values.slice(s![..p.ncols(), ..]), 1.0);
+            });
+        };
+        let windows = by_window(out, self.windows).into_par_iter().zip(Span::of_windows(self.windows));
+        windows.for_each_init(TileRoom::default, work);
     }
 
-    /// Output of head `h`, `[T, d_V]`, from what it pooled.
-    pub fn head_output(&self, h: usize, pooled: &Array2<f32>) -> Array2<f32> {
+    /// Queries and keys of one head after RoPE for the rows of one window, `[length, d_N + d_R]`, on the calling thread.
+    fn queries_and_keys(&self, head: &Head, rows: std::ops::Range<usize>) -> (Array2<f32>, Array2<f32>) {
+        let (nope, width) = (head.key_up.nrows(), head.query.nrows());
+        let mut q = Array2::zeros((rows.len(), width));
+        gemm(q.view_mut(), Accum::Replace, self.input.slice(s![rows.clone(), ..]), head.query.t(), 1.0);
+        if let Some(bias) = &head.query_bias {
+            q += bias;
+        }
+        if width > nope {
+            for (position, mut row) in q.rows_mut().into_iter().enumerate() {
+                if let Some(row) = row.as_slice_mut() {
+                    self.rotation.turn(&mut row[nope..], position);
+                }
+            }
+        }
+        let mut k = Array2::zeros((rows.len(), width));
+        let latent = self.latent.slice(s![rows.clone(), ..]);
+        gemm(k.slice_mut(s![.., ..nope]), Accum::Replace, latent, head.key_up.t(), 1.0);
+        k.slice_mut(s![.., nope..]).assign(&self.k_rope.slice(s![rows, ..]));
+        (q, k)
+    }
+
+    /// Output of head `h`, into `out` `[T, d_V]`, from what it pooled.
+    pub fn head_output(&self, h: usize, pooled: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) {
         let value = self.mla.value_dim();
         let up = self.mla.v_up.slice(s![h * value..(h + 1) * value, ..]).mapv(|v| v as f32);
-        matmul_f32(pooled, &up.t())
+        matmul_f32_into(out, pooled, up.t());
     }
 
     /// All head outputs, `[T, H d_V]`.
     pub fn outputs(&self) -> Array2<f32> {
         let (heads, value) = (self.mla.heads, self.mla.value_dim());
         let mut out = Array2::zeros((self.latent.nrows(), heads * value));
+        let mut pooled = Array2::zeros(self.latent.raw_dim());
         for h in 0..heads {
-            let head = self.head_output(h, &self.pooled(h));
-            out.slice_mut(s![.., h * value..(h + 1) * value]).assign(&head);
+            self.pool(h, pooled.view_mut());
+            self.head_output(h, pooled.view(), out.slice_mut(s![.., h * value..(h + 1) * value]));
         }
         out
+    }
+
+    /// Tokens.
+    pub fn tokens(&self) -> usize {
+        self.latent.nrows()
     }
 }
 
@@ -100,15 +166,9 @@ pub fn output_projection(mla: &MlaLayer, heads: &Array2<f32>) -> Array2<f32> {
 }
 
 /// `E |a - b|^2 / E |b - mean b|^2`, in f64, for activations `[T, D]`.
-pub fn relative_error(a: &Array2<f32>, b: &Array2<f32>) -> f64 {
+pub fn relative_error(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> f64 {
     let n = b.nrows().max(1) as f64;
-    // Blocks are summed side by side and added up in order: the sums do not depend on the number of threads.
-    let sums: Vec<Array1<f64>> = b
-        .axis_chunks_iter(Axis(0), ROWS)
-        .into_par_iter()
-        .map(|b| b.fold_axis(Axis(0), 0.0_f64, |s, v| s + f64::from(*v)))
-        .collect();
-    let mean = sums.iter().fold(Array1::<f64>::zeros(b.ncols()), |mean, sum| mean + sum) / n;
+    let mean = column_sums(b) / n;
     let energy = |rows: ArrayView1<'_, f32>, other: ArrayView1<'_, f32>| -> (f64, f64) {
         let mut out = (0.0, 0.0);
         for ((x, y), mean) in rows.iter().zip(other).zip(&mean) {
@@ -117,6 +177,7 @@ pub fn relative_error(a: &Array2<f32>, b: &Array2<f32>) -> f64 {
         }
         out
     };
+    // Blocks are summed side by side and added up in order: the sums do not depend on the number of threads.
     let blocks = a.axis_chunks_iter(Axis(0), ROWS).into_par_iter().zip(b.axis_chunks_iter(Axis(0), ROWS));
     let parts: Vec<(f64, f64)> = blocks
         .map(|(a, b)| {

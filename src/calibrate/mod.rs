@@ -7,7 +7,7 @@ mod moments;
 mod profile;
 mod scores;
 
-pub use attend::{attend, pool};
+pub use attend::attend;
 pub(crate) use corpus::shuffle;
 pub use corpus::{CorpusError, bundled_calibration, bundled_heldout, calibration_windows, read_texts};
 pub(crate) use latent::project;

@@ -11,15 +11,26 @@ use crate::factor::linalg::{gemm, matmul, matmul_f32_into, symmetrise};
 
 /// Rows per f32 product: each product's rounding stays that of a few hundred additions, sums run on in f64.
 const BLOCK: usize = 512;
+/// Rows per task where products are too small to be cut.
+const PART: usize = 8 * BLOCK;
+/// Elements of such products, at most.
+const NARROW: usize = 1 << 17;
 
 /// `sum += a^T b` for tokens in rows: `a` `[T, A]`, `b` `[T, B]`, `sum` `[A, B]`. Products in f32, sums in f64, in row order
 /// whatever the thread count.
 pub(crate) fn add_products(mut sum: ArrayViewMut2<'_, f64>, a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) {
     let mut product = Array2::zeros(sum.raw_dim());
     for (a, b) in a.axis_chunks_iter(Axis(0), BLOCK).zip(b.axis_chunks_iter(Axis(0), BLOCK)) {
-        matmul_f32_into(&mut product, a.reversed_axes(), b);
+        matmul_f32_into(product.view_mut(), a.reversed_axes(), b);
         ndarray::Zip::from(&mut sum).and(&product).par_for_each(|s, &p| *s += f64::from(p));
     }
+}
+
+/// Sums of the columns of `x` `[T, A]`, in f64. Blocks are summed side by side and added up in order.
+pub(super) fn column_sums(x: ArrayView2<'_, f32>) -> Array1<f64> {
+    let of_block = |x: ArrayView2<'_, f32>| x.fold_axis(Axis(0), 0.0_f64, |sum, v| sum + f64::from(*v));
+    let sums: Vec<Array1<f64>> = x.axis_chunks_iter(Axis(0), BLOCK).into_par_iter().map(of_block).collect();
+    sums.iter().fold(Array1::zeros(x.ncols()), |total, sum| total + sum)
 }
 
 /// Columns per block of a Gram matrix of `width` columns: some blocks for every thread, each wide enough for a product to run
@@ -59,6 +70,16 @@ pub(crate) fn add_gram(mut sum: ArrayViewMut2<'_, f64>, a: ArrayView2<'_, f32>) 
     }
 }
 
+/// Add what belongs to the constant 1 of `rows` tokens: the last row and column of `sum` `[A + 1, A + 1]`.
+fn add_border(sum: &mut Array2<f64>, of_columns: &Array1<f64>, rows: usize) {
+    let last = of_columns.len();
+    let mut row = sum.slice_mut(s![last, ..last]);
+    row += of_columns;
+    let mut column = sum.slice_mut(s![..last, last]);
+    column += of_columns;
+    sum[[last, last]] += rows as f64;
+}
+
 /// Second moments of a layer's input, `[D + 1, D + 1]`, the last row and column belonging to the constant 1.
 #[derive(Debug, Clone)]
 pub struct Moments {
@@ -76,17 +97,7 @@ impl Moments {
     pub fn add(&mut self, x: ArrayView2<'_, f32>) {
         let hidden = x.ncols();
         add_gram(self.sum.slice_mut(s![..hidden, ..hidden]), x);
-        for block in x.axis_chunks_iter(Axis(0), BLOCK) {
-            let mut mean = Array1::<f64>::zeros(hidden);
-            for row in block.rows() {
-                ndarray::Zip::from(&mut mean).and(&row).for_each(|m, &v| *m += f64::from(v));
-            }
-            for i in 0..hidden {
-                self.sum[[i, hidden]] += mean[i];
-                self.sum[[hidden, i]] += mean[i];
-            }
-            self.sum[[hidden, hidden]] += block.nrows() as f64;
-        }
+        add_border(&mut self.sum, &column_sums(x), x.nrows());
         self.tokens += x.nrows();
     }
 
@@ -144,6 +155,19 @@ impl Moments {
     }
 }
 
+/// `x^T x` and `y^T x` of some rows, on the calling thread.
+fn products(x: ArrayView2<'_, f32>, y: ArrayView2<'_, f32>) -> (Array2<f64>, Array2<f64>) {
+    let mut of_blocks = [x, y].map(|left| Array2::<f32>::zeros((left.ncols(), x.ncols())));
+    let mut sums = [x, y].map(|left| Array2::<f64>::zeros((left.ncols(), x.ncols())));
+    for (x, y) in x.axis_chunks_iter(Axis(0), BLOCK).zip(y.axis_chunks_iter(Axis(0), BLOCK)) {
+        for ((left, product), sum) in [x, y].into_iter().zip(&mut of_blocks).zip(&mut sums) {
+            gemm(product.view_mut(), Accum::Replace, left.reversed_axes(), x, 1.0);
+            ndarray::Zip::from(sum).and(&*product).for_each(|s, &p| *s += f64::from(p));
+        }
+    }
+    sums.into()
+}
+
 /// Moments of attention-pooled features against a target, for one linear refit: `[f; 1]` and `y`.
 #[derive(Debug, Clone)]
 pub struct PooledMoments {
@@ -162,25 +186,28 @@ impl PooledMoments {
         }
     }
 
-    /// Add tokens: features `[T, F]`, targets `[T, Y]`.
+    /// Add tokens: features `[T, F]`, targets `[T, Y]`. Products in f32, sums in f64, in row order whatever the thread count.
     pub fn add(&mut self, features: ArrayView2<'_, f32>, targets: ArrayView2<'_, f32>) {
-        let (f, rows) = (features.ncols(), features.nrows());
-        add_gram(self.gram.slice_mut(s![..f, ..f]), features);
-        add_products(self.cross.slice_mut(s![.., ..f]), targets, features);
-        for start in (0..rows).step_by(BLOCK) {
-            let range = start..(start + BLOCK).min(rows);
-            let (x, y) = (features.slice(s![range.clone(), ..]), targets.slice(s![range, ..]));
-            let sum = x.fold_axis(Axis(0), 0.0_f64, |a, &b| a + f64::from(b));
-            for i in 0..f {
-                self.gram[[i, f]] += sum[i];
-                self.gram[[f, i]] += sum[i];
+        let (f, y) = (features.ncols(), targets.ncols());
+        if f * (f + y) > NARROW {
+            add_gram(self.gram.slice_mut(s![..f, ..f]), features);
+            add_products(self.cross.slice_mut(s![.., ..f]), targets, features);
+        } else {
+            // Products too small to be cut: the rows are.
+            let parts = features.axis_chunks_iter(Axis(0), PART).into_par_iter();
+            let parts: Vec<_> =
+                parts.zip(targets.axis_chunks_iter(Axis(0), PART)).map(|(x, y)| products(x, y)).collect();
+            for (gram, cross) in parts {
+                let mut to = self.gram.slice_mut(s![..f, ..f]);
+                to += &gram;
+                let mut to = self.cross.slice_mut(s![.., ..f]);
+                to += &cross;
             }
-            self.gram[[f, f]] += x.nrows() as f64;
-            let sum = y.fold_axis(Axis(0), 0.0_f64, |a, &b| a + f64::from(b));
-            let mut last = self.cross.slice_mut(s![.., f]);
-            last += &sum;
         }
-        self.tokens += rows;
+        add_border(&mut self.gram, &column_sums(features), features.nrows());
+        let mut last = self.cross.slice_mut(s![.., f]);
+        last += &column_sums(targets);
+        self.tokens += features.nrows();
     }
 
     /// `E[[f; 1] [f; 1]^T]`.

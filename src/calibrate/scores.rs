@@ -15,11 +15,11 @@
 use std::ops::Range;
 
 use faer::Accum;
-use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::attend::side_by_side;
+use super::attend::by_window_and_head;
 use crate::factor::linalg::{gemm, matmul_f32_sequential, symmetrise};
 use crate::runtime::{ProbabilityTile, Qkv, Span};
 
@@ -78,11 +78,10 @@ impl<'a> ScoreTarget<'a> {
 
     /// `J` alone of such a change, per head, `[H]`.
     pub fn curvatures(&self, q: &Array2<f32>, k: &Array2<f32>) -> Array1<f64> {
-        let parts = self.source.fold_probabilities(
-            self.windows,
-            |_, _| 0.0_f64,
-            |error, tile| *error += self.weighted(q, k, &tile, false).1,
-        );
+        let states = vec![0.0_f64; self.windows.len() * self.source.heads];
+        let parts = self.source.fold_probabilities(self.windows, states, |error, mut tile| {
+            *error += self.weigh(q, k, &mut tile, false);
+        });
         self.by_head(parts.into_iter())
     }
 
@@ -92,14 +91,14 @@ impl<'a> ScoreTarget<'a> {
     pub fn residual_with_key_covariances(&self, q: &Array2<f32>, k: &Array2<f32>) -> (ScoreGradient, Vec<Array2<f64>>) {
         let heads = self.source.heads;
         let width = k.ncols() / heads;
-        let parts = self.source.fold_probabilities(
-            self.windows,
-            |window, _| (Gradient::new(self.windows[window], width), KeyMoments::new(self.windows[window], width)),
-            |(gradient, moments), tile| {
-                self.add(gradient, &tile, (q, k), At::Keys(k), true);
-                moments.add(&tile, k);
-            },
-        );
+        let mut rows = Array2::zeros(q.raw_dim());
+        let lengths = self.windows.iter().flat_map(|&length| std::iter::repeat_n(length, heads));
+        let states = self.gradients(&mut rows).into_iter().zip(lengths);
+        let states = states.map(|(gradient, length)| (gradient, KeyMoments::new(length, width))).collect();
+        let parts = self.source.fold_probabilities(self.windows, states, |(gradient, moments), mut tile| {
+            self.add(gradient, &mut tile, (q, k), At::Keys(k), true);
+            moments.add(&mut tile, k);
+        });
         let covariance = |head: usize| {
             let mut out = Array2::<f64>::zeros((width, width));
             for (window, span) in Span::of_windows(self.windows).into_iter().enumerate() {
@@ -109,68 +108,63 @@ impl<'a> ScoreTarget<'a> {
             symmetrise(&out)
         };
         let covariances = (0..heads).into_par_iter().map(covariance).collect();
-        (self.joined(parts.iter().map(|part| &part.0), width), covariances)
+        let errors = self.by_head(parts.iter().map(|(gradient, _)| gradient.error));
+        drop(parts);
+        (ScoreGradient { rows, errors }, covariances)
     }
 
     fn gradient(&self, q: &Array2<f32>, k: &Array2<f32>, at: At<'_>, residual: bool) -> ScoreGradient {
-        let width = q.ncols() / self.source.heads;
-        let parts = self.source.fold_probabilities(
-            self.windows,
-            |window, _| Gradient::new(self.windows[window], width),
-            |gradient, tile| self.add(gradient, &tile, (q, k), at, residual),
-        );
-        self.joined(parts.iter(), width)
+        let mut rows = Array2::zeros(q.raw_dim());
+        let states = self.gradients(&mut rows);
+        let parts = self.source.fold_probabilities(self.windows, states, |gradient, mut tile| {
+            self.add(gradient, &mut tile, (q, k), at, residual);
+        });
+        let errors = self.by_head(parts.iter().map(|part| part.error));
+        drop(parts);
+        ScoreGradient { rows, errors }
+    }
+
+    /// Accumulators that add up to `rows` `[T, H w]`, which are zero.
+    fn gradients<'r>(&self, rows: &'r mut Array2<f32>) -> Vec<Gradient<'r>> {
+        let places = by_window_and_head(rows, self.windows, self.source.heads);
+        places.into_iter().map(|rows| Gradient { rows, error: 0.0 }).collect()
     }
 
     /// Add a tile to the gradient of its window and head.
     fn add(
         &self,
-        gradient: &mut Gradient,
-        tile: &ProbabilityTile<'_>,
+        gradient: &mut Gradient<'_>,
+        tile: &mut ProbabilityTile<'_>,
         (q, k): (&Array2<f32>, &Array2<f32>),
         at: At<'_>,
         residual: bool,
     ) {
         let Gradient { rows, error } = gradient;
-        let (e, of_tile) = self.weighted(q, k, tile, residual);
-        *error += of_tile;
+        *error += self.weigh(q, k, tile, residual);
+        let e = tile.scratch.view();
         let (queries, keys) = places(tile, rows.ncols());
         match at {
             At::Keys(k) => {
-                let mut part = rows.slice_mut(s![tile.row0..tile.row0 + e.nrows(), ..]);
-                gemm(part.view_mut(), Accum::Replace, e.view(), k.slice(s![keys.0, keys.1]), self.scale);
+                let part = rows.slice_mut(s![tile.row0..tile.row0 + e.nrows(), ..]);
+                gemm(part, Accum::Replace, e, k.slice(s![keys.0, keys.1]), self.scale);
             }
             At::Queries(q) => {
-                let mut seen = rows.slice_mut(s![..e.ncols(), ..]);
-                gemm(seen.view_mut(), Accum::Add, e.t(), q.slice(s![queries.0, queries.1]), self.scale);
+                let seen = rows.slice_mut(s![..e.ncols(), ..]);
+                gemm(seen, Accum::Add, e.t(), q.slice(s![queries.0, queries.1]), self.scale);
             }
         }
     }
 
-    /// Gradients of every window and head, in order, as one.
-    fn joined<'g>(&self, parts: impl Iterator<Item = &'g Gradient> + Clone, width: usize) -> ScoreGradient {
-        let rows = side_by_side(parts.clone().map(|part| &part.rows), self.windows, self.source.heads, width);
-        ScoreGradient { rows, errors: self.by_head(parts.map(|part| part.error)) }
-    }
-
-    /// `w (e - ebar)` of a tile, and its share of `J`.
-    fn weighted(
-        &self,
-        q: &Array2<f32>,
-        k: &Array2<f32>,
-        tile: &ProbabilityTile<'_>,
-        residual: bool,
-    ) -> (Array2<f32>, f64) {
+    /// Puts `w (e - ebar)` of a tile into its scratch, and returns its share of `J`.
+    fn weigh(&self, q: &Array2<f32>, k: &Array2<f32>, tile: &mut ProbabilityTile<'_>, residual: bool) -> f64 {
         let (queries, keys) = places(tile, q.ncols() / self.source.heads);
         let (q, k) = (q.slice(s![queries.0, queries.1]), k.slice(s![keys.0, keys.1]));
-        let mut e = Array2::zeros(tile.probabilities.raw_dim());
-        gemm(e.view_mut(), Accum::Replace, q, k.t(), self.scale);
+        gemm(tile.scratch.view_mut(), Accum::Replace, q, k.t(), self.scale);
         if residual {
             let (q, k) = self.source_factors(tile);
-            gemm(e.view_mut(), Accum::Add, q, k.t(), -self.source.scale as f32);
+            gemm(tile.scratch.view_mut(), Accum::Add, q, k.t(), -self.source.scale as f32);
         }
-        let error = weigh(&mut e, tile);
-        (e, error)
+        weigh(tile)
     }
 
     /// Sums over windows, in order, of what [`Qkv::fold_probabilities`] gave.
@@ -191,15 +185,9 @@ impl<'a> ScoreTarget<'a> {
 }
 
 /// Half the gradient of one head in one window, `[length, w]`, and its share of `J`.
-struct Gradient {
-    rows: Array2<f32>,
+struct Gradient<'a> {
+    rows: ArrayViewMut2<'a, f32>,
     error: f64,
-}
-
-impl Gradient {
-    fn new(length: usize, width: usize) -> Self {
-        Self { rows: Array2::zeros((length, width)), error: 0.0 }
-    }
 }
 
 /// What one head's weights make of the keys of one window.
@@ -215,22 +203,23 @@ impl KeyMoments {
         Self { received: Array1::zeros(length), pooled: Array2::zeros((width, width)) }
     }
 
-    fn add(&mut self, tile: &ProbabilityTile<'_>, k: &Array2<f32>) {
-        let mut w = tile.probabilities.to_owned();
-        for (i, mut row) in w.rows_mut().into_iter().enumerate() {
+    fn add(&mut self, tile: &mut ProbabilityTile<'_>, k: &Array2<f32>) {
+        for (i, (mut w, p)) in tile.scratch.rows_mut().into_iter().zip(tile.probabilities.rows()).enumerate() {
             let seen = tile.row0 + i + 1;
             let (share, uniform) = weights(seen);
+            let (mut w, hidden) = w.view_mut().split_at(Axis(0), seen);
             let received = self.received.slice_mut(s![..seen]);
-            ndarray::Zip::from(row.slice_mut(s![..seen])).and(received).for_each(|w, r| {
-                *w = share * *w + uniform;
+            ndarray::Zip::from(&mut w).and(p.slice(s![..seen])).and(received).for_each(|w, p, r| {
+                *w = share * *p + uniform;
                 *r += *w;
             });
+            { hidden }.fill(0.0);
         }
         let keys = k.slice({
             let (rows, columns) = places(tile, self.pooled.ncols()).1;
             s![rows, columns]
         });
-        let mean = matmul_f32_sequential(w.view(), keys);
+        let mean = matmul_f32_sequential(tile.scratch.view(), keys);
         gemm(self.pooled.view_mut(), Accum::Add, mean.t(), mean.view(), 1.0);
     }
 
@@ -257,10 +246,10 @@ fn weights(seen: usize) -> (f32, f32) {
     (1.0 - UNIFORM, UNIFORM / seen as f32)
 }
 
-/// `e` to `w (e - ebar)` in place, zero where a query does not see; returns the tile's share of `J`.
-fn weigh(e: &mut Array2<f32>, tile: &ProbabilityTile<'_>) -> f64 {
+/// `e` in a tile's scratch to `w (e - ebar)`, zero where a query does not see; returns the tile's share of `J`.
+fn weigh(tile: &mut ProbabilityTile<'_>) -> f64 {
     let mut total = 0.0;
-    for (i, (mut e, p)) in e.rows_mut().into_iter().zip(tile.probabilities.rows()).enumerate() {
+    for (i, (mut e, p)) in tile.scratch.rows_mut().into_iter().zip(tile.probabilities.rows()).enumerate() {
         let seen = tile.row0 + i + 1;
         if let (Some(e), Some(p)) = (e.as_slice_mut(), p.as_slice()) {
             e[seen..].fill(0.0);

@@ -49,6 +49,7 @@ pub fn command_line(model: &str, settings: &ConvertSettings) -> String {
         add("without", (!on).then(|| name.to_owned()));
     }
     add("refine", Some(s.refine.to_string()).filter(|_| s.refine != d.refine));
+    add("fit-tokens", s.fit_tokens.map(|n| n.to_string()));
     let grid = s.rope_grid.map(|g| match g {
         RopeGrid::Free => "free",
         RopeGrid::Stock => "stock",

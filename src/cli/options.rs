@@ -97,6 +97,10 @@ struct MethodOptions {
     /// attention-aware: gradient steps per layer after the closed form [default: 0]
     #[arg(long, value_name = "STEPS")]
     refine: Option<usize>,
+    /// attention-aware: calibration tokens that the layers are fitted on; the rest only tells how far heads look [default:
+    /// 40 per value of the hidden state, 16384 at least; all with --refine]
+    #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
+    fit_tokens: Option<usize>,
     /// transmla, care: neighbouring frequencies that share one rotation [default: auto]
     #[arg(long, value_name = "N|auto")]
     freqfold: Option<FreqFold>,
@@ -212,6 +216,7 @@ impl ConvertOptions {
             (c.rope_grid.0 == Some(RopeGrid::Free) && published, "--rope-grid free", "--method attention-aware"),
             (!c.without.is_empty() && !ours, "--without", "--method attention-aware"),
             (c.refine.is_some_and(|n| n > 0) && !ours, "--refine", "--method attention-aware"),
+            (c.fit_tokens.is_some() && !ours, "--fit-tokens", "--method attention-aware"),
         ];
         if let Some((_, option, wants)) = ignored.iter().find(|i| i.0) {
             bail!("--method {method} takes no {option}\n\nhint: leave the option out, or use {wants}");
@@ -235,6 +240,7 @@ impl ConvertOptions {
             mla_layers: self.weights.mla_layers(),
             steps,
             refine: c.refine.unwrap_or(defaults.refine),
+            fit_tokens: c.fit_tokens,
             target: self.output.target,
             profile: self.output.profile,
             pad: self.output.pad,
@@ -323,6 +329,7 @@ mod tests {
             mla_layers: None,
             steps: Steps::default(),
             refine: 0,
+            fit_tokens: None,
             target: TargetKind::DeepseekV3,
             profile: Some(Profile::Faithful),
             pad: Some(Padding::None),
@@ -356,6 +363,8 @@ mod tests {
             "--freqfold 2",
             "--method transmla --without metric",
             "--method care --refine 3",
+            "--method care --fit-tokens 4096",
+            "--fit-tokens 0",
             "--kv-budget 192 --kv-lora-rank 128 --qk-rope-head-dim 64",
             "--kv-budget 64 --qk-rope-head-dim 64",
             "--qk-rope-head-dim 63",

@@ -1,7 +1,7 @@
 //! `attention-aware` for one layer: the closed form, then the refits on what the converted attention really pools.
 
 use faer::c64;
-use ndarray::{Array1, Array2, s};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use super::scores::refit_scores;
@@ -10,11 +10,12 @@ use super::{ConvertError, LayerReport, Steps};
 use crate::arch::AttentionSource;
 use crate::calibrate::{LatentAttention, Moments, PooledMoments, output_projection, relative_error};
 use crate::factor::FactorError;
-use crate::factor::linalg::matmul_f32;
+use crate::factor::linalg::matmul_f32_into;
 use crate::factor::refit::refit;
 use crate::methods::MlaLayer;
 use crate::methods::attention_aware::{Draft, DraftSettings, analyse_slots, draft};
 use crate::refine::{RefineSettings, refine};
+use crate::runtime::Qkv;
 
 /// Ridge of the value refit, as a share of the mean pooled energy: enough to hold directions that hardly vary.
 const VALUE_RIDGE: f64 = 1e-4;
@@ -33,14 +34,39 @@ pub(super) struct Converted {
     pub output: Array2<f32>,
 }
 
+/// The source's attention on the tokens that a layer is fitted on.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    /// As [`SourcePass::scores`].
+    pub scores: Option<&'a Qkv>,
+    /// As [`SourcePass::phases`], of all tokens.
+    pub phases: Option<&'a Array2<c64>>,
+    /// `[T, H d]`.
+    pub heads: ArrayView2<'a, f32>,
+    /// `[T, D]`.
+    pub output: ArrayView2<'a, f32>,
+}
+
+impl<'a> Target<'a> {
+    /// The first `tokens` rows of a pass.
+    pub fn first(pass: &'a SourcePass, tokens: usize) -> Self {
+        Self {
+            scores: pass.scores.as_ref(),
+            phases: pass.phases.as_ref(),
+            heads: pass.heads.slice(s![..tokens, ..]),
+            output: pass.output.slice(s![..tokens, ..]),
+        }
+    }
+}
+
 /// What a layer is converted from.
 pub(super) struct Inputs<'a> {
     pub index: usize,
     pub source: &'a AttentionSource,
-    /// The source's attention on the source's stream: the target of the refits.
-    pub pass: &'a SourcePass,
+    /// What the source's attention does with the tokens below, on the source's stream: the target of the refits.
+    pub target: Target<'a>,
     /// Normed inputs the converted layer sees, `[T, D]`.
-    pub x: &'a Array2<f32>,
+    pub x: ArrayView2<'a, f32>,
     pub windows: &'a [usize],
     /// Slots per frequency.
     pub slots: &'a [usize],
@@ -54,9 +80,9 @@ pub(super) struct Inputs<'a> {
 /// The closed form without refits.
 pub(super) fn closed_form(inputs: &Inputs<'_>) -> Result<Draft, ConvertError> {
     let mut moments = Moments::new(inputs.x.ncols());
-    moments.add(inputs.x.view());
+    moments.add(inputs.x);
     let ones;
-    let phases: &Array2<c64> = match &inputs.pass.phases {
+    let phases: &Array2<c64> = match inputs.target.phases {
         Some(p) => p,
         None => {
             ones = Array2::from_elem((inputs.source.heads, inputs.source.head_dim / 2), c64::new(1.0, 0.0));
@@ -73,7 +99,7 @@ pub(super) fn closed_form(inputs: &Inputs<'_>) -> Result<Draft, ConvertError> {
 pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertError> {
     let Draft { mut layer, rank_loss, rope_loss } = closed_form(inputs)?;
     let mut notes = Vec::new();
-    if let Some(scores) = &inputs.pass.scores {
+    if let Some(scores) = inputs.target.scores {
         refit_scores(&mut layer, scores, inputs.x, inputs.windows, &inputs.steps)
             .map_err(ConvertError::layer(inputs.index))?;
     }
@@ -82,15 +108,14 @@ pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertErr
         refit_output(inputs, &mut layer, &heads, &mut notes)?;
     }
     let mut output = output_projection(&layer, &heads);
-    let mut predicted_error = relative_error(&output, &inputs.pass.output);
+    let mut predicted_error = relative_error(output.view(), inputs.target.output);
     if inputs.refine.steps > 0 {
-        let (x, target) = (inputs.x.view(), inputs.pass.output.view());
+        let (x, target) = (inputs.x, inputs.target.output);
         let refined = refine(&layer, x, target, inputs.windows, inputs.bias, &inputs.refine);
         if refined.kept {
             layer = refined.layer;
-            let heads = LatentAttention::new(&layer, inputs.x.view(), inputs.windows)
-                .capped(inputs.source.score_softcap)
-                .outputs();
+            let heads =
+                LatentAttention::new(&layer, inputs.x, inputs.windows).capped(inputs.source.score_softcap).outputs();
             output = output_projection(&layer, &heads);
             // On windows that no gradient step saw.
             predicted_error = refined.error_after;
@@ -123,28 +148,30 @@ fn refit_values(
     let mut ups = layer.v_up.clone();
     let mut constants = Array1::zeros(heads * value);
     {
-        let attention =
-            LatentAttention::new(layer, inputs.x.view(), inputs.windows).capped(inputs.source.score_softcap);
+        let attention = LatentAttention::new(layer, inputs.x, inputs.windows).capped(inputs.source.score_softcap);
 
-        let of_head = |h: usize| {
-            let pooled = attention.pooled(h);
+        let of_head = |h: usize, pooled: &mut Array2<f32>, out: ArrayViewMut2<'_, f32>| {
+            attention.pool(h, pooled.view_mut());
             if !inputs.steps.value_refit {
-                return Ok((attention.head_output(h, &pooled), None));
+                attention.head_output(h, pooled.view(), out);
+                return Ok(None);
             }
             let mut moments = PooledMoments::new(pooled.ncols(), value);
-            moments.add(pooled.view(), inputs.pass.heads.slice(s![.., h * value..(h + 1) * value]));
+            moments.add(pooled.view(), inputs.target.heads.slice(s![.., h * value..(h + 1) * value]));
             let fit = refit(&moments.gram(), &moments.cross(), None, VALUE_RIDGE, inputs.bias, "pooled latents")?;
             let up = fit.weight.mapv(|v| v as f32);
-            Ok((matmul_f32(&pooled, &up.t()), Some(fit)))
+            matmul_f32_into(out, pooled.view(), up.t());
+            Ok(Some(fit))
         };
-        for first in (0..heads).step_by(HEADS) {
-            let range = first..heads.min(first + HEADS);
-            let found = range.into_par_iter().map(of_head).collect::<Result<Vec<_>, FactorError>>();
-            let found = found.map_err(ConvertError::layer(inputs.index))?;
-            for (h, (output, fit)) in (first..).zip(found) {
-                let columns = h * value..(h + 1) * value;
-                out.slice_mut(s![.., columns.clone()]).assign(&output);
+        let mut pooled = vec![Array2::zeros((tokens, layer.latent.nrows())); HEADS.min(heads)];
+        let mut places: Vec<_> = out.axis_chunks_iter_mut(Axis(1), value).enumerate().collect();
+        for now in places.chunks_mut(HEADS) {
+            let work = pooled.par_iter_mut().zip(now.par_iter_mut());
+            let found = work.map(|(pooled, (h, out))| of_head(*h, pooled, out.view_mut()));
+            let found = found.collect::<Result<Vec<_>, FactorError>>().map_err(ConvertError::layer(inputs.index))?;
+            for (&mut (h, _), fit) in now.iter_mut().zip(found) {
                 let Some(fit) = fit else { continue };
+                let columns = h * value..(h + 1) * value;
                 if fit.ridge > VALUE_RIDGE * RIDGE_NOTE {
                     notes.push(format!(
                         "head {h}: singular pooled latents, value refit regularised by {:.0e}",
@@ -175,7 +202,7 @@ fn refit_output(
     notes: &mut Vec<String>,
 ) -> Result<(), ConvertError> {
     let mut moments = PooledMoments::new(heads.ncols(), layer.hidden());
-    moments.add(heads.view(), inputs.pass.output.view());
+    moments.add(heads.view(), inputs.target.output);
     let fit = refit(&moments.gram(), &moments.cross(), Some(&layer.wo), OUTPUT_RIDGE, inputs.bias, "head outputs")
         .map_err(ConvertError::layer(inputs.index))?;
     if fit.ridge > OUTPUT_RIDGE * RIDGE_NOTE {

@@ -1,10 +1,11 @@
 //! How much memory a conversion takes, before it takes it.
 //!
-//! The bytes per value below were fitted to the allocator's own count on 59 models of other shapes (`tests/memory.rs` holds
-//! the plan against what the system measures). They count the layer at work in f32 and f64, its moments, and what every
-//! calibration token carries through a layer; nothing in them grows with the number of layers.
+//! The bytes per value below were counted, or fitted to the allocator's own count on 59 models of other shapes
+//! (`tests/memory.rs` holds the plan against what the system measures). They are the layer at work in f32 and f64, its
+//! moments, and what every calibration token carries through a layer; nothing in them grows with the number of layers.
 
-use super::{ConvertError, Job, Method, scores};
+use super::{ConvertError, Job, Method, fit, scores};
+use crate::runtime::{CHUNK, LONG_MLP};
 
 /// The program itself, its threads and buffers.
 const BASE: u64 = 55_000_000;
@@ -15,13 +16,13 @@ const SLACK: u64 = 5;
 /// Bytes that a tokenizer takes, per byte of its file.
 const TOKENIZER: u64 = 18;
 
-/// Resident memory of a conversion, in bytes, by what can wait on the disk and what cannot.
+/// Resident memory of a conversion at its peak, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Need {
-    /// Hidden states between layers.
-    hidden: u64,
-    /// Everything at its peak.
-    total: u64,
+    /// With hidden states in memory throughout.
+    held: u64,
+    /// With hidden states on the disk while a layer is factorised.
+    spilled: u64,
 }
 
 impl Need {
@@ -39,40 +40,49 @@ impl Need {
         // Queries of the output, through a latent where they have one.
         let latent = wide(geometry.q_lora_rank.unwrap_or(0));
         let queries = heads * (nope + rope) * latent.max(d) + latent * d;
-        // The forward pass holds what the MLP's first product gives for all tokens, twice where it is gated.
-        let forward = 4 * attention + 4 * mlp + t * (8 * i + 16 * d);
-        let (streams, working) = match job.settings.method {
+        // The MLP takes some tokens at a time; of what its first products give it holds all where the tokens are few.
+        let of_mlp = t.min(wide(LONG_MLP)) * 8 * i + t.min(wide(CHUNK)) * 12 * d;
+        let forward = 4 * attention + 4 * mlp + t * 16 * d + of_mlp;
+        // Tokens of all streams of hidden states, what is at work on a layer, and what is where the source's forward pass runs
+        // beside it.
+        let (streamed, working, beside) = match job.settings.method {
             Method::Exact => {
                 let made = queries + (rank + rope) * d + heads * (nope + value) * rank + q * d;
-                (0, 8 * attention + 16 * made + 12 * queries)
+                let working = 8 * attention + 16 * made + 12 * queries;
+                (0, working, working)
             }
             Method::AttentionAware => {
                 let weights = 4 * attention + 4 * mlp + 34 * d * d + 24 * latent * d;
                 // Queries and keys of the refits on scores wait for them; what they make of both is gone before the others.
-                let seen = t.min(wide(scores::TOKENS));
-                let refits = t * (17 * d + 18 * q + 13 * kv + 4 * (rank + rope)) + heads * rope * (d + t / 2);
-                let on_scores = t * (24 * d + 4 * q) + seen * (8 * d + 28 * heads * (nope + rope));
-                (2, (weights + 4 * seen * (q + kv) + refits.max(on_scores)).max(forward))
+                let fitted = t.min(wide(fit::tokens(job)));
+                let seen = fitted.min(wide(scores::TOKENS));
+                let of_source = t * (12 * d + 4 * q) + 4 * seen * (q + kv);
+                let refits = fitted * (12 * d + 8 * q + 12 * rank + 4 * rope);
+                let on_scores = fitted * 12 * d + seen * (8 * d + 28 * heads * (nope + rope));
+                let working = weights + of_source + refits.max(on_scores);
+                (t + fitted, working.max(forward), (working + of_mlp).max(forward))
             }
             Method::Transmla | Method::Care | Method::XEcomla | Method::Mha2mla => {
                 let weights = 43 * attention + 4 * mlp + 28 * d * d + t * (6 * d + 6 * kv) + 24 * latent * d;
                 let states = 12 * attention + 4 * mlp + t * (16 * d + 8 * q + 6 * kv);
-                (1, weights.max(states).max(forward))
+                let working = weights.max(states).max(forward);
+                (t, working, working)
             }
         };
-        let packed = if streams == 0 { 0 } else { (4 * i * d).min(PACKED) * 5 / 4 };
-        let working = working + working * SLACK / 100 + packed;
-        let tokenizer = match streams {
+        let packed = if streamed == 0 { 0 } else { (4 * i * d).min(PACKED) * 5 / 4 };
+        let tokenizer = match streamed {
             0 => 0,
             _ => job.source.files.iter().filter(|f| f.name == "tokenizer.json").map(|f| f.size * TOKENIZER).sum(),
         };
         // Text becomes tokens before a layer is touched.
-        Need { hidden: (streams * t * d * 4).min(working), total: BASE + working.max(tokenizer) }
+        let total = |working: u64| BASE + (working + working * SLACK / 100 + packed).max(tokenizer);
+        let spilled = total(working);
+        Need { held: total(beside), spilled: spilled - (streamed * d * 4).min(spilled - BASE) }
     }
 
     /// Most memory at any time; with `spill`, hidden states wait on the disk while a layer is factorised.
     pub fn peak(&self, spill: bool) -> u64 {
-        self.total - if spill { self.hidden } else { 0 }
+        if spill { self.spilled } else { self.held }
     }
 
     /// Whether hidden states have to wait on the disk to stay within `limit`.
@@ -81,7 +91,7 @@ impl Need {
     /// A limit that not even that can keep.
     pub fn spill(&self, limit: Option<u64>) -> Result<bool, ConvertError> {
         let Some(limit) = limit.filter(|l| *l < self.peak(false)) else { return Ok(false) };
-        if self.hidden > 0 && self.peak(true) <= limit {
+        if self.spilled < self.held && self.spilled <= limit {
             return Ok(true);
         }
         let megabytes = |bytes: u64| bytes.div_ceil(1_000_000);

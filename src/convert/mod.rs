@@ -5,9 +5,11 @@ pub(crate) mod checkpoint;
 mod error;
 #[cfg(test)]
 mod faults;
+mod fit;
 mod frozen;
 mod head_norms;
 mod hybrid;
+mod layers;
 mod memory;
 mod plan;
 mod prepare;

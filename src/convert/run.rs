@@ -1,23 +1,20 @@
 //! The conversion loop itself.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
-use super::aware::{Inputs, convert_layer};
 use super::checkpoint::{self, Finished, Saved, Start};
+use super::fit;
+use super::layers::stream_names;
 use super::memory::{Need, give_back};
 use super::sink::Sink;
-use super::state::{Parked, StateFile};
-use super::streams::{SourceLayer, SourcePass, Stream, first_windows, input_gain};
-use super::survey::{Survey, output_error, published_layer, survey};
+use super::survey::{Survey, survey};
 use super::weights;
 use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, MlaLayers, Plan, TargetKind};
-use crate::arch::{Architecture, load_attention_source};
-use crate::calibrate::{Moments, calibration_windows, read_texts};
-use crate::methods::{MlaLayer, exact};
+use crate::arch::Architecture;
+use crate::calibrate::{calibration_windows, read_texts};
 use crate::observe::{Event, Observer};
-use crate::refine::RefineSettings;
 use crate::runtime::Device;
 use crate::source::ModelSource;
 use crate::target::REMOTE_FILE;
@@ -25,8 +22,6 @@ use crate::write::{Leftover, ShardPlan, StagedWriter, Staging, StagingOptions};
 
 /// Version of `conversion.json` and of the plan.
 pub const SCHEMA_VERSION: u32 = 1;
-/// Calibration windows on which a method without refits measures its error.
-const MEASURED_WINDOWS: usize = 8;
 
 /// Files beside the weights that the caller wants in the folder: name and a function of the report.
 pub type Extras<'a> = &'a dyn Fn(&ConversionReport) -> Vec<(String, Vec<u8>)>;
@@ -173,7 +168,16 @@ pub fn convert(
     }
     clock.lap("survey");
 
-    let run = Run { job: &job, backend: &backend, windows: &windows, found: &found, spill, observer };
+    let (windows, fitted) = match settings.method {
+        Method::AttentionAware => fit::in_front(windows, fit::tokens(&job)),
+        _ => (windows, 0),
+    };
+    if (1..windows.len()).contains(&fitted) {
+        let note = format!("layers are fitted on {fitted} of {} windows (--fit-tokens)", windows.len());
+        observer.event(Event::Note(note.clone()));
+        job.decisions.push(note);
+    }
+    let run = Run { job: &job, backend: &backend, windows: &windows, fitted, found: &found, spill, observer };
     let writer = StagedWriter::resume(staging, shards, start.progress.clone())?;
     let mut sink = Sink { job: &job, writer, observer, scales: Vec::new() };
     let mut report = match run.emit(&mut sink, start, output, extras, &mut clock) {
@@ -197,20 +201,6 @@ pub fn convert(
     Ok(report)
 }
 
-/// Streams of hidden states that the method calibrates on.
-fn stream_names(job: &Job<'_>) -> &'static [&'static str] {
-    match job.settings.method {
-        Method::Exact => &[],
-        Method::AttentionAware if job.settings.steps.converted_stream => &[SOURCE, CONVERTED],
-        Method::AttentionAware | Method::Transmla | Method::Care | Method::XEcomla | Method::Mha2mla => &[SOURCE],
-    }
-}
-
-/// Name of the source's hidden states.
-const SOURCE: &str = "source";
-/// Name of the converted model's.
-const CONVERTED: &str = "converted";
-
 fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
     let mut bytes = serde_json::to_vec_pretty(value).unwrap_or_default();
     bytes.push(b'\n');
@@ -218,35 +208,16 @@ fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
 }
 
 /// A conversion whose decisions are taken.
-struct Run<'a> {
-    job: &'a Job<'a>,
-    backend: &'a Device,
-    windows: &'a [Vec<u32>],
-    found: &'a Survey,
+pub(super) struct Run<'a> {
+    pub job: &'a Job<'a>,
+    pub backend: &'a Device,
+    pub windows: &'a [Vec<u32>],
+    /// How many of them, the first, the layers of `attention-aware` are fitted on.
+    pub fitted: usize,
+    pub found: &'a Survey,
     /// Whether hidden states wait on the disk.
-    spill: bool,
-    observer: &'a dyn Observer,
-}
-
-/// Hidden states between layers.
-struct Streams {
-    source: Option<Parked>,
-    converted: Option<Parked>,
-}
-
-impl Parked {
-    /// Saves the stream as the input of layer `layer`, and lets go of it if it is to wait on the disk.
-    fn settle(
-        &mut self,
-        layer: usize,
-        spill: bool,
-        saved: &mut BTreeMap<String, StateFile>,
-    ) -> Result<(), ConvertError> {
-        let file = self.save(layer)?;
-        saved.insert(self.name().to_owned(), file);
-        self.release(spill);
-        Ok(())
-    }
+    pub spill: bool,
+    pub observer: &'a dyn Observer,
 }
 
 impl Run<'_> {
@@ -329,178 +300,6 @@ impl Run<'_> {
         }
         sink.writer.write_file("conversion.json", &pretty(&report.reproducible()))?;
         Ok(report)
-    }
-
-    /// The streams at the input of layer `first`: embedded, or as an earlier run left them.
-    fn streams(
-        &self,
-        folder: &Path,
-        first: usize,
-        saved: &BTreeMap<String, StateFile>,
-    ) -> Result<Streams, ConvertError> {
-        let mut streams = Streams { source: None, converted: None };
-        if first == self.job.arch.layers {
-            return Ok(streams);
-        }
-        let lengths: Vec<usize> = self.windows.iter().map(Vec::len).collect();
-        for &name in stream_names(self.job) {
-            let parked = match saved.get(name) {
-                Some(file) => Parked::saved(name, folder, lengths.clone(), file.clone()),
-                None => Parked::new(name, folder, Stream::start(self.job, self.backend, self.windows)?),
-            };
-            *(if name == SOURCE { &mut streams.source } else { &mut streams.converted }) = Some(parked);
-        }
-        if first == 0 && self.spill {
-            for stream in [&mut streams.source, &mut streams.converted].into_iter().flatten() {
-                stream.settle(0, true, &mut BTreeMap::new())?;
-            }
-        }
-        Ok(streams)
-    }
-
-    /// Run the calibration tokens through the layers that are left and convert each on the way. `done` gets the layer, the
-    /// gain of its input norm, its figures, and where the hidden states behind it are.
-    fn convert_layers(
-        &self,
-        folder: PathBuf,
-        start: Start,
-        mut done: impl FnMut(Option<MlaLayer>, &[f64], LayerReport, BTreeMap<String, StateFile>) -> Result<(), ConvertError>,
-    ) -> Result<(), ConvertError> {
-        let Run { job, backend, found, spill, observer, .. } = *self;
-        let layers = job.arch.layers;
-        let first = start.layers.len();
-        observer.event(Event::Phase { name: "convert", steps: Some(layers as u64) });
-        let aware = job.settings.method == Method::AttentionAware;
-        let mut streams = self.streams(&folder, first, &start.streams)?;
-        for index in first..layers {
-            for expected in job.arch.layer_tensor_names(index) {
-                job.check_finite(&expected)?;
-            }
-            let last = index + 1 == layers;
-            let tokens = streams.source.as_ref().map_or(0, Parked::tokens);
-            let mut saved = BTreeMap::new();
-            let (layer, gain, report) = match &mut streams.source {
-                None => {
-                    let attention = load_attention_source(job.source, job.arch, index)?;
-                    let gain = input_gain(job, index)?;
-                    let layer = exact::convert(&attention, job.spec.geometry.qk_nope_head_dim);
-                    (Some(layer), gain, LayerReport { layer: index, ..LayerReport::default() })
-                }
-                Some(stream) if job.spec.keeps(index) => {
-                    let source = SourceLayer::load(job, backend, index)?;
-                    let pass = source.attend(stream.stream()?, false)?;
-                    stream.release(spill);
-                    if !last {
-                        source.advance(stream.change()?, &pass.output)?;
-                        stream.settle(index + 1, spill, &mut saved)?;
-                        drop(pass);
-                        if let Some(c) = &mut streams.converted {
-                            let output = source.attend(c.stream()?, false)?.output;
-                            source.advance(c.change()?, &output)?;
-                            c.settle(index + 1, spill, &mut saved)?;
-                        }
-                    }
-                    (None, source.gain, LayerReport { layer: index, kept: true, ..LayerReport::default() })
-                }
-                Some(stream) if aware => {
-                    let mut source = SourceLayer::load(job, backend, index)?;
-                    let pass = source.attend(stream.stream()?, true)?;
-                    let explained = source.linearise(index, pass.x.view())?;
-                    stream.release(spill);
-                    let seen = match &mut streams.converted {
-                        Some(c) => {
-                            let x = source.layer.attention_input(c.stream()?.hidden.view())?;
-                            c.release(spill);
-                            Some(x)
-                        }
-                        None => None,
-                    };
-                    let inputs = Inputs {
-                        index,
-                        source: &source.attention,
-                        pass: &pass,
-                        x: seen.as_ref().unwrap_or(&pass.x),
-                        windows: stream.windows(),
-                        slots: &found.slots,
-                        rank: job.spec.geometry.kv_lora_rank,
-                        steps: job.settings.steps,
-                        bias: job.spec.bias,
-                        refine: RefineSettings {
-                            steps: job.settings.refine,
-                            seed: job.settings.calibration.seed,
-                            ..RefineSettings::default()
-                        },
-                    };
-                    let mut out = convert_layer(&inputs)?;
-                    out.report.notes.extend(explained.map(|e| e.note()));
-                    drop(seen);
-                    // The other parts of the pass are as large as a stream.
-                    let SourcePass { output, .. } = pass;
-                    if !last {
-                        source.advance(stream.change()?, &output)?;
-                        stream.settle(index + 1, spill, &mut saved)?;
-                        drop(output);
-                        if let Some(c) = &mut streams.converted {
-                            source.advance(c.change()?, &out.output)?;
-                            c.settle(index + 1, spill, &mut saved)?;
-                        }
-                    }
-                    (Some(out.layer), source.gain, out.report)
-                }
-                Some(stream) if job.settings.method.from_weights() => {
-                    let mut source = SourceLayer::load(job, backend, index)?;
-                    let (layer, report, output) =
-                        weights::convert_on_stream(job, found, index, &mut source, stream.stream()?)?;
-                    stream.release(spill);
-                    if !last {
-                        source.advance(stream.change()?, &output)?;
-                        stream.settle(index + 1, spill, &mut saved)?;
-                    }
-                    (Some(layer), source.gain, report)
-                }
-                Some(stream) => {
-                    // As published, keys and values are compressed on what reaches the layer behind layers that lost
-                    // rotations but are not compressed yet. One stream serves both steps.
-                    let mut source = SourceLayer::load(job, backend, index)?;
-                    let x = source.layer.attention_input(stream.stream()?.hidden.view())?;
-                    stream.release(spill);
-                    let explained = source.linearise(index, x.view())?;
-                    let mut moments = Moments::new(job.arch.hidden);
-                    moments.add(x.view());
-                    let out = published_layer(job, found.fold, &source.attention, &moments)
-                        .map_err(ConvertError::layer(index))?;
-                    let error = {
-                        let (x, lengths) = first_windows(&x, stream.windows(), MEASURED_WINDOWS);
-                        output_error(
-                            &out.layer,
-                            source.attention.score_softcap,
-                            x,
-                            lengths,
-                            &source.layer.attention_output(x, lengths)?,
-                        )
-                    };
-                    if !last {
-                        let output = source.behind_rotation(&out.rotated, &x, stream.windows())?;
-                        drop(x);
-                        source.advance(stream.change()?, &output)?;
-                        stream.settle(index + 1, spill, &mut saved)?;
-                    }
-                    let report = LayerReport {
-                        layer: index,
-                        predicted_error: error,
-                        rope_loss: out.rope_loss,
-                        rank_loss: out.rank_loss,
-                        notes: explained.map(|e| e.note()).into_iter().collect(),
-                        ..LayerReport::default()
-                    };
-                    (Some(out.layer), source.gain, report)
-                }
-            };
-            done(layer, &gain, report, saved)?;
-            give_back();
-            observer.event(Event::Step { done: index as u64 + 1, tokens: (tokens * (index + 1)) as u64 });
-        }
-        Ok(())
     }
 }
 

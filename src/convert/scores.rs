@@ -58,7 +58,7 @@ struct Scores<'a> {
 pub(super) fn refit_scores(
     layer: &mut MlaLayer,
     source: &Qkv,
-    x: &Array2<f32>,
+    x: ArrayView2<'_, f32>,
     windows: &[usize],
     steps: &Steps,
 ) -> Result<(), FactorError> {
@@ -92,7 +92,7 @@ pub(super) fn refit_scores(
 }
 
 /// Some rows, in order.
-fn pick(a: &Array2<f32>, rows: &[Range<usize>]) -> Array2<f32> {
+fn pick(a: ArrayView2<'_, f32>, rows: &[Range<usize>]) -> Array2<f32> {
     let parts: Vec<_> = rows.iter().map(|rows| a.slice(s![rows.clone(), ..])).collect();
     concatenate(Axis(0), &parts).unwrap_or_else(|_| Array2::zeros((0, a.ncols())))
 }
@@ -100,7 +100,7 @@ fn pick(a: &Array2<f32>, rows: &[Range<usize>]) -> Array2<f32> {
 /// Queries and keys of the windows that the refits look at.
 pub(super) fn of_chosen(qkv: &Qkv, windows: &[usize]) -> Qkv {
     let chosen = choose(windows);
-    let (q, k) = (pick(&qkv.q, &chosen), pick(&qkv.k, &chosen));
+    let (q, k) = (pick(qkv.q.view(), &chosen), pick(qkv.k.view(), &chosen));
     Qkv { v: Array2::zeros((q.nrows(), 0)), q, k, v_dim: 0, ..*qkv }
 }
 

@@ -326,6 +326,9 @@ pub struct ConvertSettings {
     pub steps: Steps,
     /// Gradient steps per layer after the closed form (`attention-aware`).
     pub refine: usize,
+    /// Tokens of the calibration text that the layers are fitted on (`attention-aware`); the rest passes through the source
+    /// alone. `None`: 40 per value of the hidden state, 16384 at least, and all where there are gradient steps.
+    pub fit_tokens: Option<usize>,
     /// Target class.
     pub target: TargetKind,
     /// Which engines the class is written for; `None`: as the other settings have it.
@@ -371,6 +374,7 @@ impl Default for ConvertSettings {
             mla_layers: None,
             steps: Steps::default(),
             refine: 0,
+            fit_tokens: None,
             target: TargetKind::Auto,
             profile: None,
             pad: None,

@@ -83,12 +83,13 @@ impl<'b> SourceLayer<'b> {
         }
     }
 
-    /// The source's attention on a stream.
-    pub fn attend(&self, stream: &Stream, profile: bool) -> Result<SourcePass, ConvertError> {
+    /// The source's attention on a stream; with `fitted`, also what refits on scores need of that many of its windows, and
+    /// the phases.
+    pub fn attend(&self, stream: &Stream, fitted: Option<usize>) -> Result<SourcePass, ConvertError> {
         let x = self.layer.attention_input(stream.hidden.view())?;
         let qkv = self.layer.project_qkv(x.view(), &stream.windows)?;
-        let (heads, distances) = attend(&qkv, &stream.windows, profile);
-        let scores = profile.then(|| scores::of_chosen(&qkv, &stream.windows));
+        let (heads, distances) = attend(&qkv, &stream.windows, fitted.is_some());
+        let scores = fitted.map(|count| scores::of_chosen(&qkv, &stream.windows[..count]));
         drop(qkv);
         let output = self.layer.output_projection(heads.view())?;
         Ok(SourcePass { scores, x, heads, output, phases: distances.map(|d| d.phases(&self.attention.inv_freq)) })
@@ -108,7 +109,7 @@ impl<'b> SourceLayer<'b> {
         let mut heads = Array2::zeros((x.nrows(), rotated.heads * d));
         for h in 0..rotated.heads {
             let own = values.slice(s![.., (h / n) * d..(h / n + 1) * d]);
-            heads.slice_mut(s![.., h * d..(h + 1) * d]).assign(&attention.pooled_from(h, own));
+            attention.pool_from(h, own, heads.slice_mut(s![.., h * d..(h + 1) * d]));
         }
         Ok(self.layer.output_projection(heads.view())?)
     }

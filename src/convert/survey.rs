@@ -3,7 +3,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::aware::{Converted, Inputs, convert_layer};
+use super::aware::{Converted, Inputs, Target, convert_layer};
 use super::head_norms::survey_norms;
 use super::streams::{SourceLayer, SourcePass, Stream};
 use super::widths::folds;
@@ -105,8 +105,8 @@ fn aware_on_trial(
     let inputs = Inputs {
         index,
         source: &layer.attention,
-        pass,
-        x: &pass.x,
+        target: Target::first(pass, pass.x.nrows()),
+        x: pass.x.view(),
         windows,
         slots,
         rank,
@@ -172,8 +172,8 @@ fn walk_beside(
     observer.event(Event::Phase { name: "survey", steps: Some(job.arch.layers as u64) });
     for index in 0..job.arch.layers {
         let mut layer = SourceLayer::load(job, backend, index)?;
-        let pass = layer.attend(&stream, profile)?;
-        let other_pass = other.as_ref().map(|other| layer.attend(other, false)).transpose()?;
+        let pass = layer.attend(&stream, profile.then_some(stream.windows.len()))?;
+        let other_pass = other.as_ref().map(|other| layer.attend(other, None)).transpose()?;
         layer.linearise(index, pass.x.view())?;
         look(index, &layer, (&pass, &stream), other_pass.as_ref().zip(other.as_ref()))?;
         if index + 1 < job.arch.layers {
@@ -265,7 +265,7 @@ pub(super) fn output_error(
     want: &Array2<f32>,
 ) -> f64 {
     let heads = LatentAttention::new(layer, x, windows).capped(cap).outputs();
-    relative_error(&output_projection(layer, &heads), want)
+    relative_error(output_projection(layer, &heads).view(), want.view())
 }
 
 /// Splits are compared on windows that nothing was fitted on: refits on few tokens flatter the wider latent, which has more

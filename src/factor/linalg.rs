@@ -60,8 +60,8 @@ pub fn matmul_add<A: Data<Elem = f64>, B: Data<Elem = f64>>(
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub(crate) fn matmul_f32_into(out: &mut Array2<f32>, a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) {
-    strided(out.view_mut(), Accum::Replace, a, b, 1.0, Par::rayon(0));
+pub(crate) fn matmul_f32_into(out: ArrayViewMut2<'_, f32>, a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) {
+    strided(out, Accum::Replace, a, b, 1.0, Par::rayon(0));
 }
 
 /// `out = scale * a b`, or `out += scale * a b`, on the calling thread, for views of any layout.

@@ -200,7 +200,7 @@ impl<'a> Data<'a> {
             output.slice_mut(s![row..end, ..]).assign(&trace.output);
             row = end;
         }
-        relative_error(&output, &target)
+        relative_error(output.view(), target.view())
     }
 }
 

@@ -160,7 +160,7 @@ fn a_perturbed_layer_gets_better_on_windows_it_has_not_seen() {
     let (_, held) = split(windows.len(), &settings);
     let data = Data::new(&refined.layer, x.view(), target.view(), &windows);
     let (batch, want) = data.batch(&held);
-    let measured = relative_error(&output(&refined.layer, &batch.x, &batch.windows), &want);
+    let measured = relative_error(output(&refined.layer, &batch.x, &batch.windows).view(), want.view());
     assert!((measured / refined.error_after - 1.0).abs() < 1e-3, "{measured} {}", refined.error_after);
 }
 

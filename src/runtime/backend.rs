@@ -43,6 +43,35 @@ pub struct HeadPart<'a, T> {
     pub columns: HeadColumns,
 }
 
+/// A linear layer.
+#[derive(Debug)]
+pub struct LinearWeights<'a, T> {
+    /// `[out, in]`.
+    pub weight: &'a T,
+    /// `[1, out]`.
+    pub bias: Option<&'a T>,
+}
+
+impl<T> LinearWeights<'_, T> {
+    /// The same on another kind of matrix.
+    pub fn map<'b, U>(&'b self, f: impl Fn(&'b T) -> &'b U) -> LinearWeights<'b, U> {
+        LinearWeights { weight: f(self.weight), bias: self.bias.map(f) }
+    }
+}
+
+/// An MLP `down(act(gate x) * up x)`, or `down(act(up x))` without a gate.
+#[derive(Debug)]
+pub struct MlpWeights<'a, T> {
+    /// `[I, D]`.
+    pub gate: Option<LinearWeights<'a, T>>,
+    /// `[I, D]`.
+    pub up: LinearWeights<'a, T>,
+    /// `[D, I]`.
+    pub down: LinearWeights<'a, T>,
+    /// `act`.
+    pub activation: Activation,
+}
+
 /// Geometry of one attention call. Query head `h` reads KV head `h / (heads / kv_heads)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
@@ -198,6 +227,30 @@ pub trait Backend: Sync {
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor);
 
     // What only some families need. A device that does not offer these computes them on the host.
+
+    /// A whole MLP of `x [T, D]`.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
+    fn mlp(&self, x: &Self::Tensor, mlp: &MlpWeights<'_, Self::Tensor>) -> Result<Self::Tensor, RuntimeError> {
+        Ok(self.linear(&self.mlp_activated(x, mlp)?, mlp.down.weight, mlp.down.bias))
+    }
+
+    /// What `down` of an MLP gets, `act(gate x) * up x` or `act(up x)`, `[T, I]`.
+    ///
+    /// # Errors
+    /// As [`Backend::download`].
+    fn mlp_activated(
+        &self,
+        x: &Self::Tensor,
+        mlp: &MlpWeights<'_, Self::Tensor>,
+    ) -> Result<Self::Tensor, RuntimeError> {
+        let up = self.linear(x, mlp.up.weight, mlp.up.bias);
+        match &mlp.gate {
+            Some(gate) => self.gated(self.linear(x, gate.weight, gate.bias), &up, mlp.activation),
+            None => self.activated(up, mlp.activation),
+        }
+    }
 
     /// A copy of a matrix on the host.
     ///

@@ -3,7 +3,7 @@
 use super::attention::{Projection, vector_of};
 use super::router::{choose, sigmoid};
 use super::tensors::{ExpertTensors, FeedForwardTensors, MlpTensors};
-use super::{Backend, RuntimeError};
+use super::{Backend, MlpWeights, RuntimeError};
 use crate::arch::{Activation, Architecture, MlpKind, Moe};
 
 /// MLP `down(act(gate x) * up x)`, or `down(act(up x))` without a gate.
@@ -34,22 +34,27 @@ impl<T> Mlp<T> {
         })
     }
 
-    /// `act(gate x) * up x`, or `act(up x)`, `[T, I]`.
-    pub(super) fn activated<B: Backend<Tensor = T>>(&self, b: &B, x: &T) -> Result<T, RuntimeError> {
-        let up = self.up.apply(b, x);
-        match &self.gate {
-            Some(gate) => b.gated(gate.apply(b, x), &up, self.activation),
-            None => b.activated(up, self.activation),
+    fn weights(&self) -> MlpWeights<'_, T> {
+        MlpWeights {
+            gate: self.gate.as_ref().map(Projection::weights),
+            up: self.up.weights(),
+            down: self.down.weights(),
+            activation: self.activation,
         }
     }
 
+    /// `act(gate x) * up x`, or `act(up x)`, `[T, I]`.
+    pub(super) fn activated<B: Backend<Tensor = T>>(&self, b: &B, x: &T) -> Result<T, RuntimeError> {
+        b.mlp_activated(x, &self.weights())
+    }
+
     fn apply<B: Backend<Tensor = T>>(&self, b: &B, x: &T) -> Result<T, RuntimeError> {
-        Ok(self.down.apply(b, &self.activated(b, x)?))
+        b.mlp(x, &self.weights())
     }
 }
 
 /// Reads the weights of one routed expert.
-pub(super) type ExpertLoader<'a> = Box<dyn Fn(usize) -> Result<MlpTensors, RuntimeError> + 'a>;
+pub(super) type ExpertLoader<'a> = Box<dyn Fn(usize) -> Result<MlpTensors, RuntimeError> + Send + Sync + 'a>;
 
 /// Where the routed experts are.
 enum Routed<'a, T> {

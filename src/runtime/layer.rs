@@ -11,7 +11,7 @@ use super::{Backend, Cpu, HeadColumns, HeadPart, Qkv, RawKv, Rotation, RuntimeEr
 use crate::arch::{Architecture, Rope};
 
 /// Tokens that are worked on at once: bounds the MLP's intermediate and the expanded keys and values.
-const CHUNK: usize = 4096;
+pub(crate) const CHUNK: usize = 4096;
 
 /// The MLP of a layer with what passed through it.
 #[derive(Debug, Clone, PartialEq)]

@@ -34,18 +34,21 @@ mod tensors;
 mod xkv;
 
 pub use attention::{RankTensors, Ranks, RawKv};
-pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, Span};
+pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, LinearWeights, MlpWeights, Span};
 pub use bench::{Case, Trial, median};
 pub use cpu::Cpu;
+pub(crate) use cpu::LONG_MLP;
 pub use device::{Device, DeviceChoice, DeviceDescription, DeviceTensor, Precision, devices};
 pub use error::RuntimeError;
 pub use generate::{Decode, Generation, Stop, generate};
+pub(crate) use layer::CHUNK;
 pub use layer::{Layer, MlpTrace};
 pub use model::{Head, Model};
 pub use rotation::Rotation;
 pub use sampling::Sampler;
 pub use session::{Resident, Session, SessionSize};
 pub use statistics::{ProbabilityTile, Qkv};
+pub(crate) use statistics::{Scoring, TileRoom, probability_tiles};
 pub use tensors::{
     AttentionTensors, ExpertTensors, FeedForwardTensors, GqaTensors, LayerExtras, LayerTensors, Linear, MlaTensors,
     MlpTensors, QueryTensors,

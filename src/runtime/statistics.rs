@@ -1,6 +1,6 @@
 //! What calibration reads of an attention layer.
 
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use rayon::prelude::*;
 
 use super::cpu::{probability_tile, tile_rows};
@@ -47,44 +47,84 @@ pub struct ProbabilityTile<'a> {
     /// `[rows, keys]`: row `i` is query `row0 + i`, column `j` is key `j` of the window; `keys = row0 + rows`, and what
     /// a query cannot see is zero.
     pub probabilities: ArrayView2<'a, f32>,
+    /// Room for what is worked out of them, of the same shape, in standard layout. What it holds at first means nothing.
+    pub scratch: ArrayViewMut2<'a, f32>,
+}
+
+/// What makes scores of products of queries and keys.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Scoring {
+    /// What multiplies `<q, k>`.
+    pub scale: f64,
+    /// Sliding window in tokens.
+    pub sliding_window: Option<usize>,
+    /// Cap of the scores.
+    pub cap: Option<f64>,
+}
+
+/// Memory of a tile and its scratch, kept from one tile to the next.
+#[derive(Debug, Default)]
+pub(crate) struct TileRoom(Vec<f32>);
+
+/// Causal attention probabilities of one head in one window, tile by tile in order of query rows: `each` gets the first
+/// query of a tile, its probabilities and its scratch, as [`ProbabilityTile`] has them. `q`, `k` `[length, d]`.
+pub(crate) fn probability_tiles(
+    (q, k): (ArrayView2<'_, f32>, ArrayView2<'_, f32>),
+    scoring: &Scoring,
+    room: &mut TileRoom,
+    mut each: impl FnMut(usize, ArrayView2<'_, f32>, ArrayViewMut2<'_, f32>),
+) {
+    let length = q.nrows();
+    let mut row0 = 0;
+    while row0 < length {
+        let rows = tile_rows(length).min(length - row0);
+        let keys = row0 + rows;
+        let size = rows * keys;
+        if room.0.len() < 2 * size {
+            room.0.resize(2 * size, 0.0);
+        }
+        let (tile, scratch) = room.0.split_at_mut(size);
+        let tile = ArrayViewMut2::from_shape((rows, keys), tile);
+        let scratch = ArrayViewMut2::from_shape((rows, keys), &mut scratch[..size]);
+        let (Ok(mut tile), Ok(scratch)) = (tile, scratch) else { unreachable!("both slices are of that size") };
+        let (q, k) = (q.slice(s![row0..keys, ..]), k.slice(s![..keys, ..]));
+        probability_tile(&mut tile, q, k, scoring.scale, row0, scoring.sliding_window, scoring.cap);
+        each(row0, tile.view(), scratch);
+        row0 = keys;
+    }
 }
 
 impl Qkv {
     /// Fold the attention probabilities of every (window, head), tile by tile in order of query rows.
     ///
-    /// `init(window, head)` makes an accumulator, `fold` adds a tile to it. Runs in parallel over (window, head); the
-    /// result holds the accumulators in the order `window * heads + head`, whatever the number of threads, so that the
-    /// caller can add them up in a fixed order. Memory beyond the accumulators is one tile per thread.
+    /// `states` are accumulators in the order `window * heads + head`, `fold` adds a tile to one. Runs in parallel over
+    /// (window, head), each alone, and returns them in that order whatever the number of threads, so that the caller can
+    /// add them up in a fixed order. Memory beyond the accumulators is one tile and its scratch per thread.
+    ///
+    /// # Panics
+    /// If there is not one accumulator for each.
     pub fn fold_probabilities<A: Send>(
         &self,
         windows: &[usize],
-        init: impl Fn(usize, usize) -> A + Sync,
+        states: Vec<A>,
         fold: impl Fn(&mut A, ProbabilityTile<'_>) + Sync,
     ) -> Vec<A> {
+        assert_eq!(states.len(), windows.len() * self.heads, "accumulators of windows and heads");
         let spans = Span::of_windows(windows);
-        let work = |index: usize| {
+        let scoring = Scoring { scale: self.scale, sliding_window: self.sliding_window, cap: self.score_softcap };
+        let columns = HeadColumns::dense(self.qk_dim);
+        let work = |room: &mut TileRoom, (index, mut state): (usize, A)| {
             let (window, head) = (index / self.heads, index % self.heads);
-            let span = &spans[window];
-            let kv_head = head / (self.heads / self.kv_heads);
-            let columns = HeadColumns::dense(self.qk_dim);
-            let length = span.queries.len();
-            let mut state = init(window, head);
-            let mut row0 = 0;
-            while row0 < length {
-                let rows = tile_rows(length).min(length - row0);
-                let keys = row0 + rows;
-                let first = span.queries.start;
-                let q = self.q.slice(s![first + row0..first + keys, columns.of(head)]);
-                let k = self.k.slice(s![first..first + keys, columns.of(kv_head)]);
-                let mut tile = Array2::zeros((rows, keys));
-                probability_tile(&mut tile.view_mut(), q, k, self.scale, row0, self.sliding_window, self.score_softcap);
-                let probabilities = tile.view();
-                fold(&mut state, ProbabilityTile { window, head, row0, window_start: first, probabilities });
-                row0 = keys;
-            }
+            let rows = spans[window].queries.clone();
+            let window_start = rows.start;
+            let q = self.q.slice(s![rows.clone(), columns.of(head)]);
+            let k = self.k.slice(s![rows, columns.of(self.kv_head(head))]);
+            probability_tiles((q, k), &scoring, room, |row0, probabilities, scratch| {
+                fold(&mut state, ProbabilityTile { window, head, row0, window_start, probabilities, scratch });
+            });
             state
         };
-        (0..windows.len() * self.heads).into_par_iter().map(work).collect()
+        states.into_par_iter().enumerate().map_init(TileRoom::default, work).collect()
     }
 
     /// Columns of query head `h` in `q`.

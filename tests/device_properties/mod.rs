@@ -87,6 +87,28 @@ pub fn head_products_are_those_of_the_cpu<B: Backend>(device: &B) {
     }
 }
 
+/// Queries with and without a rotated part, of which devices may take both in one pass.
+pub fn absorbed_queries_are_those_of_the_cpu<B: Backend>(device: &B) {
+    let (heads, nope, value) = (3, 12, 10);
+    for (rows, rope, r) in [(1, 0, 20), (1, 6, 20), (13, 6, 35), (70, 8, 64)] {
+        for weight in [noise(heads * (nope + value), r, 1), bf16(heads * (nope + value), r, 1)] {
+            let w = device.upload_weight(weight.clone());
+            let of = HeadColumns { start: 0, stride: nope + value, width: nope };
+            let (x, x_there) = both(device, &noise(rows, heads * (nope + rope), 2));
+            let expected = Cpu.absorb(&x, &weight, of, heads);
+            let found = device.download(device.absorb(&x_there, &w, of, heads)).unwrap();
+            assert_eq!(found.dim(), (rows, heads * (r + rope)));
+            assert_close("absorb", &found, &expected, nope, (nope as f32).sqrt());
+            // What is not multiplied is copied.
+            let each = nope + rope;
+            for h in 0..heads {
+                let tail = x.slice(s![.., h * each + nope..(h + 1) * each]);
+                assert_eq!(found.slice(s![.., h * (r + rope) + r..(h + 1) * (r + rope)]), tail);
+            }
+        }
+    }
+}
+
 pub fn row_and_column_operations_are_those_of_the_cpu<B: Backend>(device: &B) {
     let (rows, heads, width) = (67, 5, 12);
     let (x, x_there) = both(device, &noise(rows, heads * width, 1));
@@ -291,6 +313,7 @@ macro_rules! on_every_device {
         on_every_device!($device:
             products_of_any_size_are_those_of_the_cpu,
             head_products_are_those_of_the_cpu,
+            absorbed_queries_are_those_of_the_cpu,
             row_and_column_operations_are_those_of_the_cpu,
             attention_is_that_of_the_cpu,
             every_fixture_has_the_logits_of_the_cpu_and_the_same_bits_twice,

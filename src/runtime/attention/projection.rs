@@ -3,7 +3,7 @@
 use ndarray::Array2;
 
 use crate::runtime::tensors::Linear;
-use crate::runtime::{Backend, RuntimeError};
+use crate::runtime::{Backend, LinearWeights, RuntimeError};
 
 /// A linear layer on a backend.
 pub(in crate::runtime) struct Projection<T> {
@@ -27,6 +27,11 @@ impl<T> Projection<T> {
             None => None,
         };
         Ok(Self { weight: backend.upload_weight(linear.weight), bias })
+    }
+
+    /// As backends take it.
+    pub(in crate::runtime) fn weights(&self) -> LinearWeights<'_, T> {
+        LinearWeights { weight: &self.weight, bias: self.bias.as_ref() }
     }
 
     pub(in crate::runtime) fn apply<B: Backend<Tensor = T>>(&self, backend: &B, x: &T) -> T {

@@ -48,6 +48,16 @@ impl WithSimd for SiluMul<'_> {
     }
 }
 
+/// `gate = act(gate) * up`.
+pub(super) fn gated(gate: &mut [f32], up: &[f32], activation: Activation) {
+    if activation == Activation::Silu {
+        return silu_mul(gate, up);
+    }
+    for (g, u) in gate.iter_mut().zip(up) {
+        *g = activate(*g, activation) * u;
+    }
+}
+
 /// `tanh x` in f32, accurate near zero.
 #[inline(always)]
 pub(super) fn tanh(x: f32) -> f32 {

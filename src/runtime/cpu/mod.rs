@@ -6,6 +6,7 @@ mod attention;
 mod decode;
 mod elementwise;
 mod gemm;
+mod mlp;
 mod simd;
 mod tiles;
 
@@ -16,7 +17,9 @@ use rayon::prelude::*;
 
 use crate::arch::Activation;
 
-use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
+use super::{AttentionShape, Backend, HeadColumns, HeadPart, MlpWeights, Rotation, RuntimeError, Span};
+
+pub(crate) use mlp::LONG as LONG_MLP;
 
 pub(super) use attention::{probability_tile, tile_rows};
 pub(super) use tiles::TiledAttention;
@@ -196,6 +199,13 @@ impl Backend for Cpu {
         Ok(attention::attention(q.view(), k.view(), v.view(), shape, Some(cap), spans))
     }
 
+    fn mlp(&self, x: &Array2<f32>, mlp: &MlpWeights<'_, Array2<f32>>) -> Result<Array2<f32>, RuntimeError> {
+        if x.nrows() >= mlp::LONG {
+            return Ok(mlp::mlp(x.view(), mlp));
+        }
+        Ok(self.linear(&self.mlp_activated(x, mlp)?, mlp.down.weight, mlp.down.bias))
+    }
+
     fn copy_to_host(&self, x: &Array2<f32>) -> Result<Array2<f32>, RuntimeError> {
         Ok(x.clone())
     }
@@ -206,15 +216,8 @@ impl Backend for Cpu {
         up: &Array2<f32>,
         activation: Activation,
     ) -> Result<Array2<f32>, RuntimeError> {
-        if activation == Activation::Silu {
-            return Ok(self.silu_mul(gate, up));
-        }
         let columns = gate.ncols();
-        for_row_blocks(&mut gate, |first, rows| {
-            for (g, u) in rows.iter_mut().zip(&flat(up)[first * columns..]) {
-                *g = elementwise::activate(*g, activation) * u;
-            }
-        });
+        for_row_blocks(&mut gate, |first, rows| elementwise::gated(rows, &flat(up)[first * columns..], activation));
         Ok(gate)
     }
 

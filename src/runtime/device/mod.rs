@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2};
 
-use super::{AttentionShape, Backend, Cpu, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
+use super::{AttentionShape, Backend, Cpu, HeadColumns, HeadPart, MlpWeights, Rotation, RuntimeError, Span};
 use crate::arch::Activation;
 
 #[cfg(feature = "cuda")]
@@ -285,6 +285,18 @@ impl Backend for Device {
 
     fn copy_to_host(&self, x: &DeviceTensor) -> Result<Array2<f32>, RuntimeError> {
         on!(self, |b, get, get_mut, into, made| b.copy_to_host(get(x)))
+    }
+
+    fn mlp(&self, x: &DeviceTensor, mlp: &MlpWeights<'_, DeviceTensor>) -> Result<DeviceTensor, RuntimeError> {
+        on!(self, |b, get, get_mut, into, made| {
+            let mlp = MlpWeights {
+                gate: mlp.gate.as_ref().map(|gate| gate.map(get)),
+                up: mlp.up.map(get),
+                down: mlp.down.map(get),
+                activation: mlp.activation,
+            };
+            b.mlp(get(x), &mlp).map(made)
+        })
     }
 
     fn gated(

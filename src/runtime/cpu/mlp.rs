@@ -1,0 +1,115 @@
+//! The MLP of many tokens, panel by panel of its intermediate, which is never whole in memory.
+
+use faer::Accum;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use rayon::prelude::*;
+
+use super::elementwise;
+use crate::factor::linalg::gemm;
+use crate::runtime::{LinearWeights, MlpWeights};
+
+/// From this many tokens on there are strips for every thread. Fixed, as is all that follows, so that sums are cut the same
+/// way for any number of threads.
+pub(crate) const LONG: usize = 2048;
+/// Tokens per task.
+const STRIP: usize = 128;
+/// Columns of the intermediate at a time: what a task holds of it stays in a core's cache.
+const PANEL: usize = 512;
+
+/// `x [T, D]` through `mlp`, to `[T, D]`.
+pub(super) fn mlp(x: ArrayView2<'_, f32>, mlp: &MlpWeights<'_, Array2<f32>>) -> Array2<f32> {
+    let mut out = Array2::zeros((x.nrows(), mlp.down.weight.nrows()));
+    let strips = out.axis_chunks_iter_mut(Axis(0), STRIP).into_par_iter().zip(x.axis_chunks_iter(Axis(0), STRIP));
+    strips
+        .for_each_init(<(Vec<f32>, Vec<f32>)>::default, |(first, second), (out, x)| strip(out, x, mlp, first, second));
+    out
+}
+
+/// One strip of tokens; `first` and `second` are room for panels.
+fn strip(
+    mut out: ArrayViewMut2<'_, f32>,
+    x: ArrayView2<'_, f32>,
+    mlp: &MlpWeights<'_, Array2<f32>>,
+    first: &mut Vec<f32>,
+    second: &mut Vec<f32>,
+) {
+    let width = mlp.up.weight.nrows();
+    if let Some(bias) = mlp.down.bias {
+        out += bias;
+    }
+    for start in (0..width).step_by(PANEL) {
+        let columns = start..(start + PANEL).min(width);
+        let size = x.nrows() * columns.len();
+        let [first, second] = [&mut *first, &mut *second].map(|panel| {
+            panel.resize(size.max(panel.len()), 0.0);
+            &mut panel[..size]
+        });
+        match &mlp.gate {
+            Some(gate) => {
+                project(first, x, gate, columns.clone());
+                project(second, x, &mlp.up, columns.clone());
+                elementwise::gated(first, second, mlp.activation);
+            }
+            None => {
+                project(first, x, &mlp.up, columns.clone());
+                first.iter_mut().for_each(|v| *v = elementwise::activate(*v, mlp.activation));
+            }
+        }
+        let Ok(panel) = ArrayView2::from_shape((x.nrows(), columns.len()), &*first) else {
+            unreachable!("a panel of that size")
+        };
+        gemm(out.view_mut(), Accum::Add, panel, mlp.down.weight.slice(s![.., columns]).reversed_axes(), 1.0);
+    }
+}
+
+/// Some outputs of a linear layer, into `panel` `[tokens, columns]`.
+fn project(
+    panel: &mut [f32],
+    x: ArrayView2<'_, f32>,
+    linear: &LinearWeights<'_, Array2<f32>>,
+    columns: std::ops::Range<usize>,
+) {
+    let Ok(mut panel) = ArrayViewMut2::from_shape((x.nrows(), columns.len()), panel) else {
+        unreachable!("a panel of that size")
+    };
+    let weight = linear.weight.slice(s![columns.clone(), ..]);
+    gemm(panel.view_mut(), Accum::Replace, x, weight.reversed_axes(), 1.0);
+    if let Some(bias) = linear.bias {
+        panel += &bias.slice(s![.., columns]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::Activation;
+    use crate::runtime::{Backend, Cpu};
+
+    fn data(rows: usize, columns: usize, seed: f32) -> Array2<f32> {
+        Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 5 + j * 11 + i * j) as f32 * 0.29 + seed).sin())
+    }
+
+    #[test]
+    fn panels_give_what_whole_products_give() {
+        let (d, i) = (24, PANEL + 40);
+        let x = data(STRIP + 3, d, 0.1);
+        let (gate, up, down) = (data(i, d, 0.2), data(i, d, 0.3), data(d, i, 0.4) / 20.0);
+        let (b1, b2) = (data(1, i, 0.5), data(1, d, 0.6));
+        for (gate, activation) in
+            [(Some(&gate), Activation::Silu), (Some(&gate), Activation::GeluTanh), (None, Activation::Relu2)]
+        {
+            let weights = MlpWeights {
+                gate: gate.map(|weight| LinearWeights { weight, bias: None }),
+                up: LinearWeights { weight: &up, bias: Some(&b1) },
+                down: LinearWeights { weight: &down, bias: Some(&b2) },
+                activation,
+            };
+            let want = Cpu.mlp(&x, &weights).unwrap();
+            let got = mlp(x.view(), &weights);
+            let scale = want.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+            let error = (&want - &got).iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+            // Sums of `d` and of `i` terms in another order.
+            assert!(scale > 0.5 && error <= (i as f32).sqrt() * 4.0 * f32::EPSILON * scale, "{error} of {scale}");
+        }
+    }
+}
