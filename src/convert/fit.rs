@@ -2,9 +2,9 @@
 //!
 //! All of them pass through the source, which tells how far its heads look. The converted stream and what is fitted on it cost
 //! more than that, and on a small model the last windows gain nothing that would not drown in the noise of which windows were
-//! drawn (figures: docs/methods.md). The widest fit has a row of [`PER_VALUE`] tokens for every one of its unknowns.
+//! drawn (figures: docs/methods.md). The widest fit has [`PER_VALUE`] tokens for every one of its unknowns.
 
-use super::Job;
+use super::{Job, scores};
 
 /// Tokens per value of the hidden state that the layers are fitted on.
 const PER_VALUE: usize = 40;
@@ -20,27 +20,31 @@ pub(super) fn tokens(job: &Job<'_>) -> usize {
     }
 }
 
-/// Windows to fit on, of windows of these lengths: evenly spread, as few as hold `tokens`, one at least.
-fn chosen(lengths: &[usize], tokens: usize) -> Vec<bool> {
-    let (count, total) = (lengths.len(), lengths.iter().sum::<usize>());
-    if tokens >= total {
-        return vec![true; count];
-    }
-    let wanted = (count * tokens).div_ceil(total).max(1);
-    (0..count).map(|i| (i + 1) * wanted / count > i * wanted / count).collect()
+/// Every how-manieth of windows of `total` tokens is within `tokens`.
+fn every(total: usize, tokens: usize) -> usize {
+    total.div_ceil(tokens.max(1)).max(1)
 }
 
-/// `windows` with those to fit on in front, each part in order, and how many those are.
+/// `windows` in another order, and how many of them to fit on: in front those that refits on scores look at, evenly spread,
+/// then more to fit on, evenly spread among the others, then the rest; each part in order. Those to fit on are as few as hold
+/// `tokens`, but at least those in front.
 pub(super) fn in_front(windows: Vec<Vec<u32>>, tokens: usize) -> (Vec<Vec<u32>>, usize) {
-    let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
-    let chosen = chosen(&lengths, tokens);
-    let count = chosen.iter().filter(|c| **c).count();
-    let (mut front, mut rest) = (Vec::with_capacity(windows.len()), Vec::new());
-    for (window, chosen) in windows.into_iter().zip(chosen) {
-        (if chosen { &mut front } else { &mut rest }).push(window);
+    let total: usize = windows.iter().map(Vec::len).sum();
+    let every = every(total, scores::TOKENS);
+    let (mut front, mut others) = (Vec::with_capacity(windows.len()), Vec::new());
+    for (i, window) in windows.into_iter().enumerate() {
+        (if i % every == 0 { &mut front } else { &mut others }).push(window);
     }
+    let missing = tokens.saturating_sub(front.iter().map(Vec::len).sum());
+    let (count, of_others) = (others.len(), others.iter().map(Vec::len).sum::<usize>());
+    let wanted = if missing >= of_others { count } else { (count * missing).div_ceil(of_others) };
+    let mut rest = Vec::new();
+    for (i, window) in others.into_iter().enumerate() {
+        (if (i + 1) * wanted / count > i * wanted / count { &mut front } else { &mut rest }).push(window);
+    }
+    let fitted = front.len();
     front.append(&mut rest);
-    (front, count)
+    (front, fitted)
 }
 
 #[cfg(test)]
@@ -49,19 +53,22 @@ mod tests {
 
     #[test]
     fn windows_to_fit_on_are_spread_and_hold_the_tokens() {
-        let windows: Vec<Vec<u32>> = (0..10).map(|i| vec![i; 4]).collect();
-        for (tokens, want) in [(1, vec![9]), (12, vec![3, 6, 9]), (13, vec![2, 4, 7, 9]), (20, vec![1, 3, 5, 7, 9])] {
+        // 40 windows of 1024 tokens: scores look at every fifth.
+        let windows: Vec<Vec<u32>> = (0..40).map(|i| vec![i; 1024]).collect();
+        let first = |windows: &[Vec<u32>]| windows.iter().map(|w| w[0]).collect::<Vec<_>>();
+        for (tokens, fitted) in [(1, 8), (8 * 1024, 8), (8 * 1024 + 1, 9), (24 * 1024, 24), (39 * 1024, 39)] {
             let (ordered, count) = in_front(windows.clone(), tokens);
-            assert_eq!(ordered[..count].iter().map(|w| w[0]).collect::<Vec<_>>(), want, "{tokens}");
-            assert!(count * 4 >= tokens);
-            let mut all: Vec<u32> = ordered.iter().map(|w| w[0]).collect();
-            assert!(all[count..].is_sorted());
+            assert_eq!(count, fitted, "{tokens}");
+            assert_eq!(first(&ordered[..8]), (0..8).map(|i| 5 * i).collect::<Vec<_>>());
+            assert!(first(&ordered[8..count]).is_sorted() && first(&ordered[count..]).is_sorted());
+            let mut all = first(&ordered);
             all.sort_unstable();
-            assert_eq!(all, (0..10).collect::<Vec<_>>());
+            assert_eq!(all, (0..40).collect::<Vec<_>>());
         }
-        for tokens in [40, 41, usize::MAX] {
-            assert_eq!(in_front(windows.clone(), tokens), (windows.clone(), 10));
+        for tokens in [40 * 1024, usize::MAX] {
+            assert_eq!(in_front(windows.clone(), tokens).1, 40);
         }
+        assert_eq!(in_front(windows[..8].to_vec(), 5), (windows[..8].to_vec(), 8));
         assert_eq!(in_front(Vec::new(), 5), (Vec::new(), 0));
     }
 }

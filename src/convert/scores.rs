@@ -104,11 +104,10 @@ pub(super) fn of_chosen(qkv: &Qkv, windows: &[usize]) -> Qkv {
     Qkv { v: Array2::zeros((q.nrows(), 0)), q, k, v_dim: 0, ..*qkv }
 }
 
-/// Rows of evenly spread windows of [`TOKENS`] tokens together, one window at least.
+/// Rows of the first windows that have [`TOKENS`] tokens together, at most, one window at least: who orders them spreads them.
 fn choose(windows: &[usize]) -> Vec<Range<usize>> {
-    let total: usize = windows.iter().sum();
-    let every = total.div_ceil(TOKENS).max(1);
-    Span::of_windows(windows).into_iter().map(|span| span.queries).step_by(every).collect()
+    let spans = Span::of_windows(windows).into_iter().map(|span| span.queries);
+    spans.enumerate().take_while(|(i, rows)| *i == 0 || rows.end <= TOKENS).map(|(_, rows)| rows).collect()
 }
 
 /// `[W, b]`, `[rows, D + 1]`, or `W` alone where there is no bias to refit.
