@@ -54,7 +54,7 @@ impl Need {
             Method::AttentionAware => {
                 let weights = 4 * attention + 4 * mlp + 34 * d * d + 24 * latent * d;
                 // Queries and keys of the refits on scores wait for them; what they make of both is gone before the others.
-                let fitted = t.min(wide(fit::tokens(job)));
+                let fitted = t.min(wide(fit::tokens(job).max(scores::TOKENS)));
                 let seen = fitted.min(wide(scores::TOKENS));
                 let of_source = t * (12 * d + 4 * q) + 4 * seen * (q + kv);
                 let refits = fitted * (12 * d + 8 * q + 12 * rank + 4 * rope);
