@@ -6,6 +6,8 @@
 
 #[path = "common/peak.rs"]
 mod peak;
+#[path = "common/products.rs"]
+mod products;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -143,17 +145,6 @@ fn large_tensors_are_not_held() {
     assert!(heap < 200_000_000, "{heap}");
 }
 
-/// Address space that matrix products set aside for operands, untouched: as much as the last-level caches hold, for each of two
-/// operands and each of `threads` threads. Virtual machines show a processor's whole cache.
-fn reserved_by_products(threads: u64) -> u64 {
-    let cache = Path::new("/sys/devices/system/cpu/cpu0/cache/index3");
-    let read = |file: &str| fs_err::read_to_string(cache.join(file)).unwrap_or_default();
-    let size: u64 = read("size").trim().trim_end_matches('K').parse().unwrap_or(0) << 10;
-    let sharing: u32 = read("shared_cpu_map").chars().filter_map(|c| c.to_digit(16)).map(u32::count_ones).sum();
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
-    2 * threads * size * processors.div_ceil(u64::from(sharing.max(1)))
-}
-
 /// The binary, under a limit of `kilobytes` on its address space, which counts whatever it maps or reserves.
 fn limited(kilobytes: u64, args: &[&str]) -> std::process::Output {
     let mut shell = Command::new("sh");
@@ -175,8 +166,8 @@ fn under_a_limit(shape: Shape, gigabytes: u64, options: &[&str]) -> (u64, u64, u
     let (from, to) = (from.display().to_string(), dir.path().join("out").display().to_string());
     let common = [&["--json", "-q", "--threads", "2"], options].concat();
     let document = |args: &[&str]| -> Value {
-        // Two workers and the main thread.
-        let out = limited((gigabytes << 20) + (reserved_by_products(3) >> 10), args);
+        // Two workers, the main thread, and a product within a product.
+        let out = limited((gigabytes << 20) + (products::reserved(4) >> 10), args);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         serde_json::from_slice(&out.stdout).expect("JSON")
     };

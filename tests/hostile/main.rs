@@ -11,6 +11,8 @@
 mod converted;
 mod files;
 mod model;
+#[path = "../common/products.rs"]
+mod products;
 mod tokenizer;
 
 use std::path::{Path, PathBuf};
@@ -18,7 +20,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Address space a command gets.
+/// Address space a command gets, beyond what matrix products set aside.
 const KILOBYTES: u64 = 1 << 20;
 /// Processor time a command gets.
 const SECONDS: u64 = 5;
@@ -114,7 +116,9 @@ struct End {
 
 fn run(args: &[String]) -> Result<End, String> {
     let mut shell = Command::new("sh");
-    shell.arg("-c").arg(format!("ulimit -v {KILOBYTES}; ulimit -t {SECONDS}; exec \"$0\" \"$@\" --threads 2"));
+    // Two workers, the main thread, and a product within a product.
+    let kilobytes = KILOBYTES + (products::reserved(4) >> 10);
+    shell.arg("-c").arg(format!("ulimit -v {kilobytes}; ulimit -t {SECONDS}; exec \"$0\" \"$@\" --threads 2"));
     shell.arg(assert_cmd::cargo::cargo_bin!("gqa2mla")).args(args).current_dir("/");
     shell.env("HF_HUB_OFFLINE", "1").env("HF_HOME", "/nonexistent").env_remove("RUST_LOG");
     let mut child = shell.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("starts");
