@@ -122,15 +122,20 @@ fn peak(shape: Shape, settings: &ConvertSettings) -> (u64, u64) {
 fn the_heap_does_not_grow_with_the_layers() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     for method in [Method::Exact, Method::Care, Method::AttentionAware] {
-        let s = settings(method);
+        let mut s = settings(method);
+        if method == Method::AttentionAware {
+            // What runs beside the factorisation makes the peak a matter of time: it only has to stay within the plan. One
+            // byte less allows for nothing beside it.
+            let (many, planned) = peak(Shape { layers: 12, ..SMALL }, &s);
+            assert!(many < planned, "{method}: {many} bytes, planned {planned}");
+            s.max_memory = Some(planned - 1);
+        }
         let (few, planned) = peak(SMALL, &s);
         let (many, of_many) = peak(Shape { layers: 12, ..SMALL }, &s);
         println!("{method}: heap {few} with 3 layers, {many} with 12, planned {planned} and {of_many}");
         assert_eq!(planned, of_many, "{method}: what is planned depends on the number of layers");
-        // Names, plans and reports of layers are a few kilobytes each. In attention-aware the source's forward pass runs
-        // beside the factorisation, and which of their peaks meet is a matter of time: the plan counts all.
-        let grown = if method == Method::AttentionAware { planned } else { few + few / 50 + 9 * 64_000 };
-        assert!(many < grown, "{method}: {few} bytes with 3 layers, {many} with 12");
+        // Names, plans and reports of layers are a few kilobytes each.
+        assert!(many < few + few / 50 + 9 * 64_000, "{method}: {few} bytes with 3 layers, {many} with 12");
         assert!(many < planned, "{method}: {many} bytes, planned {planned}");
     }
 }

@@ -153,11 +153,6 @@ impl<'a> LatentAttention<'a> {
         }
         out
     }
-
-    /// Tokens.
-    pub fn tokens(&self) -> usize {
-        self.latent.nrows()
-    }
 }
 
 /// `heads W_o^T + b` for head outputs `[T, H d_V]`.

@@ -20,17 +20,12 @@ pub(super) fn tokens(job: &Job<'_>) -> usize {
     }
 }
 
-/// Every how-manieth of windows of `total` tokens is within `tokens`.
-fn every(total: usize, tokens: usize) -> usize {
-    total.div_ceil(tokens.max(1)).max(1)
-}
-
 /// `windows` in another order, and how many of them to fit on: in front those that refits on scores look at, evenly spread,
 /// then more to fit on, evenly spread among the others, then the rest; each part in order. Those to fit on are as few as hold
 /// `tokens`, but at least those in front.
 pub(super) fn in_front(windows: Vec<Vec<u32>>, tokens: usize) -> (Vec<Vec<u32>>, usize) {
     let total: usize = windows.iter().map(Vec::len).sum();
-    let every = every(total, scores::TOKENS);
+    let every = total.div_ceil(scores::TOKENS).max(1);
     let (mut front, mut others) = (Vec::with_capacity(windows.len()), Vec::new());
     for (i, window) in windows.into_iter().enumerate() {
         (if i % every == 0 { &mut front } else { &mut others }).push(window);

@@ -20,8 +20,6 @@ use crate::methods::{MlaLayer, exact};
 use crate::observe::Event;
 use crate::refine::RefineSettings;
 
-/// Calibration windows on which a method without refits measures its error.
-const MEASURED_WINDOWS: usize = 8;
 /// Name of the source's hidden states.
 const SOURCE: &str = "source";
 /// Name of the converted model's.
@@ -248,7 +246,7 @@ impl Run<'_> {
         moments.add(x.view());
         let out = published_layer(job, found.fold, &source.attention, &moments).map_err(ConvertError::layer(index))?;
         let error = {
-            let (x, lengths) = first_windows(&x, stream.windows(), MEASURED_WINDOWS);
+            let (x, lengths) = first_windows(&x, stream.windows(), weights::MEASURED_WINDOWS);
             let want = source.layer.attention_output(x, lengths)?;
             output_error(&out.layer, source.attention.score_softcap, x, lengths, &want)
         };

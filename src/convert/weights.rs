@@ -17,7 +17,7 @@ use crate::methods::{MethodError, MlaLayer};
 use crate::observe::Observer;
 use crate::runtime::Device;
 
-/// Windows on which the error is measured: nothing is fitted to them.
+/// Windows on which methods without refits measure their error.
 pub(super) const MEASURED_WINDOWS: usize = 8;
 /// Share of energy that query ranks keep where nothing is asked for, the published class's own default.
 const Q_ENERGY: f64 = 0.99;

@@ -134,6 +134,15 @@ pub(super) fn absorb_in_steps<B: Backend + ?Sized>(
     b.gather_heads(&parts, heads)
 }
 
+/// [`Backend::mlp`] by the operations that every device has.
+pub(super) fn mlp_in_steps<B: Backend + ?Sized>(
+    b: &B,
+    x: &B::Tensor,
+    mlp: &MlpWeights<'_, B::Tensor>,
+) -> Result<B::Tensor, RuntimeError> {
+    Ok(b.linear(&b.mlp_activated(x, mlp)?, mlp.down.weight, mlp.down.bias))
+}
+
 /// A device that holds matrices of f32 and computes on them.
 ///
 /// Matrices are row-major `[rows, columns]`; weights of linear layers are `[out, in]`; vectors are `[1, n]`. Operations
@@ -226,14 +235,12 @@ pub trait Backend: Sync {
     /// `x += y`.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor);
 
-    // What only some families need. A device that does not offer these computes them on the host.
-
     /// A whole MLP of `x [T, D]`.
     ///
     /// # Errors
     /// As [`Backend::download`].
     fn mlp(&self, x: &Self::Tensor, mlp: &MlpWeights<'_, Self::Tensor>) -> Result<Self::Tensor, RuntimeError> {
-        Ok(self.linear(&self.mlp_activated(x, mlp)?, mlp.down.weight, mlp.down.bias))
+        mlp_in_steps(self, x, mlp)
     }
 
     /// What `down` of an MLP gets, `act(gate x) * up x` or `act(up x)`, `[T, I]`.
@@ -251,6 +258,8 @@ pub trait Backend: Sync {
             None => self.activated(up, mlp.activation),
         }
     }
+
+    // What only some families need. A device that does not offer these computes them on the host.
 
     /// A copy of a matrix on the host.
     ///

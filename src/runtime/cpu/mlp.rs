@@ -20,18 +20,17 @@ const PANEL: usize = 512;
 pub(super) fn mlp(x: ArrayView2<'_, f32>, mlp: &MlpWeights<'_, Array2<f32>>) -> Array2<f32> {
     let mut out = Array2::zeros((x.nrows(), mlp.down.weight.nrows()));
     let strips = out.axis_chunks_iter_mut(Axis(0), STRIP).into_par_iter().zip(x.axis_chunks_iter(Axis(0), STRIP));
-    strips
-        .for_each_init(<(Vec<f32>, Vec<f32>)>::default, |(first, second), (out, x)| strip(out, x, mlp, first, second));
+    let room = || [(); 2].map(|()| Array2::zeros((STRIP, PANEL)));
+    strips.for_each_init(room, |panels, (out, x)| strip(out, x, mlp, panels));
     out
 }
 
-/// One strip of tokens; `first` and `second` are room for panels.
+/// One strip of tokens; `panels` are room for what the first products give, `[STRIP, PANEL]` each.
 fn strip(
     mut out: ArrayViewMut2<'_, f32>,
     x: ArrayView2<'_, f32>,
     mlp: &MlpWeights<'_, Array2<f32>>,
-    first: &mut Vec<f32>,
-    second: &mut Vec<f32>,
+    panels: &mut [Array2<f32>; 2],
 ) {
     let width = mlp.up.weight.nrows();
     if let Some(bias) = mlp.down.bias {
@@ -39,39 +38,34 @@ fn strip(
     }
     for start in (0..width).step_by(PANEL) {
         let columns = start..(start + PANEL).min(width);
-        let size = x.nrows() * columns.len();
-        let [first, second] = [&mut *first, &mut *second].map(|panel| {
-            panel.resize(size.max(panel.len()), 0.0);
-            &mut panel[..size]
-        });
+        let [mut first, mut second] = panels.each_mut().map(|p| p.slice_mut(s![..x.nrows(), ..columns.len()]));
         match &mlp.gate {
             Some(gate) => {
-                project(first, x, gate, columns.clone());
-                project(second, x, &mlp.up, columns.clone());
-                elementwise::gated(first, second, mlp.activation);
+                project(first.view_mut(), x, gate, columns.clone());
+                project(second.view_mut(), x, &mlp.up, columns.clone());
+                for (mut gate, up) in first.rows_mut().into_iter().zip(second.rows()) {
+                    if let (Some(gate), Some(up)) = (gate.as_slice_mut(), up.as_slice()) {
+                        elementwise::gated(gate, up, mlp.activation);
+                    }
+                }
             }
             None => {
-                project(first, x, &mlp.up, columns.clone());
-                first.iter_mut().for_each(|v| *v = elementwise::activate(*v, mlp.activation));
+                project(first.view_mut(), x, &mlp.up, columns.clone());
+                first.mapv_inplace(|v| elementwise::activate(v, mlp.activation));
             }
         }
-        let Ok(panel) = ArrayView2::from_shape((x.nrows(), columns.len()), &*first) else {
-            unreachable!("a panel of that size")
-        };
-        gemm(out.view_mut(), Accum::Add, panel, mlp.down.weight.slice(s![.., columns]).reversed_axes(), 1.0);
+        let down = mlp.down.weight.slice(s![.., columns]);
+        gemm(out.view_mut(), Accum::Add, first.view(), down.reversed_axes(), 1.0);
     }
 }
 
 /// Some outputs of a linear layer, into `panel` `[tokens, columns]`.
 fn project(
-    panel: &mut [f32],
+    mut panel: ArrayViewMut2<'_, f32>,
     x: ArrayView2<'_, f32>,
     linear: &LinearWeights<'_, Array2<f32>>,
     columns: std::ops::Range<usize>,
 ) {
-    let Ok(mut panel) = ArrayViewMut2::from_shape((x.nrows(), columns.len()), panel) else {
-        unreachable!("a panel of that size")
-    };
     let weight = linear.weight.slice(s![columns.clone(), ..]);
     gemm(panel.view_mut(), Accum::Replace, x, weight.reversed_axes(), 1.0);
     if let Some(bias) = linear.bias {

@@ -17,6 +17,7 @@ use rayon::prelude::*;
 
 use crate::arch::Activation;
 
+use super::backend::mlp_in_steps;
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, MlpWeights, Rotation, RuntimeError, Span};
 
 pub(crate) use mlp::LONG as LONG_MLP;
@@ -203,7 +204,7 @@ impl Backend for Cpu {
         if x.nrows() >= mlp::LONG {
             return Ok(mlp::mlp(x.view(), mlp));
         }
-        Ok(self.linear(&self.mlp_activated(x, mlp)?, mlp.down.weight, mlp.down.bias))
+        mlp_in_steps(self, x, mlp)
     }
 
     fn copy_to_host(&self, x: &Array2<f32>) -> Result<Array2<f32>, RuntimeError> {
