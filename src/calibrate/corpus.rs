@@ -1,5 +1,6 @@
 //! Calibration text: from files to windows of tokens.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -104,8 +105,9 @@ fn is_jsonl(path: &Path) -> bool {
     path.extension().is_some_and(|e| e.eq_ignore_ascii_case("jsonl") || e.eq_ignore_ascii_case("ndjson"))
 }
 
-/// Calibration windows of `settings.seq_len` tokens: the texts' tokens, end to end, cut into windows that do not overlap,
-/// `settings.samples` of them chosen by the seed and kept in order of the text. Where the text has fewer, all of them.
+/// Calibration windows: of the texts' tokens, end to end, `settings.samples` times `settings.seq_len`, in windows that do not
+/// overlap, chosen by the seed. Their lengths are those of [`CalibrationSettings::mix`]; the longest come first, windows of one
+/// length in order of the text. Where the text is shorter, all of it.
 ///
 /// # Errors
 /// [`CorpusError::TooShort`] when there are fewer than `min_tokens` (with `why`) or not one whole window.
@@ -131,10 +133,32 @@ pub fn calibration_windows(
             seq_option: "--calib-seq-len",
         });
     }
-    let mut chosen = shuffled(total, settings.seed);
-    chosen.truncate(kept);
-    chosen.sort_unstable();
-    Ok(chosen.into_iter().map(|w| tokens[w * settings.seq_len..(w + 1) * settings.seq_len].to_vec()).collect())
+    let spans = choose(kept * settings.seq_len, total * settings.seq_len, &settings.mix(), settings.seed);
+    Ok(spans.into_iter().map(|span| tokens[span].to_vec()).collect())
+}
+
+/// `kept` of `total` tokens as windows: of each length in `mix` as many as hold its tokens. Lengths are longest first and
+/// multiples of the last; what is less than a whole window is left to the next shorter one.
+fn choose(kept: usize, total: usize, mix: &[(usize, usize)], seed: u64) -> Vec<Range<usize>> {
+    let Some(&(unit, _)) = mix.last() else { return Vec::new() };
+    let asked: usize = mix.iter().map(|part| part.1).sum();
+    let mut free = vec![true; total / unit];
+    let mut spans = Vec::new();
+    let (mut room, mut left) = (0, kept / unit);
+    for (i, &(length, tokens)) in mix.iter().enumerate() {
+        let units = length / unit;
+        // A text that is shorter than asked for is shared in the same parts.
+        let share = (tokens as u128 * kept as u128 / asked.max(1) as u128) as usize / unit;
+        room = if i + 1 == mix.len() { left } else { (room + share).min(left) };
+        let places = shuffled(total / length, seed).into_iter().map(|w| w * units..(w + 1) * units);
+        let mut chosen: Vec<_> = places.filter(|p| free[p.clone()].iter().all(|f| *f)).take(room / units).collect();
+        chosen.sort_unstable_by_key(|place| place.start);
+        chosen.iter().for_each(|place| free[place.clone()].fill(false));
+        let taken = chosen.len() * units;
+        (left, room) = (left - taken, room - taken);
+        spans.extend(chosen.into_iter().map(|place| place.start * unit..place.end * unit));
+    }
+    spans
 }
 
 /// `0..n` in an order given by `seed`.
@@ -171,6 +195,42 @@ mod tests {
         assert_eq!(sorted, (0..100).collect::<Vec<_>>());
         assert_eq!(a, shuffled(100, 7));
         assert_ne!(a, shuffled(100, 8));
+    }
+
+    #[test]
+    fn windows_of_several_lengths_share_the_tokens_and_do_not_overlap() {
+        let mix = |seq_len, samples, longest| {
+            CalibrationSettings { seq_len, samples, max_seq_len: longest, ..CalibrationSettings::default() }.mix()
+        };
+        for (total, kept, mix, want) in [
+            (256_000, 32768, mix(256, 128, None), vec![(256, 128)]),
+            (256_000, 32768, mix(256, 128, Some(4096)), vec![(4096, 2), (1024, 8), (256, 48), (16, 256)]),
+            (256_000, 32768, mix(256, 128, Some(1024)), vec![(1024, 16), (256, 48), (16, 256)]),
+            (256_000, 32768, mix(256, 128, Some(512)), vec![(256, 112), (16, 256)]),
+            (256_000, 32768, mix(256, 128, Some(256)), vec![(256, 128)]),
+            // Not one of the longest: their share is the next ones'.
+            (64_000, 3840, mix(64, 60, Some(1024)), vec![(256, 7), (64, 32)]),
+            (8000, 24, mix(8, 3, Some(32)), vec![(8, 3)]),
+            // The text ends before a whole long window, or has nothing to choose from.
+            (60, 60, mix(4, 15, Some(64)), vec![(16, 1), (4, 11)]),
+            (64, 64, mix(2, 32, Some(8)), vec![(8, 4), (2, 16)]),
+            (3000, 2816, mix(256, 128, Some(4096)), vec![(1024, 1), (256, 5), (16, 32)]),
+        ] {
+            let spans = choose(kept, total, &mix, 42);
+            let mut found: Vec<(usize, usize)> = Vec::new();
+            for span in &spans {
+                assert!(span.end <= total);
+                match found.last_mut() {
+                    Some((length, count)) if *length == span.len() => *count += 1,
+                    _ => found.push((span.len(), 1)),
+                }
+            }
+            assert_eq!(found, want, "{total} {kept} {mix:?}");
+            let mut ordered = spans.clone();
+            ordered.sort_unstable_by_key(|span| span.start);
+            assert!(ordered.windows(2).all(|two| two[0].end <= two[1].start));
+            assert!(spans.windows(2).all(|two| two[0].len() > two[1].len() || two[0].start < two[1].start));
+        }
     }
 
     #[test]

@@ -57,12 +57,19 @@ pub struct ScoreTarget<'a> {
     source: &'a Qkv,
     windows: &'a [usize],
     scale: f32,
+    of_queries: usize,
 }
 
 impl<'a> ScoreTarget<'a> {
     /// `source` on `windows` that lie under each other; `scale` is the converted layer's.
     pub fn new(source: &'a Qkv, windows: &'a [usize], scale: f64) -> Self {
-        Self { source, windows, scale: scale as f32 }
+        Self { source, windows, scale: scale as f32, of_queries: usize::MAX }
+    }
+
+    /// Look at about `count` queries of each window at most, evenly spread: sums over queries are over those. Where a window is
+    /// long its queries are much alike, and each costs a product with many keys.
+    pub fn of_queries(self, count: usize) -> Self {
+        Self { of_queries: count, ..self }
     }
 
     /// Error and gradient of converted scores `scale <q, k>`; `q`, `k` `[T, H w]` after rotation.
@@ -79,7 +86,7 @@ impl<'a> ScoreTarget<'a> {
     /// `J` alone of such a change, per head, `[H]`.
     pub fn curvatures(&self, q: &Array2<f32>, k: &Array2<f32>) -> Array1<f64> {
         let states = vec![0.0_f64; self.windows.len() * self.source.heads];
-        let parts = self.source.fold_probabilities(self.windows, states, |error, mut tile| {
+        let parts = self.source.fold_some_probabilities(self.windows, self.of_queries, states, |error, mut tile| {
             *error += self.weigh(q, k, &mut tile, false);
         });
         self.by_head(parts.into_iter())
@@ -95,10 +102,15 @@ impl<'a> ScoreTarget<'a> {
         let lengths = self.windows.iter().flat_map(|&length| std::iter::repeat_n(length, heads));
         let states = self.gradients(&mut rows).into_iter().zip(lengths);
         let states = states.map(|(gradient, length)| (gradient, KeyMoments::new(length, width))).collect();
-        let parts = self.source.fold_probabilities(self.windows, states, |(gradient, moments), mut tile| {
-            self.add(gradient, &mut tile, (q, k), At::Keys(k), true);
-            moments.add(&mut tile, k);
-        });
+        let parts = self.source.fold_some_probabilities(
+            self.windows,
+            self.of_queries,
+            states,
+            |(gradient, moments), mut tile| {
+                self.add(gradient, &mut tile, (q, k), At::Keys(k), true);
+                moments.add(&mut tile, k);
+            },
+        );
         let covariance = |head: usize| {
             let mut out = Array2::<f64>::zeros((width, width));
             for (window, span) in Span::of_windows(self.windows).into_iter().enumerate() {
@@ -116,7 +128,7 @@ impl<'a> ScoreTarget<'a> {
     fn gradient(&self, q: &Array2<f32>, k: &Array2<f32>, at: At<'_>, residual: bool) -> ScoreGradient {
         let mut rows = Array2::zeros(q.raw_dim());
         let states = self.gradients(&mut rows);
-        let parts = self.source.fold_probabilities(self.windows, states, |gradient, mut tile| {
+        let parts = self.source.fold_some_probabilities(self.windows, self.of_queries, states, |gradient, mut tile| {
             self.add(gradient, &mut tile, (q, k), at, residual);
         });
         let errors = self.by_head(parts.iter().map(|part| part.error));
@@ -357,6 +369,25 @@ mod tests {
         let predicted =
             by_key.error() + 2.0 * dot(&by_key.rows, &dk) + target.curvature(&q, &dk, At::Queries(&q)).error();
         assert!((moved / predicted - 1.0).abs() < 1e-4, "{moved} {predicted}");
+    }
+
+    #[test]
+    fn of_a_long_window_some_queries_are_looked_at() {
+        // Tiles have 64 queries here; one of four, the last, is asked for.
+        let (rows, seen) = (250, 192..250);
+        let source = Qkv { q: data(rows, 8, 0.3), k: data(rows, 4, 0.7), v: Array2::zeros((rows, 4)), ..source() };
+        let target = ScoreTarget::new(&source, &[250], 0.4).of_queries(64);
+        let (q, k, mut dq) = (data(rows, 6, 1.1), data(rows, 6, 2.3), data(rows, 6, 3.1));
+        let before = target.residual(&q, &k, At::Keys(&k));
+        for (row, gradient) in before.rows.rows().into_iter().enumerate() {
+            assert_eq!(seen.contains(&row), gradient.iter().any(|g| *g != 0.0), "{row}");
+        }
+        // Queries that are not looked at may be what they like.
+        dq.slice_mut(s![seen.clone(), ..]).fill(0.0);
+        assert_eq!(target.residual(&(&q + &dq), &k, At::Keys(&k)).errors, before.errors);
+        let all = ScoreTarget::new(&source, &[250], 0.4).residual(&q, &k, At::Keys(&k));
+        assert_eq!(all.rows.slice(s![seen.clone(), ..]), before.rows.slice(s![seen, ..]));
+        assert!(before.error() < all.error());
     }
 
     #[test]

@@ -73,6 +73,7 @@ pub fn command_line(model: &str, settings: &ConvertSettings) -> String {
     }
     add("calib-samples", Some(c.samples.to_string()).filter(|_| c.samples != d.calibration.samples));
     add("calib-seq-len", Some(c.seq_len.to_string()).filter(|_| c.seq_len != d.calibration.seq_len));
+    add("calib-max-seq-len", c.max_seq_len.map(|n| n.to_string()));
     add("seed", Some(c.seed.to_string()).filter(|_| c.seed != d.calibration.seed));
     add("device", Some(s.device.to_string()).filter(|_| s.device != d.device));
     add("max-shard-size", Some(s.max_shard_bytes.to_string()).filter(|_| s.max_shard_bytes != d.max_shard_bytes));

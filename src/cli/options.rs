@@ -98,9 +98,14 @@ struct MethodOptions {
     #[arg(long, value_name = "STEPS")]
     refine: Option<usize>,
     /// attention-aware: calibration tokens that the layers are fitted on; the rest only tells how far heads look [default:
-    /// 40 per value of the hidden state, 16384 at least; all with --refine]
+    /// 28 per value of the hidden state, 16384 at least; all with --refine]
     #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
     fit_tokens: Option<usize>,
+    /// attention-aware: tokens of the longest calibration windows; half the text is in windows 4, 16, ... times as long as
+    /// --calib-seq-len, up to this, an eighth in windows of a sixteenth of it; as --calib-seq-len: all have one length
+    /// [default: 1024]
+    #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
+    calib_max_seq_len: Option<usize>,
     /// transmla, care: neighbouring frequencies that share one rotation [default: auto]
     #[arg(long, value_name = "N|auto")]
     freqfold: Option<FreqFold>,
@@ -138,6 +143,7 @@ impl CalibrationOptions {
             files: self.calib.clone(),
             samples: self.calib_samples,
             seq_len: self.calib_seq_len,
+            max_seq_len: None,
             seed: self.seed,
         }
     }
@@ -217,6 +223,7 @@ impl ConvertOptions {
             (!c.without.is_empty() && !ours, "--without", "--method attention-aware"),
             (c.refine.is_some_and(|n| n > 0) && !ours, "--refine", "--method attention-aware"),
             (c.fit_tokens.is_some() && !ours, "--fit-tokens", "--method attention-aware"),
+            (c.calib_max_seq_len.is_some() && !ours, "--calib-max-seq-len", "--method attention-aware"),
         ];
         if let Some((_, option, wants)) = ignored.iter().find(|i| i.0) {
             bail!("--method {method} takes no {option}\n\nhint: leave the option out, or use {wants}");
@@ -246,7 +253,7 @@ impl ConvertOptions {
             pad: self.output.pad,
             rope_grid: c.rope_grid.0,
             dtype: self.output.dtype.0,
-            calibration: self.calibration.settings(),
+            calibration: CalibrationSettings { max_seq_len: c.calib_max_seq_len, ..self.calibration.settings() },
             device: self.device,
             max_shard_bytes: self.output.max_shard_size,
             max_context: self.output.max_context,
@@ -339,6 +346,7 @@ mod tests {
                 files: vec!["a.txt".into(), "b.jsonl".into()],
                 samples: 3,
                 seq_len: 17,
+                max_seq_len: None,
                 seed: 7,
             },
             device: DeviceChoice::Gpu(Some(1)),
@@ -365,6 +373,8 @@ mod tests {
             "--method care --refine 3",
             "--method care --fit-tokens 4096",
             "--fit-tokens 0",
+            "--method care --calib-max-seq-len 4096",
+            "--calib-max-seq-len 0",
             "--kv-budget 192 --kv-lora-rank 128 --qk-rope-head-dim 64",
             "--kv-budget 64 --qk-rope-head-dim 64",
             "--qk-rope-head-dim 63",

@@ -197,6 +197,7 @@ impl Run<'_> {
             refine: RefineSettings {
                 steps: job.settings.refine,
                 seed: job.settings.calibration.seed,
+                longest: RefineSettings::default().longest.max(job.settings.calibration.seq_len),
                 ..RefineSettings::default()
             },
         };

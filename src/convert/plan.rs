@@ -164,11 +164,16 @@ const FLOPS_PER_CORE: f64 = 8e10;
 const BYTES_PER_SECOND: f64 = 4e8;
 
 /// The plan of a prepared job.
-pub(super) fn describe(job: &Job<'_>, tokens: usize, predicted_error: Option<f64>) -> Result<Plan, ConvertError> {
+pub(super) fn describe(
+    job: &Job<'_>,
+    windows: &[Vec<u32>],
+    predicted_error: Option<f64>,
+) -> Result<Plan, ConvertError> {
+    let tokens: usize = windows.iter().map(Vec::len).sum();
     let (arch, settings) = (job.arch, job.settings);
     let tensors = job.planned_tensors();
     let shards = ShardPlan::new(&tensors, settings.max_shard_bytes)?;
-    let flops = flops(job, tokens);
+    let flops = flops(job, windows);
     let memory = memory::Need::of(job, tokens);
     let spill = memory.spill(settings.max_memory)?;
     let mut decisions = job.decisions.clone();
@@ -208,12 +213,15 @@ pub(super) fn describe(job: &Job<'_>, tokens: usize, predicted_error: Option<f64
 }
 
 /// Products of calibration and factorisation, two operations each.
-fn flops(job: &Job<'_>, tokens: usize) -> f64 {
+fn flops(job: &Job<'_>, windows: &[Vec<u32>]) -> f64 {
+    let lengths = || windows.iter().map(|window| window.len() as f64);
+    let tokens: f64 = lengths().sum();
     let arch = job.arch;
-    let (t, d, i, l) = (tokens as f64, arch.hidden as f64, arch.intermediate as f64, arch.layers as f64);
+    let (t, d, i, l) = (tokens, arch.hidden as f64, arch.intermediate as f64, arch.layers as f64);
     let (q, kv) = ((arch.heads * job.shape.head_dim) as f64, (job.shape.kv_heads * job.shape.head_dim) as f64);
     let rank = job.spec.geometry.kv_lora_rank as f64;
-    let seq = job.settings.calibration.seq_len as f64;
+    // Length of the window that a token is in, on average.
+    let seq = lengths().map(|n| n * n).sum::<f64>() / tokens.max(1.0);
     let source = 2.0 * t * (d * (2.0 * q + 2.0 * kv) + 3.0 * d * i + seq * q);
     let moments = 2.0 * t * d * d;
     let z = 2.0 * kv;

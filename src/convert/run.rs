@@ -42,6 +42,13 @@ fn windows(job: &Job<'_>, observer: &dyn Observer) -> Result<Vec<Vec<u32>>, Conv
             calibration.seq_len
         )));
     }
+    if let Some(longest) = calibration.max_seq_len.filter(|n| *n < job.settings.calibration.seq_len) {
+        return Err(ConvertError::refused(
+            format!("--calib-max-seq-len {longest} is less than --calib-seq-len {}", job.settings.calibration.seq_len),
+            "the same number of tokens for both gives windows of one length",
+        ));
+    }
+    calibration.max_seq_len = Some(fit::longest_window(job));
     if calibration.samples == 0 {
         return Err(ConvertError::refused("--calib-samples 0 leaves nothing to calibrate on", "128 is the default"));
     }
@@ -56,12 +63,11 @@ fn windows(job: &Job<'_>, observer: &dyn Observer) -> Result<Vec<Vec<u32>>, Conv
     let texts = read_texts(&calibration.files)?;
     let why = format!(", four for each of the {} cached values", rope + rank);
     let windows = calibration_windows(&tokenizer, &texts, &calibration, needed, &why)?;
-    if windows.len() < calibration.samples && !measured {
+    let found = windows.iter().map(Vec::len).sum::<usize>() / calibration.seq_len;
+    if found < calibration.samples && !measured {
         observer.event(Event::Note(format!(
-            "the calibration text holds {} windows of {} tokens, {} were asked for",
-            windows.len(),
-            calibration.seq_len,
-            calibration.samples
+            "the calibration text holds {found} windows of {} tokens, {} were asked for",
+            calibration.seq_len, calibration.samples
         )));
     }
     Ok(windows)
@@ -88,8 +94,7 @@ pub fn plan(
     } else {
         Survey::default()
     };
-    let tokens: usize = windows.iter().map(Vec::len).sum();
-    super::plan::describe(&job, tokens, found.predicted_error)
+    super::plan::describe(&job, &windows, found.predicted_error)
 }
 
 /// Convert `source` into the folder `output`.

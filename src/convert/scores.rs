@@ -19,8 +19,12 @@ use crate::factor::linalg::{gemm, matmul, matmul_f32, solve_right_spd, symmetris
 use crate::methods::MlaLayer;
 use crate::runtime::{HeadColumns, Qkv, Rotation, Span};
 
-/// Tokens that the refits look at, at most.
+/// Queries that the refits look at, at most.
 pub(super) const TOKENS: usize = 8192;
+/// Queries of one window that they look at, about, so that a long one, where each has many keys, takes no more than its share.
+const OF_WINDOW: usize = 512;
+/// Tokens of the windows that they look at, at most.
+const KEYS: usize = 2 * TOKENS;
 /// Conjugate gradient steps for the queries: a second gains nothing that would not drown in the noise of the text.
 const QUERY_STEPS: usize = 1;
 /// Conjugate gradient steps for the keys.
@@ -73,7 +77,7 @@ pub(super) fn refit_scores(
     let ones = Array2::ones((x.nrows(), 1));
     let rotation = layer.rotation(lengths.iter().copied().max().unwrap_or(0));
     let scores = Scores {
-        target: ScoreTarget::new(source, &lengths, layer.score_scale),
+        target: ScoreTarget::new(source, &lengths, layer.score_scale).of_queries(OF_WINDOW),
         windows: &lengths,
         x: concatenate![Axis(1), x, ones],
         moment: moments.augmented(),
@@ -104,10 +108,26 @@ pub(super) fn of_chosen(qkv: &Qkv, windows: &[usize]) -> Qkv {
     Qkv { v: Array2::zeros((q.nrows(), 0)), q, k, v_dim: 0, ..*qkv }
 }
 
-/// Rows of the first windows that have [`TOKENS`] tokens together, at most, one window at least: who orders them spreads them.
+/// Tokens of the windows that are looked at, at most, where the longest window has `longest`.
+pub(super) fn tokens(longest: usize) -> usize {
+    if longest > OF_WINDOW { KEYS } else { TOKENS }
+}
+
+/// Queries that are looked at in a window of `length` tokens.
+pub(super) fn queries(length: usize) -> usize {
+    length.min(OF_WINDOW)
+}
+
+/// Rows of the first windows that have [`TOKENS`] queries and [`KEYS`] tokens together, at most, one window at least: who
+/// orders them spreads them.
 fn choose(windows: &[usize]) -> Vec<Range<usize>> {
-    let spans = Span::of_windows(windows).into_iter().map(|span| span.queries);
-    spans.enumerate().take_while(|(i, rows)| *i == 0 || rows.end <= TOKENS).map(|(_, rows)| rows).collect()
+    let mut seen = 0;
+    let spans = Span::of_windows(windows).into_iter().map(|span| span.queries).enumerate();
+    let fits = |(i, rows): &(usize, Range<usize>)| {
+        seen += queries(rows.len());
+        *i == 0 || seen <= TOKENS && rows.end <= KEYS
+    };
+    spans.take_while(fits).map(|(_, rows)| rows).collect()
 }
 
 /// `[W, b]`, `[rows, D + 1]`, or `W` alone where there is no bias to refit.

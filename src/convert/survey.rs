@@ -20,6 +20,8 @@ use crate::runtime::Device;
 
 /// Windows that the survey looks at.
 const WINDOWS: usize = 8;
+/// Tokens of a window that it looks at, the first ones.
+const LONGEST: usize = 512;
 /// At most this many layers are converted on trial, evenly spread.
 const TRIAL_LAYERS: usize = 8;
 
@@ -46,10 +48,16 @@ pub(super) fn survey(
     measure: bool,
     observer: &dyn Observer,
 ) -> Result<Survey, ConvertError> {
-    let step = windows.len().div_ceil(WINDOWS).max(1);
-    let few: Vec<Vec<u32>> = windows.iter().step_by(step).cloned().collect();
+    // Windows that are shorter than asked for are there for their first tokens, and hold too little to fit on.
+    let asked = job.settings.calibration.seq_len.min(job.arch.max_position);
+    let whole: Vec<&Vec<u32>> = windows.iter().filter(|window| window.len() >= asked).collect();
+    let step = whole.len().div_ceil(WINDOWS).max(1);
+    let every = |first: usize| -> Vec<Vec<u32>> {
+        whole.iter().skip(first).step_by(step).map(|w| w[..w.len().min(LONGEST.max(asked))].to_vec()).collect()
+    };
+    let few = every(0);
     // Between them; none where there are few windows in all.
-    let held_out: Vec<Vec<u32>> = windows.iter().skip(step / 2).step_by(step).cloned().collect();
+    let held_out = every(step / 2);
     let held_out = if step > 1 { held_out } else { Vec::new() };
     if job.arch.qk_norm.is_some() && job.settings.method != Method::Exact {
         survey_norms(job, backend, &few, observer)?;

@@ -40,6 +40,7 @@ pub fn latent_windows(
     rank: usize,
 ) -> Result<Vec<Vec<u32>>, ConvertError> {
     let mut settings = settings.clone();
+    settings.max_seq_len = None;
     settings.seq_len = settings.seq_len.min(arch.max_position);
     let texts = read_texts(&settings.files)?;
     let why = format!(", four for each of the {rank} values of the latent");

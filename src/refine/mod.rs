@@ -35,19 +35,21 @@ const WORTHWHILE: f64 = 1e-3;
 pub struct RefineSettings {
     /// Gradient steps.
     pub steps: usize,
-    /// Windows per step.
-    pub windows_per_step: usize,
+    /// Tokens per step, at least, in whole windows.
+    pub tokens_per_step: usize,
     /// Size of a full step, as a share of each tensor's root mean square.
     pub learning_rate: f64,
     /// Decides which windows are held out and in what order the others come.
     pub seed: u64,
     /// Share of the windows that is never trained on; at least one window is.
     pub held_out: f64,
+    /// Longer windows, in tokens, are left out: a step takes time and memory with the square of a window.
+    pub longest: usize,
 }
 
 impl Default for RefineSettings {
     fn default() -> Self {
-        Self { steps: 100, windows_per_step: 8, learning_rate: 0.003, seed: 42, held_out: 0.125 }
+        Self { steps: 100, tokens_per_step: 2048, learning_rate: 0.003, seed: 42, held_out: 0.125, longest: 1024 }
     }
 }
 
@@ -88,7 +90,7 @@ pub fn refine(
 ) -> Refined {
     assert_eq!(x.dim(), target.dim(), "inputs and targets differ in shape");
     assert_eq!(windows.iter().sum::<usize>(), x.nrows(), "windows and rows differ");
-    let data = Data::new(layer, x, target, windows);
+    let data = Data::new(layer, x, target, windows, settings.longest);
     let (train, held) = split(data.spans.len(), settings);
     let mut tensors = Tensors::<f32>::new(layer, bias);
     let error_before = data.error(&tensors, &held, settings);
@@ -103,7 +105,7 @@ pub fn refine(
     let mut order = Order::new(train, settings.seed);
     let mut best: Option<(Tensors<f32>, f64, usize)> = None;
     for step in 0..settings.steps {
-        let (batch, target) = data.batch(&order.take(settings.windows_per_step));
+        let (batch, target) = data.batch(&order.take(settings.tokens_per_step, |w| data.spans[w].len()));
         let gradients = gradients(&data.block, &tensors, &batch, &target, energy);
         if !adam.step(&mut tensors, &gradients, schedule(step, settings.steps)) {
             break;
@@ -150,16 +152,22 @@ struct Data<'a> {
     /// The query latent where there is one, `[T, r_q]`.
     query: Option<Array2<f32>>,
     target: ArrayView2<'a, f32>,
-    /// Rows of each window that has any.
+    /// Rows of each window that has any, and not too many.
     spans: Vec<Range<usize>>,
 }
 
 impl<'a> Data<'a> {
-    fn new(layer: &MlaLayer, x: ArrayView2<'a, f32>, target: ArrayView2<'a, f32>, windows: &[usize]) -> Self {
-        let longest = windows.iter().copied().max().unwrap_or(0);
+    fn new(
+        layer: &MlaLayer,
+        x: ArrayView2<'a, f32>,
+        target: ArrayView2<'a, f32>,
+        windows: &[usize],
+        longest: usize,
+    ) -> Self {
         let query = layer.query.down.as_ref().map(|down| matmul_f32(&x, &down.mapv(|v| v as f32).t()));
         let spans = Span::of_windows(windows).into_iter().map(|span| span.queries);
-        let spans = spans.filter(|span| !span.is_empty()).collect();
+        let spans: Vec<_> = spans.filter(|span| !span.is_empty() && span.len() <= longest).collect();
+        let longest = spans.iter().map(Range::len).max().unwrap_or(0);
         Self { block: Block::new(layer, longest), x, query, target, spans }
     }
 
@@ -194,7 +202,15 @@ impl<'a> Data<'a> {
         let target = self.rows(self.target, chosen);
         let mut output = Array2::zeros(target.dim());
         let mut row = 0;
-        for part in chosen.chunks(settings.windows_per_step.max(1)) {
+        let mut rest = chosen;
+        while !rest.is_empty() {
+            let mut tokens = 0;
+            let fits = rest.iter().take_while(|w| {
+                tokens += self.spans[**w].len();
+                tokens <= settings.tokens_per_step
+            });
+            let (part, others) = rest.split_at(fits.count().max(1));
+            rest = others;
             let trace = forward(&self.block, tensors, &self.batch(part).0);
             let end = row + trace.output.nrows();
             output.slice_mut(s![row..end, ..]).assign(&trace.output);
@@ -228,16 +244,16 @@ impl Order {
         Self { next: windows.len(), windows, state: !seed }
     }
 
-    /// The next `count` windows, or as many as there are.
-    fn take(&mut self, count: usize) -> Vec<usize> {
-        let count = count.clamp(1, self.windows.len().max(1));
-        let mut taken = Vec::with_capacity(count);
-        while taken.len() < count && !self.windows.is_empty() {
+    /// The next windows, as many as have `tokens` by their `length`, or as there are.
+    fn take(&mut self, tokens: usize, length: impl Fn(usize) -> usize) -> Vec<usize> {
+        let (mut taken, mut total) = (Vec::new(), 0);
+        while taken.len() < self.windows.len() && (taken.is_empty() || total < tokens) {
             if self.next == self.windows.len() {
                 shuffle(&mut self.windows, &mut self.state);
                 self.next = 0;
             }
             taken.push(self.windows[self.next]);
+            total += length(self.windows[self.next]);
             self.next += 1;
         }
         taken

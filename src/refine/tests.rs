@@ -85,7 +85,7 @@ fn the_forward_pass_is_the_layers_own() {
         let windows = [3, 150];
         let x = tokens(153, TINY.hidden, &mut random);
         let want = output(&layer, &x, &windows);
-        let data = Data::new(&layer, x.view(), want.view(), &windows);
+        let data = Data::new(&layer, x.view(), want.view(), &windows, usize::MAX);
         let got = forward(&data.block, &Tensors::<f32>::new(&layer, true), &data.batch(&[0, 1]).0).output;
         // Two orders of the same f32 sums of a few dozen terms of order 1.
         let worst = (&got - &want).iter().fold(0.0_f32, |m, v| m.max(v.abs()));
@@ -100,7 +100,7 @@ fn every_gradient_agrees_with_finite_differences() {
         let layer = layer(&TINY, query_latent, &mut random);
         let windows = vec![70, 9];
         let x = tokens(79, TINY.hidden, &mut random);
-        let data = Data::new(&layer, x.view(), x.view(), &windows);
+        let data = Data::new(&layer, x.view(), x.view(), &windows, usize::MAX);
         let (narrow, _) = data.batch(&[0, 1]);
         let batch = Batch {
             x: narrow.x.mapv(f64::from),
@@ -152,13 +152,13 @@ fn a_perturbed_layer_gets_better_on_windows_it_has_not_seen() {
     let x = tokens(40 * 24, 24, &mut random);
     let target = output(&good, &x, &windows);
     let start = perturbed(&good, 0.1, &mut random);
-    let settings = RefineSettings { windows_per_step: 6, ..RefineSettings::default() };
+    let settings = RefineSettings { tokens_per_step: 240, ..RefineSettings::default() };
     let refined = refine(&start, x.view(), target.view(), &windows, true, &settings);
     assert!(refined.kept);
     assert!(refined.error_after < 0.5 * refined.error_before, "{} {}", refined.error_before, refined.error_after);
     // The reported error is that of the returned layer on the held-out windows, by the converter's own forward pass.
     let (_, held) = split(windows.len(), &settings);
-    let data = Data::new(&refined.layer, x.view(), target.view(), &windows);
+    let data = Data::new(&refined.layer, x.view(), target.view(), &windows, usize::MAX);
     let (batch, want) = data.batch(&held);
     let measured = relative_error(output(&refined.layer, &batch.x, &batch.windows).view(), want.view());
     assert!((measured / refined.error_after - 1.0).abs() < 1e-3, "{measured} {}", refined.error_after);
@@ -227,7 +227,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
     let windows = [90, 31, 64, 77];
     let x = tokens(262, 160, &mut random);
     let target = output(&perturbed(&start, 0.1, &mut random), &x, &windows);
-    let settings = RefineSettings { steps: 4, windows_per_step: 2, ..RefineSettings::default() };
+    let settings = RefineSettings { steps: 4, tokens_per_step: 120, ..RefineSettings::default() };
     let on = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let refined = pool.install(|| refine(&start, x.view(), target.view(), &windows, true, &settings));
@@ -242,7 +242,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
 #[test]
 fn each_window_comes_once_before_any_comes_again() {
     let mut order = Order::new((0..7).collect(), 42);
-    let mut taken: Vec<usize> = (0..7).flat_map(|_| order.take(3)).collect();
+    let mut taken: Vec<usize> = (0..7).flat_map(|_| order.take(17, |_| 6)).collect();
     assert_eq!(taken.len(), 21);
     for pass in taken.chunks_mut(7) {
         pass.sort_unstable();

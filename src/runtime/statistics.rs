@@ -72,12 +72,26 @@ pub(crate) fn probability_tiles(
     (q, k): (ArrayView2<'_, f32>, ArrayView2<'_, f32>),
     scoring: &Scoring,
     room: &mut TileRoom,
+    each: impl FnMut(usize, ArrayView2<'_, f32>, ArrayViewMut2<'_, f32>),
+) {
+    some_probability_tiles((q, k), scoring, usize::MAX, room, each);
+}
+
+/// As [`probability_tiles`], of about `queries` rows of `q` at most: every so many tiles, the last among them.
+fn some_probability_tiles(
+    (q, k): (ArrayView2<'_, f32>, ArrayView2<'_, f32>),
+    scoring: &Scoring,
+    queries: usize,
+    room: &mut TileRoom,
     mut each: impl FnMut(usize, ArrayView2<'_, f32>, ArrayViewMut2<'_, f32>),
 ) {
     let length = q.nrows();
-    let mut row0 = 0;
-    while row0 < length {
-        let rows = tile_rows(length).min(length - row0);
+    let of_tile = tile_rows(length);
+    let tiles = length.div_ceil(of_tile);
+    let every = tiles.div_ceil((queries / of_tile).max(1)).max(1);
+    for tile in (0..tiles).rev().step_by(every).collect::<Vec<_>>().into_iter().rev() {
+        let row0 = tile * of_tile;
+        let rows = of_tile.min(length - row0);
         let keys = row0 + rows;
         let size = rows * keys;
         if room.0.len() < 2 * size {
@@ -90,7 +104,6 @@ pub(crate) fn probability_tiles(
         let (q, k) = (q.slice(s![row0..keys, ..]), k.slice(s![..keys, ..]));
         probability_tile(&mut tile, q, k, scoring.scale, row0, scoring.sliding_window, scoring.cap);
         each(row0, tile.view(), scratch);
-        row0 = keys;
     }
 }
 
@@ -109,6 +122,20 @@ impl Qkv {
         states: Vec<A>,
         fold: impl Fn(&mut A, ProbabilityTile<'_>) + Sync,
     ) -> Vec<A> {
+        self.fold_some_probabilities(windows, usize::MAX, states, fold)
+    }
+
+    /// As [`Qkv::fold_probabilities`], of about `queries` queries of each window at most, evenly spread in tiles.
+    ///
+    /// # Panics
+    /// If there is not one accumulator for each.
+    pub fn fold_some_probabilities<A: Send>(
+        &self,
+        windows: &[usize],
+        queries: usize,
+        states: Vec<A>,
+        fold: impl Fn(&mut A, ProbabilityTile<'_>) + Sync,
+    ) -> Vec<A> {
         assert_eq!(states.len(), windows.len() * self.heads, "accumulators of windows and heads");
         let spans = Span::of_windows(windows);
         let scoring = Scoring { scale: self.scale, sliding_window: self.sliding_window, cap: self.score_softcap };
@@ -119,7 +146,7 @@ impl Qkv {
             let window_start = rows.start;
             let q = self.q.slice(s![rows.clone(), columns.of(head)]);
             let k = self.k.slice(s![rows, columns.of(self.kv_head(head))]);
-            probability_tiles((q, k), &scoring, room, |row0, probabilities, scratch| {
+            some_probability_tiles((q, k), &scoring, queries, room, |row0, probabilities, scratch| {
                 fold(&mut state, ProbabilityTile { window, head, row0, window_start, probabilities, scratch });
             });
             state
