@@ -57,6 +57,7 @@ pub struct ScoreTarget<'a> {
     source: &'a Qkv,
     windows: &'a [usize],
     scale: f32,
+    /// Queries of a window that are looked at, about.
     of_queries: usize,
 }
 
@@ -86,7 +87,7 @@ impl<'a> ScoreTarget<'a> {
     /// `J` alone of such a change, per head, `[H]`.
     pub fn curvatures(&self, q: &Array2<f32>, k: &Array2<f32>) -> Array1<f64> {
         let states = vec![0.0_f64; self.windows.len() * self.source.heads];
-        let parts = self.source.fold_some_probabilities(self.windows, self.of_queries, states, |error, mut tile| {
+        let parts = self.fold(states, |error, mut tile| {
             *error += self.weigh(q, k, &mut tile, false);
         });
         self.by_head(parts.into_iter())
@@ -102,15 +103,10 @@ impl<'a> ScoreTarget<'a> {
         let lengths = self.windows.iter().flat_map(|&length| std::iter::repeat_n(length, heads));
         let states = self.gradients(&mut rows).into_iter().zip(lengths);
         let states = states.map(|(gradient, length)| (gradient, KeyMoments::new(length, width))).collect();
-        let parts = self.source.fold_some_probabilities(
-            self.windows,
-            self.of_queries,
-            states,
-            |(gradient, moments), mut tile| {
-                self.add(gradient, &mut tile, (q, k), At::Keys(k), true);
-                moments.add(&mut tile, k);
-            },
-        );
+        let parts = self.fold(states, |(gradient, moments), mut tile| {
+            self.add(gradient, &mut tile, (q, k), At::Keys(k), true);
+            moments.add(&mut tile, k);
+        });
         let covariance = |head: usize| {
             let mut out = Array2::<f64>::zeros((width, width));
             for (window, span) in Span::of_windows(self.windows).into_iter().enumerate() {
@@ -128,12 +124,17 @@ impl<'a> ScoreTarget<'a> {
     fn gradient(&self, q: &Array2<f32>, k: &Array2<f32>, at: At<'_>, residual: bool) -> ScoreGradient {
         let mut rows = Array2::zeros(q.raw_dim());
         let states = self.gradients(&mut rows);
-        let parts = self.source.fold_some_probabilities(self.windows, self.of_queries, states, |gradient, mut tile| {
+        let parts = self.fold(states, |gradient, mut tile| {
             self.add(gradient, &mut tile, (q, k), at, residual);
         });
         let errors = self.by_head(parts.iter().map(|part| part.error));
         drop(parts);
         ScoreGradient { rows, errors }
+    }
+
+    /// [`Qkv::fold_some_probabilities`] of what is looked at.
+    fn fold<A: Send>(&self, states: Vec<A>, fold: impl Fn(&mut A, ProbabilityTile<'_>) + Sync) -> Vec<A> {
+        self.source.fold_some_probabilities(self.windows, self.of_queries, states, fold)
     }
 
     /// Accumulators that add up to `rows` `[T, H w]`, which are zero.
@@ -179,7 +180,7 @@ impl<'a> ScoreTarget<'a> {
         weigh(tile)
     }
 
-    /// Sums over windows, in order, of what [`Qkv::fold_probabilities`] gave.
+    /// Sums over windows, in order, of what [`ScoreTarget::fold`] gave.
     fn by_head(&self, parts: impl Iterator<Item = f64>) -> Array1<f64> {
         let heads = self.source.heads;
         let mut out = Array1::zeros(heads);

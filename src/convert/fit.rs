@@ -4,8 +4,7 @@
 //! more than that, and on a small model the last windows gain nothing that would not drown in the noise of which windows were
 //! drawn (figures: docs/methods.md). The widest fit has [`PER_VALUE`] tokens for every one of its unknowns.
 
-use super::{Job, Method, scores};
-use crate::convert::CalibrationSettings;
+use super::{CalibrationSettings, Job, Method, scores};
 
 /// Tokens per value of the hidden state that the layers are fitted on.
 const PER_VALUE: usize = 28;
@@ -34,10 +33,10 @@ pub(super) fn tokens(job: &Job<'_>) -> usize {
 
 /// `windows` in another order, and how many of them to fit on: in front those that refits on scores look at, evenly spread,
 /// then more to fit on, evenly spread among the others, then the rest; each part in order. Those to fit on are as few as hold
-/// `tokens`, but at least those in front.
+/// `tokens` if all were of one length, but at least those in front.
 pub(super) fn in_front(windows: Vec<Vec<u32>>, tokens: usize) -> (Vec<Vec<u32>>, usize) {
     let queries: usize = windows.iter().map(|window| scores::queries(window.len())).sum();
-    let every = queries.div_ceil(scores::TOKENS).max(1);
+    let every = queries.div_ceil(scores::QUERIES).max(1);
     let (mut front, mut others) = (Vec::with_capacity(windows.len()), Vec::new());
     for (i, window) in windows.into_iter().enumerate() {
         (if i % every == 0 { &mut front } else { &mut others }).push(window);

@@ -54,8 +54,9 @@ impl Need {
             Method::AttentionAware => {
                 let weights = 4 * attention + 4 * mlp + 34 * d * d + 24 * latent * d;
                 // Queries and keys of the refits on scores wait for them; what they make of both is gone before the others.
-                let fitted = t.min(wide(fit::tokens(job).max(scores::tokens(fit::longest_window(job)))));
-                let seen = fitted.min(wide(scores::tokens(fit::longest_window(job))));
+                let seen = scores::tokens(fit::longest_window(job));
+                let fitted = t.min(wide(fit::tokens(job).max(seen)));
+                let seen = fitted.min(wide(seen));
                 let of_source = t * (12 * d + 4 * q) + 4 * seen * (q + kv);
                 let refits = fitted * (12 * d + 8 * q + 12 * rank + 4 * rope);
                 let on_scores = fitted * 12 * d + seen * (8 * d + 28 * heads * (nope + rope));

@@ -20,11 +20,11 @@ use crate::methods::MlaLayer;
 use crate::runtime::{HeadColumns, Qkv, Rotation, Span};
 
 /// Queries that the refits look at, at most.
-pub(super) const TOKENS: usize = 8192;
+pub(super) const QUERIES: usize = 8192;
 /// Queries of one window that they look at, about, so that a long one, where each has many keys, takes no more than its share.
 const OF_WINDOW: usize = 512;
 /// Tokens of the windows that they look at, at most.
-const KEYS: usize = 2 * TOKENS;
+const TOKENS: usize = 2 * QUERIES;
 /// Conjugate gradient steps for the queries: a second gains nothing that would not drown in the noise of the text.
 const QUERY_STEPS: usize = 1;
 /// Conjugate gradient steps for the keys.
@@ -110,7 +110,7 @@ pub(super) fn of_chosen(qkv: &Qkv, windows: &[usize]) -> Qkv {
 
 /// Tokens of the windows that are looked at, at most, where the longest window has `longest`.
 pub(super) fn tokens(longest: usize) -> usize {
-    if longest > OF_WINDOW { KEYS } else { TOKENS }
+    if longest > OF_WINDOW { TOKENS } else { QUERIES }
 }
 
 /// Queries that are looked at in a window of `length` tokens.
@@ -118,14 +118,14 @@ pub(super) fn queries(length: usize) -> usize {
     length.min(OF_WINDOW)
 }
 
-/// Rows of the first windows that have [`TOKENS`] queries and [`KEYS`] tokens together, at most, one window at least: who
+/// Rows of the first windows that have [`QUERIES`] queries and [`TOKENS`] tokens together, at most, one window at least: who
 /// orders them spreads them.
 fn choose(windows: &[usize]) -> Vec<Range<usize>> {
     let mut seen = 0;
     let spans = Span::of_windows(windows).into_iter().map(|span| span.queries).enumerate();
     let fits = |(i, rows): &(usize, Range<usize>)| {
         seen += queries(rows.len());
-        *i == 0 || seen <= TOKENS && rows.end <= KEYS
+        *i == 0 || seen <= QUERIES && rows.end <= TOKENS
     };
     spans.take_while(fits).map(|(_, rows)| rows).collect()
 }

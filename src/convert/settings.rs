@@ -216,9 +216,9 @@ impl OutputDtype {
 pub struct CalibrationSettings {
     /// `.txt` or `.jsonl` (field `text`) files, in order; empty: the bundled corpus.
     pub files: Vec<PathBuf>,
-    /// Tokens in all, in windows of `seq_len`.
+    /// Windows of `seq_len` that all the tokens would fill.
     pub samples: usize,
-    /// Tokens per window; of the shortest, where there are longer ones.
+    /// Tokens per window; `attention-aware` adds longer and shorter ones ([`CalibrationSettings::mix`]).
     pub seq_len: usize,
     /// Tokens of the longest windows, at most; none: `attention-aware` takes [`CalibrationSettings::LONGEST`], all others
     /// `seq_len`.

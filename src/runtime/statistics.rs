@@ -89,7 +89,7 @@ fn some_probability_tiles(
     let of_tile = tile_rows(length);
     let tiles = length.div_ceil(of_tile);
     let every = tiles.div_ceil((queries / of_tile).max(1)).max(1);
-    for tile in (0..tiles).rev().step_by(every).collect::<Vec<_>>().into_iter().rev() {
+    for tile in (tiles.saturating_sub(1) % every..tiles).step_by(every) {
         let row0 = tile * of_tile;
         let rows = of_tile.min(length - row0);
         let keys = row0 + rows;
