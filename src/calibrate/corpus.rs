@@ -118,6 +118,21 @@ pub fn calibration_windows(
     min_tokens: usize,
     why: &str,
 ) -> Result<Vec<Vec<u32>>, CorpusError> {
+    Ok(windows_and_longer(tokenizer, texts, settings, None, min_tokens, why)?.0)
+}
+
+/// As [`calibration_windows`], and beside them one window of `longer` tokens where the text has as many left.
+///
+/// # Errors
+/// As [`calibration_windows`].
+pub(crate) fn windows_and_longer(
+    tokenizer: &Tokenizer,
+    texts: &[String],
+    settings: &CalibrationSettings,
+    longer: Option<usize>,
+    min_tokens: usize,
+    why: &str,
+) -> Result<(Vec<Vec<u32>>, Option<Vec<u32>>), CorpusError> {
     let mut tokens = Vec::new();
     for text in texts {
         tokens.extend(tokenizer.encode(text)?);
@@ -133,8 +148,16 @@ pub fn calibration_windows(
             seq_option: "--calib-seq-len",
         });
     }
-    let spans = choose(kept * settings.seq_len, total * settings.seq_len, &settings.mix(), settings.seed);
-    Ok(spans.into_iter().map(|span| tokens[span].to_vec()).collect())
+    let (mut kept, total) = (kept * settings.seq_len, total * settings.seq_len);
+    let mut mix = settings.mix();
+    let longer = longer.filter(|n| kept == settings.samples * settings.seq_len && kept + n <= total);
+    if let Some(length) = longer {
+        mix.insert(0, (length, length));
+        kept += length;
+    }
+    let mut windows = choose(kept, total, &mix, settings.seed).into_iter().map(|span| tokens[span].to_vec());
+    let longer = longer.and_then(|_| windows.next());
+    Ok((windows.collect(), longer))
 }
 
 /// `kept` of `total` tokens as windows: of each length in `mix` as many as hold its tokens. Lengths are longest first and

@@ -97,8 +97,8 @@ struct MethodOptions {
     /// attention-aware: gradient steps per layer after the closed form [default: 0]
     #[arg(long, value_name = "STEPS")]
     refine: Option<usize>,
-    /// attention-aware: calibration tokens that the layers are fitted on; the rest only tells how far heads look [default:
-    /// 28 per value of the hidden state, 16384 at least; all with --refine]
+    /// attention-aware: use at most this many tokens of the calibration text [default: 28 per value of the hidden state,
+    /// 16384 at least; all with --refine]
     #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
     fit_tokens: Option<usize>,
     /// attention-aware: tokens of the longest calibration windows; half the text is in windows 4, 16, ... times as long as

@@ -34,12 +34,12 @@ pub(super) struct Converted {
     pub output: Array2<f32>,
 }
 
-/// The source's attention on the tokens that a layer is fitted on.
+/// The source's attention on the calibration tokens.
 #[derive(Clone, Copy)]
 pub(super) struct Target<'a> {
     /// As [`SourcePass::scores`].
     pub scores: Option<&'a Qkv>,
-    /// As [`SourcePass::phases`], of all tokens.
+    /// As [`SourcePass::phases`].
     pub phases: Option<&'a Array2<c64>>,
     /// `[T, H d]`.
     pub heads: ArrayView2<'a, f32>,
@@ -48,13 +48,13 @@ pub(super) struct Target<'a> {
 }
 
 impl<'a> Target<'a> {
-    /// The first `tokens` rows of a pass.
-    pub fn first(pass: &'a SourcePass, tokens: usize) -> Self {
+    /// What a pass found.
+    pub fn of(pass: &'a SourcePass) -> Self {
         Self {
             scores: pass.scores.as_ref(),
             phases: pass.phases.as_ref(),
-            heads: pass.heads.slice(s![..tokens, ..]),
-            output: pass.output.slice(s![..tokens, ..]),
+            heads: pass.heads.view(),
+            output: pass.output.view(),
         }
     }
 }

@@ -108,7 +108,7 @@ pub(super) fn survey_norms(
     let (mut worst, mut best, mut at) = (f64::INFINITY, f64::NEG_INFINITY, 0);
     for index in 0..job.arch.layers {
         let mut layer = SourceLayer::load(job, backend, index)?;
-        let pass = layer.attend(&stream, None)?;
+        let pass = layer.attend(&stream, false)?;
         if let Some(found) = layer.linearise(index, pass.x.view())? {
             let r2 = found.worst_mean();
             if r2 < worst {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ndarray::{Array2, s};
+use ndarray::Array2;
 
 use super::aware::{Inputs, Target, convert_layer};
 use super::checkpoint::Start;
@@ -91,10 +91,9 @@ impl Run<'_> {
             return Ok(streams);
         }
         for &name in stream_names(self.job) {
-            let windows = if name == SOURCE { self.windows } else { &self.windows[..self.fitted] };
             let parked = match saved.get(name) {
-                Some(file) => Parked::saved(name, folder, windows.iter().map(Vec::len).collect(), file.clone()),
-                None => Parked::new(name, folder, Stream::start(self.job, self.backend, windows)?),
+                Some(file) => Parked::saved(name, folder, self.windows.iter().map(Vec::len).collect(), file.clone()),
+                None => Parked::new(name, folder, Stream::start(self.job, self.backend, self.windows)?),
             };
             *(if name == SOURCE { &mut streams.source } else { &mut streams.converted }) = Some(parked);
         }
@@ -154,7 +153,7 @@ impl Run<'_> {
         let source = SourceLayer::load(self.job, self.backend, index)?;
         if !self.is_last(index) {
             for stream in [Some(stream), converted].into_iter().flatten() {
-                let output = source.attend(stream.stream()?, None)?.output;
+                let output = source.attend(stream.stream()?, false)?.output;
                 self.behind(index, &source, stream, &output, saved)?;
             }
         }
@@ -171,7 +170,7 @@ impl Run<'_> {
     ) -> Result<Done, ConvertError> {
         let Run { job, backend, found, spill, .. } = *self;
         let mut source = SourceLayer::load(job, backend, index)?;
-        let pass = source.attend(stream.stream()?, Some(self.fitted))?;
+        let pass = source.attend(stream.stream()?, true)?;
         let explained = source.linearise(index, pass.x.view())?;
         stream.release(spill);
         let seen = match &mut converted {
@@ -182,13 +181,12 @@ impl Run<'_> {
             }
             None => None,
         };
-        let windows = stream.windows()[..self.fitted].to_vec();
-        let tokens = windows.iter().sum::<usize>();
+        let windows = stream.windows().to_vec();
         let inputs = Inputs {
             index,
             source: &source.attention,
-            target: Target::first(&pass, tokens),
-            x: seen.as_ref().map_or(pass.x.slice(s![..tokens, ..]), |x| x.view()),
+            target: Target::of(&pass),
+            x: seen.as_ref().map_or(pass.x.view(), |x| x.view()),
             windows: &windows,
             slots: &found.slots,
             rank: job.spec.geometry.kv_lora_rank,

@@ -54,14 +54,12 @@ impl Need {
             Method::AttentionAware => {
                 let weights = 4 * attention + 4 * mlp + 34 * d * d + 24 * latent * d;
                 // Queries and keys of the refits on scores wait for them; what they make of both is gone before the others.
-                let seen = scores::tokens(fit::longest_window(job));
-                let fitted = t.min(wide(fit::tokens(job).max(seen)));
-                let seen = fitted.min(wide(seen));
+                let seen = t.min(wide(scores::tokens(fit::longest_window(job))));
                 let of_source = t * (12 * d + 4 * q) + 4 * seen * (q + kv);
-                let refits = fitted * (12 * d + 8 * q + 12 * rank + 4 * rope);
-                let on_scores = fitted * 12 * d + seen * (8 * d + 28 * heads * (nope + rope));
+                let refits = t * (12 * d + 8 * q + 12 * rank + 4 * rope);
+                let on_scores = t * 12 * d + seen * (8 * d + 28 * heads * (nope + rope));
                 let working = weights + of_source + refits.max(on_scores);
-                (t + fitted, working.max(forward), (working + of_mlp).max(forward))
+                (2 * t, working.max(forward), (working + of_mlp).max(forward))
             }
             Method::Transmla | Method::Care | Method::XEcomla | Method::Mha2mla => {
                 let weights = 43 * attention + 4 * mlp + 28 * d * d + t * (6 * d + 6 * kv) + 24 * latent * d;

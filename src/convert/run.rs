@@ -13,7 +13,7 @@ use super::survey::{Survey, survey};
 use super::weights;
 use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, MlaLayers, Plan, TargetKind};
 use crate::arch::Architecture;
-use crate::calibrate::{calibration_windows, read_texts};
+use crate::calibrate::{read_texts, windows_and_longer};
 use crate::observe::{Event, Observer};
 use crate::runtime::Device;
 use crate::source::ModelSource;
@@ -26,10 +26,19 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// Files beside the weights that the caller wants in the folder: name and a function of the report.
 pub type Extras<'a> = &'a dyn Fn(&ConversionReport) -> Vec<(String, Vec<u8>)>;
 
-/// Calibration windows as the settings ask, empty for a method that needs none.
-fn windows(job: &Job<'_>, observer: &dyn Observer) -> Result<Vec<Vec<u32>>, ConvertError> {
+/// Calibration text as tokens.
+#[derive(Default)]
+struct Text {
+    /// As the settings ask, empty for a method that needs none.
+    windows: Vec<Vec<u32>>,
+    /// As [`fit::longer_window`] asks, where the text is long enough.
+    longer: Option<Vec<u32>>,
+}
+
+/// Calibration windows as the settings ask.
+fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<Text, ConvertError> {
     if job.settings.method == Method::Exact {
-        return Ok(Vec::new());
+        return Ok(Text::default());
     }
     let mut calibration = job.settings.calibration.clone();
     if calibration.seq_len < 2 {
@@ -52,6 +61,8 @@ fn windows(job: &Job<'_>, observer: &dyn Observer) -> Result<Vec<Vec<u32>>, Conv
     if calibration.samples == 0 {
         return Err(ConvertError::refused("--calib-samples 0 leaves nothing to calibrate on", "128 is the default"));
     }
+    let asked = calibration.samples;
+    calibration.samples = fit::samples(job, &calibration);
     // Nothing is fitted to the text but norms, where there are some.
     let measured = job.settings.method.from_weights() && job.arch.qk_norm.is_none();
     if measured {
@@ -62,15 +73,29 @@ fn windows(job: &Job<'_>, observer: &dyn Observer) -> Result<Vec<Vec<u32>>, Conv
     let tokenizer = job.source.tokenizer()?;
     let texts = read_texts(&calibration.files)?;
     let why = format!(", four for each of the {} cached values", rope + rank);
-    let windows = calibration_windows(&tokenizer, &texts, &calibration, needed, &why)?;
+    if let Some(tokens) = job.settings.fit_tokens.filter(|n| *n < needed) {
+        return Err(ConvertError::refused(
+            format!("--fit-tokens {tokens} is too few: at least {needed} are needed{why}"),
+            "leave it out, or allow more",
+        ));
+    }
+    let (windows, longer) =
+        windows_and_longer(&tokenizer, &texts, &calibration, fit::longer_window(job), needed, &why)?;
     let found = windows.iter().map(Vec::len).sum::<usize>() / calibration.seq_len;
     if found < calibration.samples && !measured {
         observer.event(Event::Note(format!(
             "the calibration text holds {found} windows of {} tokens, {} were asked for",
             calibration.seq_len, calibration.samples
         )));
+    } else if found < asked && !measured {
+        let tokens = |windows: usize| windows * calibration.seq_len;
+        job.decisions.push(format!(
+            "calibrated on {} of the {} tokens asked for (--fit-tokens)",
+            tokens(found),
+            tokens(asked)
+        ));
     }
-    Ok(windows)
+    Ok(Text { windows, longer })
 }
 
 /// What `convert` would do. With `predict`, the model is surveyed for its predicted error too, which takes some seconds.
@@ -85,12 +110,12 @@ pub fn plan(
     observer: &dyn Observer,
 ) -> Result<Plan, ConvertError> {
     let mut job = Job::prepare(source, arch, settings)?;
-    let windows = windows(&job, observer)?;
+    let Text { windows, longer } = text(&mut job, observer)?;
     let auto = matches!(settings.mla_layers, Some(MlaLayers::Auto(_)));
     let open =
         auto || job.splits.len() > 1 || weights::ranks_open(settings) || settings.method != Method::Exact && predict;
     let found = if open {
-        survey(&mut job, &Device::open(settings.device)?, &windows, predict, observer)?
+        survey(&mut job, &Device::open(settings.device)?, (&windows, longer), predict, observer)?
     } else {
         Survey::default()
     };
@@ -117,7 +142,7 @@ pub fn convert(
 ) -> Result<ConversionReport, ConvertError> {
     let mut clock = Clock::new();
     let mut job = Job::prepare(source, arch, settings)?;
-    let windows = windows(&job, observer)?;
+    let Text { windows, longer } = text(&mut job, observer)?;
     give_back();
     let spill = Need::of(&job, windows.iter().map(Vec::len).sum()).spill(settings.max_memory)?;
     let options = StagingOptions {
@@ -163,7 +188,7 @@ pub fn convert(
                 observer.event(Event::Note("there is no unfinished run to resume: beginning anew".into()));
             }
             staging.open_journal(identity, 0)?;
-            let found = survey(&mut job, &backend, &windows, false, observer)?;
+            let found = survey(&mut job, &backend, (&windows, longer), false, observer)?;
             checkpoint::settled(&mut staging, &job, &found, observer)?;
             (found, Start::default(), ShardPlan::new(&job.planned_tensors(), settings.max_shard_bytes)?)
         }
@@ -173,16 +198,8 @@ pub fn convert(
     }
     clock.lap("survey");
 
-    let (windows, fitted) = match settings.method {
-        Method::AttentionAware => fit::in_front(windows, fit::tokens(&job)),
-        _ => (windows, 0),
-    };
-    if (1..windows.len()).contains(&fitted) {
-        let note = format!("layers are fitted on {fitted} of {} windows (--fit-tokens)", windows.len());
-        observer.event(Event::Note(note.clone()));
-        job.decisions.push(note);
-    }
-    let run = Run { job: &job, backend: &backend, windows: &windows, fitted, found: &found, spill, observer };
+    let windows = if settings.method == Method::AttentionAware { fit::in_front(windows) } else { windows };
+    let run = Run { job: &job, backend: &backend, windows: &windows, found: &found, spill, observer };
     let writer = StagedWriter::resume(staging, shards, start.progress.clone())?;
     let mut sink = Sink { job: &job, writer, observer, scales: Vec::new() };
     let mut report = match run.emit(&mut sink, start, output, extras, &mut clock) {
@@ -217,8 +234,6 @@ pub(super) struct Run<'a> {
     pub job: &'a Job<'a>,
     pub backend: &'a Device,
     pub windows: &'a [Vec<u32>],
-    /// How many of them, the first, the layers of `attention-aware` are fitted on.
-    pub fitted: usize,
     pub found: &'a Survey,
     /// Whether hidden states wait on the disk.
     pub spill: bool,

@@ -17,7 +17,7 @@ use crate::factor::FactorError;
 use crate::factor::conjugate::{System, conjugate_gradients};
 use crate::factor::linalg::{gemm, matmul, matmul_f32, solve_right_spd, symmetrise};
 use crate::methods::MlaLayer;
-use crate::runtime::{HeadColumns, Qkv, Rotation, Span};
+use crate::runtime::{HeadColumns, Qkv, Rotation, Span, query_tiles};
 
 /// Queries that the refits look at, at most.
 pub(super) const QUERIES: usize = 8192;
@@ -31,7 +31,7 @@ const QUERY_STEPS: usize = 1;
 const KEY_STEPS: usize = 1;
 /// Ridge towards the closed form, as a share of the preconditioner (the curvature that uniform attention would have).
 const RIDGE: f64 = 0.01;
-/// Rows of keys per task.
+/// Rows of queries or keys per task.
 const BLOCK: usize = 256;
 /// Ridge of the preconditioner's two factors, as a share of their mean diagonal.
 const PRECONDITIONER_RIDGE: f64 = 1e-3;
@@ -43,6 +43,10 @@ struct Scores<'a> {
     windows: &'a [usize],
     /// Normed inputs of the converted layer with a column of ones, `[T, D + 1]`.
     x: Array2<f32>,
+    /// Rows of queries that are looked at, at most [`BLOCK`] side by side.
+    looked_at: Vec<Range<usize>>,
+    /// Those rows of `x`, where they are not all.
+    of_queries: Option<Array2<f32>>,
     /// `E x^ x^T`, `[D + 1, D + 1]`.
     moment: Array2<f64>,
     /// Turns by the angles of each position.
@@ -74,12 +78,16 @@ pub(super) fn refit_scores(
     let x = pick(x, &chosen);
     let mut moments = Moments::new(x.ncols());
     moments.add(x.view());
-    let ones = Array2::ones((x.nrows(), 1));
+    let x = concatenate![Axis(1), x, Array2::ones((x.nrows(), 1))];
+    let looked_at = looked_at(&lengths);
+    let all = looked_at.iter().map(Range::len).sum::<usize>() == x.nrows();
     let rotation = layer.rotation(lengths.iter().copied().max().unwrap_or(0));
     let scores = Scores {
         target: ScoreTarget::new(source, &lengths, layer.score_scale).of_queries(OF_WINDOW),
         windows: &lengths,
-        x: concatenate![Axis(1), x, ones],
+        of_queries: (!all).then(|| pick(x.view(), &looked_at)),
+        x,
+        looked_at,
         moment: moments.augmented(),
         back: rotation.reversed(),
         rotation,
@@ -93,6 +101,21 @@ pub(super) fn refit_scores(
         scores.refit_keys(layer, &c, &q)?;
     }
     Ok(())
+}
+
+/// Rows of the queries that are looked at in windows that lie under each other, at most [`BLOCK`] side by side.
+fn looked_at(windows: &[usize]) -> Vec<Range<usize>> {
+    let mut out: Vec<Range<usize>> = Vec::new();
+    for span in Span::of_windows(windows) {
+        for tile in query_tiles(span.queries.len(), OF_WINDOW) {
+            let tile = span.queries.start + tile.start..span.queries.start + tile.end;
+            match out.last_mut() {
+                Some(last) if last.end == tile.start && tile.end - last.start <= BLOCK => last.end = tile.end,
+                _ => out.push(tile),
+            }
+        }
+    }
+    out
 }
 
 /// Some rows, in order.
@@ -247,9 +270,18 @@ impl Scores<'_> {
         matmul_f32(&self.x.slice(s![.., ..weight.ncols()]), &weight.mapv(|v| v as f32).t())
     }
 
-    /// Queries of every head, `[T, H w]`, from their projection `[H w, D]` or a column more.
+    /// Queries of every head, `[T, H w]`, zero where they are not looked at, from their projection `[H w, D]` or a column more.
     fn queries(&self, weight: &Array2<f64>) -> Array2<f32> {
-        let mut out = self.project(weight);
+        let x = self.x.slice(s![.., ..weight.ncols()]);
+        let weight = weight.mapv(|v| v as f32);
+        let mut out = Array2::zeros((x.nrows(), weight.nrows()));
+        let (mut blocks, mut rest, mut row) = (Vec::with_capacity(self.looked_at.len()), out.view_mut(), 0);
+        for rows in &self.looked_at {
+            let (block, tail) = rest.split_at(Axis(0), rows.start - row).1.split_at(Axis(0), rows.len());
+            (rest, row) = (tail, rows.end);
+            blocks.push((block, x.slice(s![rows.clone(), ..])));
+        }
+        blocks.into_par_iter().for_each(|(block, x)| gemm(block, Accum::Replace, x, weight.t(), 1.0));
         self.rotation.turn_columns(&mut out, self.windows, self.turned());
         out
     }
@@ -391,7 +423,11 @@ impl OfQueries<'_> {
         let scores = self.scores;
         let mut rows = gradient.rows;
         scores.back.turn_columns(&mut rows, scores.windows, scores.turned());
-        scores.against(&rows, scores.x.slice(s![.., ..self.curvature.moment.ncols()]))
+        let columns = self.curvature.moment.ncols();
+        match &scores.of_queries {
+            None => scores.against(&rows, scores.x.slice(s![.., ..columns])),
+            Some(x) => scores.against(&pick(rows.view(), &scores.looked_at), x.slice(s![.., ..columns])),
+        }
     }
 }
 

@@ -359,8 +359,8 @@ pub struct ConvertSettings {
     pub steps: Steps,
     /// Gradient steps per layer after the closed form (`attention-aware`).
     pub refine: usize,
-    /// Tokens of the calibration text that the layers are fitted on (`attention-aware`); the rest passes through the source
-    /// alone. `None`: 40 per value of the hidden state, 16384 at least, and all where there are gradient steps.
+    /// Tokens of the calibration text that are used (`attention-aware`). `None`: 28 per value of the hidden state, 16384 at
+    /// least, and all where there are gradient steps.
     pub fit_tokens: Option<usize>,
     /// Target class.
     pub target: TargetKind,

@@ -83,13 +83,12 @@ impl<'b> SourceLayer<'b> {
         }
     }
 
-    /// The source's attention on a stream; with `fitted`, also what refits on scores need of that many of its windows, and
-    /// the phases.
-    pub fn attend(&self, stream: &Stream, fitted: Option<usize>) -> Result<SourcePass, ConvertError> {
+    /// The source's attention on a stream; with `fitted`, also what refits on scores need of it, and the phases.
+    pub fn attend(&self, stream: &Stream, fitted: bool) -> Result<SourcePass, ConvertError> {
         let x = self.layer.attention_input(stream.hidden.view())?;
         let qkv = self.layer.project_qkv(x.view(), &stream.windows)?;
-        let (heads, distances) = attend(&qkv, &stream.windows, fitted.is_some());
-        let scores = fitted.map(|count| scores::of_chosen(&qkv, &stream.windows[..count]));
+        let (heads, distances) = attend(&qkv, &stream.windows, fitted);
+        let scores = fitted.then(|| scores::of_chosen(&qkv, &stream.windows));
         drop(qkv);
         let output = self.layer.output_projection(heads.view())?;
         Ok(SourcePass { scores, x, heads, output, phases: distances.map(|d| d.phases(&self.attention.inv_freq)) })

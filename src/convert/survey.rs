@@ -40,11 +40,11 @@ pub(super) struct Survey {
     pub predicted_error: Option<f64>,
 }
 
-/// Look at the model, settle what the settings leave open, and say why.
+/// Look at the model, settle what the settings leave open, and say why. `longer` is a window for the choice of a split.
 pub(super) fn survey(
     job: &mut Job<'_>,
     backend: &Device,
-    windows: &[Vec<u32>],
+    (windows, longer): (&[Vec<u32>], Option<Vec<u32>>),
     measure: bool,
     observer: &dyn Observer,
 ) -> Result<Survey, ConvertError> {
@@ -65,7 +65,7 @@ pub(super) fn survey(
     let mut found = match job.settings.method {
         Method::Exact => Survey::default(),
         Method::Transmla | Method::Care => survey_fold(job, backend, &few, measure, observer)?,
-        Method::AttentionAware => survey_slots(job, backend, (&few, &held_out), measure, observer)?,
+        Method::AttentionAware => survey_slots(job, backend, &few, (&held_out, longer), measure, observer)?,
         Method::XEcomla | Method::Mha2mla => weights::survey_weights(job, backend, &few, measure, observer)?,
     };
     hybrid::choose(job, backend, &few, &mut found, observer)?;
@@ -113,7 +113,7 @@ fn aware_on_trial(
     let inputs = Inputs {
         index,
         source: &layer.attention,
-        target: Target::first(pass, pass.x.nrows()),
+        target: Target::of(pass),
         x: pass.x.view(),
         windows,
         slots,
@@ -156,38 +156,42 @@ pub(super) fn walk(
     profile: bool,
     mut look: impl FnMut(usize, &SourceLayer<'_>, &SourcePass, &Stream) -> Result<(), ConvertError>,
 ) -> Result<(), ConvertError> {
-    walk_beside(job, backend, (windows, &[]), observer, profile, |index, layer, (pass, stream), _| {
+    walk_beside(job, backend, windows, &[], observer, profile, |index, layer, (pass, stream), _| {
         look(index, layer, pass, stream)
     })
 }
 
-/// As [`walk`], with other windows beside them, which nothing is fitted on.
+/// As [`walk`], with other lists of windows beside them, which nothing is fitted on.
 fn walk_beside(
     job: &Job<'_>,
     backend: &Device,
-    (windows, beside): (&[Vec<u32>], &[Vec<u32>]),
+    windows: &[Vec<u32>],
+    beside: &[&[Vec<u32>]],
     observer: &dyn Observer,
     profile: bool,
     mut look: impl FnMut(
         usize,
         &SourceLayer<'_>,
         (&SourcePass, &Stream),
-        Option<(&SourcePass, &Stream)>,
+        &[(SourcePass, &Stream)],
     ) -> Result<(), ConvertError>,
 ) -> Result<(), ConvertError> {
     let mut stream = Stream::start(job, backend, windows)?;
-    let mut other = if beside.is_empty() { None } else { Some(Stream::start(job, backend, beside)?) };
+    let mut others =
+        beside.iter().map(|windows| Stream::start(job, backend, windows)).collect::<Result<Vec<_>, _>>()?;
     observer.event(Event::Phase { name: "survey", steps: Some(job.arch.layers as u64) });
     for index in 0..job.arch.layers {
         let mut layer = SourceLayer::load(job, backend, index)?;
-        let pass = layer.attend(&stream, profile.then_some(stream.windows.len()))?;
-        let other_pass = other.as_ref().map(|other| layer.attend(other, None)).transpose()?;
+        let pass = layer.attend(&stream, profile)?;
+        let passes = others.iter().map(|other| Ok((layer.attend(other, false)?, other)));
+        let passes = passes.collect::<Result<Vec<_>, ConvertError>>()?;
         layer.linearise(index, pass.x.view())?;
-        look(index, &layer, (&pass, &stream), other_pass.as_ref().zip(other.as_ref()))?;
+        look(index, &layer, (&pass, &stream), &passes)?;
+        let outputs: Vec<_> = passes.into_iter().map(|(pass, _)| pass.output).collect();
         if index + 1 < job.arch.layers {
             layer.advance(&mut stream, &pass.output)?;
-            if let (Some(other), Some(pass)) = (&mut other, &other_pass) {
-                layer.advance(other, &pass.output)?;
+            for (other, output) in others.iter_mut().zip(&outputs) {
+                layer.advance(other, output)?;
             }
         }
         let tokens = (stream.hidden.nrows() * (index + 1)) as u64;
@@ -277,11 +281,13 @@ pub(super) fn output_error(
 }
 
 /// Splits are compared on windows that nothing was fitted on: refits on few tokens flatter the wider latent, which has more
-/// to fit.
+/// to fit. Where there is a `longer` window than any that is fitted on, the error on it has an equal say: far away there, rotated
+/// width is worth more.
 fn survey_slots(
     job: &mut Job<'_>,
     backend: &Device,
-    (windows, held_out): (&[Vec<u32>], &[Vec<u32>]),
+    windows: &[Vec<u32>],
+    (held_out, longer): (&[Vec<u32>], Option<Vec<u32>>),
     measure: bool,
     observer: &dyn Observer,
 ) -> Result<Survey, ConvertError> {
@@ -320,37 +326,46 @@ fn survey_slots(
         return Ok(Survey { slots: first.2.clone(), ..Survey::default() });
     }
     let trial = trial_layers(job.arch.layers);
-    let mut errors = vec![0.0; candidates.len()];
-    walk_beside(job, backend, (windows, held_out), observer, true, |index, layer, (pass, stream), beside| {
+    let longer = longer.filter(|_| candidates.len() > 1 && !held_out.is_empty());
+    let beside = [Some(held_out), longer.as_ref().map(std::slice::from_ref)];
+    let beside: Vec<&[Vec<u32>]> = beside.into_iter().flatten().filter(|windows| !windows.is_empty()).collect();
+    // Of each candidate, on the windows held out and on the longer one.
+    let mut errors = vec![[0.0; 2]; candidates.len()];
+    walk_beside(job, backend, windows, &beside, observer, true, |index, layer, (pass, stream), others| {
         if !trial.contains(&index) {
             return Ok(());
         }
-        for (error, (_, rank, slots)) in errors.iter_mut().zip(&candidates) {
+        for (errors, (_, rank, slots)) in errors.iter_mut().zip(&candidates) {
             let made = aware_on_trial(job, (index, layer, pass, &stream.windows), slots, *rank)?;
-            let of_trial = match beside {
-                None => made.report.predicted_error,
-                Some((pass, stream)) => {
-                    let cap = layer.attention.score_softcap;
-                    output_error(&made.layer, cap, pass.x.view(), &stream.windows, &pass.output)
-                }
+            let cap = layer.attention.score_softcap;
+            let of_trial = |(pass, stream): &(SourcePass, &Stream)| {
+                output_error(&made.layer, cap, pass.x.view(), &stream.windows, &pass.output)
             };
-            *error += of_trial / trial.len() as f64;
+            errors[0] += others.first().map_or(made.report.predicted_error, of_trial) / trial.len() as f64;
+            errors[1] += others.get(1).map_or(0.0, of_trial) / trial.len() as f64;
         }
         Ok(())
     })?;
-    let best = least(&errors);
+    let best = least(&errors.iter().map(|of| of[0] + of[1]).collect::<Vec<_>>());
     if candidates.len() > 1 {
+        let error = |of: &[f64; 2]| match longer {
+            None => format!("{:.3}", of[0]),
+            Some(_) => format!("{:.3} and {:.3}", of[0], of[1]),
+        };
         let list: Vec<String> =
-            candidates.iter().zip(&errors).map(|((rope, rank, _), e)| format!("{rope}+{rank}: {e:.3}")).collect();
+            candidates.iter().zip(&errors).map(|((rope, rank, _), e)| format!("{rope}+{rank}: {}", error(e))).collect();
         job.decisions.push(format!(
-            "split {} rotated + {} latent: the least error of the attention output on {} trial layers ({})",
+            "split {} rotated + {} latent: the least error of the attention output on {} trial layers{} ({})",
             candidates[best].0,
             candidates[best].1,
             trial.len(),
+            longer
+                .as_ref()
+                .map_or_else(String::new, |w| format!(", on short windows and on one of {} tokens", w.len())),
             list.join(", ")
         ));
     }
     let (rope, rank, slots) = candidates.into_iter().nth(best).unwrap_or_default();
     job.set_split(rope, rank);
-    Ok(Survey { slots, predicted_error: Some(errors[best]), ..Survey::default() })
+    Ok(Survey { slots, predicted_error: Some(errors[best][0]), ..Survey::default() })
 }

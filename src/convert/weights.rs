@@ -415,7 +415,7 @@ pub(super) fn convert_on_stream(
     source: &mut SourceLayer<'_>,
     stream: &Stream,
 ) -> Result<(MlaLayer, LayerReport, Array2<f32>), ConvertError> {
-    let pass = source.attend(stream, None)?;
+    let pass = source.attend(stream, false)?;
     let explained = source.linearise(index, pass.x.view())?;
     let made = convert(job, found, index, &source.attention).map_err(ConvertError::layer(index))?;
     let (x, lengths) = first_windows(&pass.x, &stream.windows, MEASURED_WINDOWS);

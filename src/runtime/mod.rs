@@ -48,7 +48,7 @@ pub use rotation::Rotation;
 pub use sampling::Sampler;
 pub use session::{Resident, Session, SessionSize};
 pub use statistics::{ProbabilityTile, Qkv};
-pub(crate) use statistics::{Scoring, TileRoom, probability_tiles};
+pub(crate) use statistics::{Scoring, TileRoom, probability_tiles, query_tiles};
 pub use tensors::{
     AttentionTensors, ExpertTensors, FeedForwardTensors, GqaTensors, LayerExtras, LayerTensors, Linear, MlaTensors,
     MlpTensors, QueryTensors,

@@ -1,5 +1,7 @@
 //! What calibration reads of an attention layer.
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use rayon::prelude::*;
 
@@ -77,7 +79,17 @@ pub(crate) fn probability_tiles(
     some_probability_tiles((q, k), scoring, usize::MAX, room, each);
 }
 
-/// As [`probability_tiles`], of about `queries` rows of `q` at most: every so many tiles, the last among them.
+/// Rows of each tile that about `queries` queries of a window of `length` make, at most: every so many tiles, the last among
+/// them.
+pub(crate) fn query_tiles(length: usize, queries: usize) -> impl Iterator<Item = Range<usize>> {
+    let of_tile = tile_rows(length);
+    let tiles = length.div_ceil(of_tile);
+    let every = tiles.div_ceil((queries / of_tile).max(1)).max(1);
+    let chosen = (tiles.saturating_sub(1) % every..tiles).step_by(every);
+    chosen.map(move |tile| tile * of_tile..length.min((tile + 1) * of_tile))
+}
+
+/// As [`probability_tiles`], of the tiles that [`query_tiles`] has.
 fn some_probability_tiles(
     (q, k): (ArrayView2<'_, f32>, ArrayView2<'_, f32>),
     scoring: &Scoring,
@@ -85,14 +97,8 @@ fn some_probability_tiles(
     room: &mut TileRoom,
     mut each: impl FnMut(usize, ArrayView2<'_, f32>, ArrayViewMut2<'_, f32>),
 ) {
-    let length = q.nrows();
-    let of_tile = tile_rows(length);
-    let tiles = length.div_ceil(of_tile);
-    let every = tiles.div_ceil((queries / of_tile).max(1)).max(1);
-    for tile in (tiles.saturating_sub(1) % every..tiles).step_by(every) {
-        let row0 = tile * of_tile;
-        let rows = of_tile.min(length - row0);
-        let keys = row0 + rows;
+    for tile in query_tiles(q.nrows(), queries) {
+        let (row0, rows, keys) = (tile.start, tile.len(), tile.end);
         let size = rows * keys;
         if room.0.len() < 2 * size {
             room.0.resize(2 * size, 0.0);
@@ -155,7 +161,7 @@ impl Qkv {
     }
 
     /// Columns of query head `h` in `q`.
-    pub fn query_columns(&self, h: usize) -> std::ops::Range<usize> {
+    pub fn query_columns(&self, h: usize) -> Range<usize> {
         HeadColumns::dense(self.qk_dim).of(h)
     }
 
