@@ -514,3 +514,22 @@ impl System for OfKeys<'_> {
         Ok(vec![self.up.divide(&r[0])?, self.shared.divide(&r[1])?])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_that_are_looked_at_are_some_of_long_windows_and_all_of_others() {
+        let windows = [2048, 256, 16];
+        let found = looked_at(&windows);
+        assert!(found.iter().all(|rows| rows.len() <= BLOCK) && found.windows(2).all(|two| two[0].end <= two[1].start));
+        let of = |from: usize, to: usize| {
+            let parts = found.iter().map(|rows| rows.start.max(from)..rows.end.min(to));
+            parts.map(|rows| rows.len()).sum::<usize>()
+        };
+        assert_eq!((of(0, 2048), of(2048, 2304), of(2304, 2320)), (OF_WINDOW, 256, 16));
+        // The last query, which sees all keys, is among them.
+        assert!(found.iter().any(|rows| rows.contains(&2047)));
+    }
+}
