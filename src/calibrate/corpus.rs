@@ -118,21 +118,30 @@ pub fn calibration_windows(
     min_tokens: usize,
     why: &str,
 ) -> Result<Vec<Vec<u32>>, CorpusError> {
-    Ok(windows_and_longer(tokenizer, texts, settings, None, min_tokens, why)?.0)
+    Ok(calibration_text(tokenizer, texts, settings, None, min_tokens, why)?.windows)
 }
 
-/// As [`calibration_windows`], and beside them one window of `longer` tokens where the text has as many left.
+/// Calibration text as tokens.
+#[derive(Debug, Default)]
+pub(crate) struct CalibrationText {
+    /// As [`calibration_windows`] chooses them.
+    pub windows: Vec<Vec<u32>>,
+    /// One window beside them, of as many tokens as asked for, where the text has as many left.
+    pub longer: Option<Vec<u32>>,
+}
+
+/// As [`calibration_windows`], and one window of `longer` tokens.
 ///
 /// # Errors
 /// As [`calibration_windows`].
-pub(crate) fn windows_and_longer(
+pub(crate) fn calibration_text(
     tokenizer: &Tokenizer,
     texts: &[String],
     settings: &CalibrationSettings,
     longer: Option<usize>,
     min_tokens: usize,
     why: &str,
-) -> Result<(Vec<Vec<u32>>, Option<Vec<u32>>), CorpusError> {
+) -> Result<CalibrationText, CorpusError> {
     let mut tokens = Vec::new();
     for text in texts {
         tokens.extend(tokenizer.encode(text)?);
@@ -157,7 +166,7 @@ pub(crate) fn windows_and_longer(
     }
     let mut windows = choose(kept, total, &mix, settings.seed).into_iter().map(|span| tokens[span].to_vec());
     let longer = longer.and_then(|_| windows.next());
-    Ok((windows.collect(), longer))
+    Ok(CalibrationText { windows: windows.collect(), longer })
 }
 
 /// `kept` of `total` tokens as windows: of each length in `mix` as many as hold its tokens. Lengths are longest first and

@@ -9,7 +9,7 @@ mod scores;
 
 pub use attend::attend;
 pub(crate) use corpus::shuffle;
-pub(crate) use corpus::windows_and_longer;
+pub(crate) use corpus::{CalibrationText, calibration_text};
 pub use corpus::{CorpusError, bundled_calibration, bundled_heldout, calibration_windows, read_texts};
 pub(crate) use latent::project;
 pub use latent::{LatentAttention, output_projection, relative_error};

@@ -13,7 +13,7 @@ use super::survey::{Survey, survey};
 use super::weights;
 use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, MlaLayers, Plan, TargetKind};
 use crate::arch::Architecture;
-use crate::calibrate::{read_texts, windows_and_longer};
+use crate::calibrate::{CalibrationText, calibration_text, read_texts};
 use crate::observe::{Event, Observer};
 use crate::runtime::Device;
 use crate::source::ModelSource;
@@ -26,19 +26,10 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// Files beside the weights that the caller wants in the folder: name and a function of the report.
 pub type Extras<'a> = &'a dyn Fn(&ConversionReport) -> Vec<(String, Vec<u8>)>;
 
-/// Calibration text as tokens.
-#[derive(Default)]
-struct Text {
-    /// As the settings ask, empty for a method that needs none.
-    windows: Vec<Vec<u32>>,
-    /// As [`fit::longer_window`] asks, where the text is long enough.
-    longer: Option<Vec<u32>>,
-}
-
-/// Calibration windows as the settings ask.
-fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<Text, ConvertError> {
+/// Calibration text as the settings and [`fit::longer_window`] ask, empty for a method that needs none.
+fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<CalibrationText, ConvertError> {
     if job.settings.method == Method::Exact {
-        return Ok(Text::default());
+        return Ok(CalibrationText::default());
     }
     let mut calibration = job.settings.calibration.clone();
     if calibration.seq_len < 2 {
@@ -79,9 +70,8 @@ fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<Text, ConvertError
             "leave it out, or allow more",
         ));
     }
-    let (windows, longer) =
-        windows_and_longer(&tokenizer, &texts, &calibration, fit::longer_window(job), needed, &why)?;
-    let found = windows.iter().map(Vec::len).sum::<usize>() / calibration.seq_len;
+    let text = calibration_text(&tokenizer, &texts, &calibration, fit::longer_window(job), needed, &why)?;
+    let found = text.windows.iter().map(Vec::len).sum::<usize>() / calibration.seq_len;
     if found < calibration.samples && !measured {
         observer.event(Event::Note(format!(
             "the calibration text holds {found} windows of {} tokens, {} were asked for",
@@ -95,7 +85,7 @@ fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<Text, ConvertError
             tokens(asked)
         ));
     }
-    Ok(Text { windows, longer })
+    Ok(text)
 }
 
 /// What `convert` would do. With `predict`, the model is surveyed for its predicted error too, which takes some seconds.
@@ -110,7 +100,7 @@ pub fn plan(
     observer: &dyn Observer,
 ) -> Result<Plan, ConvertError> {
     let mut job = Job::prepare(source, arch, settings)?;
-    let Text { windows, longer } = text(&mut job, observer)?;
+    let CalibrationText { windows, longer } = text(&mut job, observer)?;
     let auto = matches!(settings.mla_layers, Some(MlaLayers::Auto(_)));
     let open =
         auto || job.splits.len() > 1 || weights::ranks_open(settings) || settings.method != Method::Exact && predict;
@@ -142,7 +132,7 @@ pub fn convert(
 ) -> Result<ConversionReport, ConvertError> {
     let mut clock = Clock::new();
     let mut job = Job::prepare(source, arch, settings)?;
-    let Text { windows, longer } = text(&mut job, observer)?;
+    let CalibrationText { windows, longer } = text(&mut job, observer)?;
     give_back();
     let spill = Need::of(&job, windows.iter().map(Vec::len).sum()).spill(settings.max_memory)?;
     let options = StagingOptions {
