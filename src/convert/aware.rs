@@ -15,7 +15,6 @@ use crate::factor::refit::refit;
 use crate::methods::MlaLayer;
 use crate::methods::attention_aware::{Draft, DraftSettings, analyse_slots, draft};
 use crate::refine::{RefineSettings, refine};
-use crate::runtime::Qkv;
 
 /// Ridge of the value refit, as a share of the mean pooled energy: enough to hold directions that hardly vary.
 const VALUE_RIDGE: f64 = 1e-4;
@@ -34,37 +33,12 @@ pub(super) struct Converted {
     pub output: Array2<f32>,
 }
 
-/// The source's attention on the calibration tokens.
-#[derive(Clone, Copy)]
-pub(super) struct Target<'a> {
-    /// As [`SourcePass::scores`].
-    pub scores: Option<&'a Qkv>,
-    /// As [`SourcePass::phases`].
-    pub phases: Option<&'a Array2<c64>>,
-    /// `[T, H d]`.
-    pub heads: ArrayView2<'a, f32>,
-    /// `[T, D]`.
-    pub output: ArrayView2<'a, f32>,
-}
-
-impl<'a> Target<'a> {
-    /// What a pass found.
-    pub fn of(pass: &'a SourcePass) -> Self {
-        Self {
-            scores: pass.scores.as_ref(),
-            phases: pass.phases.as_ref(),
-            heads: pass.heads.view(),
-            output: pass.output.view(),
-        }
-    }
-}
-
 /// What a layer is converted from.
 pub(super) struct Inputs<'a> {
     pub index: usize,
     pub source: &'a AttentionSource,
     /// What the source's attention does with the tokens below, on the source's stream: the target of the refits.
-    pub target: Target<'a>,
+    pub target: &'a SourcePass,
     /// Normed inputs the converted layer sees, `[T, D]`.
     pub x: ArrayView2<'a, f32>,
     pub windows: &'a [usize],
@@ -82,7 +56,7 @@ pub(super) fn closed_form(inputs: &Inputs<'_>) -> Result<Draft, ConvertError> {
     let mut moments = Moments::new(inputs.x.ncols());
     moments.add(inputs.x);
     let ones;
-    let phases: &Array2<c64> = match inputs.target.phases {
+    let phases: &Array2<c64> = match &inputs.target.phases {
         Some(p) => p,
         None => {
             ones = Array2::from_elem((inputs.source.heads, inputs.source.head_dim / 2), c64::new(1.0, 0.0));
@@ -99,7 +73,7 @@ pub(super) fn closed_form(inputs: &Inputs<'_>) -> Result<Draft, ConvertError> {
 pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertError> {
     let Draft { mut layer, rank_loss, rope_loss } = closed_form(inputs)?;
     let mut notes = Vec::new();
-    if let Some(scores) = inputs.target.scores {
+    if let Some(scores) = &inputs.target.scores {
         refit_scores(&mut layer, scores, inputs.x, inputs.windows, &inputs.steps)
             .map_err(ConvertError::layer(inputs.index))?;
     }
@@ -108,9 +82,9 @@ pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertErr
         refit_output(inputs, &mut layer, &heads, &mut notes)?;
     }
     let mut output = output_projection(&layer, &heads);
-    let mut predicted_error = relative_error(output.view(), inputs.target.output);
+    let mut predicted_error = relative_error(output.view(), inputs.target.output.view());
     if inputs.refine.steps > 0 {
-        let (x, target) = (inputs.x, inputs.target.output);
+        let (x, target) = (inputs.x, inputs.target.output.view());
         let refined = refine(&layer, x, target, inputs.windows, inputs.bias, &inputs.refine);
         if refined.kept {
             layer = refined.layer;
@@ -202,7 +176,7 @@ fn refit_output(
     notes: &mut Vec<String>,
 ) -> Result<(), ConvertError> {
     let mut moments = PooledMoments::new(heads.ncols(), layer.hidden());
-    moments.add(heads.view(), inputs.target.output);
+    moments.add(heads.view(), inputs.target.output.view());
     let fit = refit(&moments.gram(), &moments.cross(), Some(&layer.wo), OUTPUT_RIDGE, inputs.bias, "head outputs")
         .map_err(ConvertError::layer(inputs.index))?;
     if fit.ridge > OUTPUT_RIDGE * RIDGE_NOTE {

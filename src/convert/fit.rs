@@ -7,11 +7,11 @@ use super::{CalibrationSettings, Job, Method, scores};
 
 /// Tokens per value of the hidden state.
 const PER_VALUE: usize = 28;
+/// Tokens for the narrowest models.
+const LEAST: usize = 16_384;
 /// How many times as long as the longest calibration window the one is that splits are compared on; the first that the model
 /// has positions for.
 const BEYOND: [usize; 2] = [4, 2];
-/// Tokens for the narrowest models.
-const LEAST: usize = 16_384;
 
 /// Tokens of the longest calibration windows, at most. Far into a document distances are longer and each key has more rivals:
 /// what `attention-aware` fits has to see some of it. Published methods take windows of one length, as published.
@@ -26,11 +26,13 @@ pub(super) fn longest_window(job: &Job<'_>) -> usize {
 
 /// Tokens of the window on which splits show what they are worth beyond all that was fitted, where more than one is open.
 pub(super) fn longer_window(job: &Job<'_>) -> Option<usize> {
-    let searched = job.settings.method == Method::AttentionAware && job.splits.len() > 1;
+    if job.settings.method != Method::AttentionAware || job.splits.len() == 1 {
+        return None;
+    }
     let calibration = &job.settings.calibration;
     // A survey is to take less than the conversion.
     let most = job.arch.max_position.min(samples(job, calibration).saturating_mul(calibration.seq_len) / 2);
-    BEYOND.map(|times| times * longest_window(job)).into_iter().find(|length| searched && *length <= most)
+    BEYOND.map(|times| times * longest_window(job)).into_iter().find(|length| *length <= most)
 }
 
 /// Windows of `seq_len` tokens that all the tokens used would fill, where the text holds them. Published methods use what they

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
 
-use super::aware::{Inputs, Target, convert_layer};
+use super::aware::{Inputs, convert_layer};
 use super::checkpoint::Start;
 use super::memory::give_back;
 use super::run::Run;
@@ -185,7 +185,7 @@ impl Run<'_> {
         let inputs = Inputs {
             index,
             source: &source.attention,
-            target: Target::of(&pass),
+            target: &pass,
             x: seen.as_ref().map_or(pass.x.view(), |x| x.view()),
             windows: &windows,
             slots: &found.slots,

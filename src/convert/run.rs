@@ -52,7 +52,6 @@ fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<CalibrationText, C
     if calibration.samples == 0 {
         return Err(ConvertError::refused("--calib-samples 0 leaves nothing to calibrate on", "128 is the default"));
     }
-    let asked = calibration.samples;
     calibration.samples = fit::samples(job, &calibration);
     // Nothing is fitted to the text but norms, where there are some.
     let measured = job.settings.method.from_weights() && job.arch.qk_norm.is_none();
@@ -61,8 +60,6 @@ fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<CalibrationText, C
     }
     let (rope, rank) = if measured { (0, 0) } else { job.splits[0] };
     let needed = 4 * (rope + rank);
-    let tokenizer = job.source.tokenizer()?;
-    let texts = read_texts(&calibration.files)?;
     let why = format!(", four for each of the {} cached values", rope + rank);
     if let Some(tokens) = job.settings.fit_tokens.filter(|n| *n < needed) {
         return Err(ConvertError::refused(
@@ -70,6 +67,8 @@ fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<CalibrationText, C
             "leave it out, or allow more",
         ));
     }
+    let tokenizer = job.source.tokenizer()?;
+    let texts = read_texts(&calibration.files)?;
     let text = calibration_text(&tokenizer, &texts, &calibration, fit::longer_window(job), needed, &why)?;
     let found = text.windows.iter().map(Vec::len).sum::<usize>() / calibration.seq_len;
     if found < calibration.samples && !measured {
@@ -77,12 +76,12 @@ fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<CalibrationText, C
             "the calibration text holds {found} windows of {} tokens, {} were asked for",
             calibration.seq_len, calibration.samples
         )));
-    } else if found < asked && !measured {
+    } else if found < job.settings.calibration.samples && !measured {
         let tokens = |windows: usize| windows * calibration.seq_len;
         job.decisions.push(format!(
             "calibrated on {} of the {} tokens asked for (--fit-tokens)",
             tokens(found),
-            tokens(asked)
+            tokens(job.settings.calibration.samples)
         ));
     }
     Ok(text)

@@ -3,7 +3,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::aware::{Converted, Inputs, Target, convert_layer};
+use super::aware::{Converted, Inputs, convert_layer};
 use super::head_norms::survey_norms;
 use super::streams::{SourceLayer, SourcePass, Stream};
 use super::widths::folds;
@@ -113,7 +113,7 @@ fn aware_on_trial(
     let inputs = Inputs {
         index,
         source: &layer.attention,
-        target: Target::of(pass),
+        target: pass,
         x: pass.x.view(),
         windows,
         slots,
@@ -187,8 +187,8 @@ fn walk_beside(
         let passes = passes.collect::<Result<Vec<_>, ConvertError>>()?;
         layer.linearise(index, pass.x.view())?;
         look(index, &layer, (&pass, &stream), &passes)?;
-        let outputs: Vec<_> = passes.into_iter().map(|(pass, _)| pass.output).collect();
         if index + 1 < job.arch.layers {
+            let outputs: Vec<_> = passes.into_iter().map(|(pass, _)| pass.output).collect();
             layer.advance(&mut stream, &pass.output)?;
             for (other, output) in others.iter_mut().zip(&outputs) {
                 layer.advance(other, output)?;
