@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
-use gqa2mla::convert::{Budget, ConvertSettings, Method, OutputDtype, Steps};
+use gqa2mla::convert::{Budget, CalibrationSettings, ConvertSettings, Method, OutputDtype, Steps};
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::{MethodComparison, MethodFigures, MethodRow};
 use gqa2mla::runtime::{Cpu, Device};
@@ -15,12 +15,12 @@ use super::measure::{self, Windows};
 use super::model::{self, OpenModel};
 use super::options::{self, CalibrationOptions, TextOptions};
 use super::output::{width, write_with_plot};
-use super::{Context, command_line, convert};
+use super::{Context, command_line, convert, values};
 
 /// Convert with several methods and budgets, evaluate each, print one table.
 ///
-/// Every conversion is calibrated and evaluated on the same tokens, written in f32 to a temporary folder, and removed
-/// once it is evaluated. With -o, compare.json and compare.svg (perplexity against cache) are written. A method that
+/// Every conversion is calibrated on the same text, evaluated on the same tokens, written in f32 to a temporary folder, and
+/// removed once it is evaluated. With -o, compare.json and compare.svg (perplexity against cache) are written. A method that
 /// fails at a budget keeps its row, with the reason; the exit code is then 1.
 #[derive(Debug, Args)]
 pub struct CompareArgs {
@@ -37,6 +37,10 @@ pub struct CompareArgs {
     /// attention-aware: gradient steps per layer after the closed form
     #[arg(long, value_name = "STEPS", default_value = "0")]
     refine: usize,
+    /// attention-aware: tokens of the longest calibration windows, as with convert; as --calib-seq-len: all have one length
+    /// [default: 1024]
+    #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
+    calib_max_seq_len: Option<usize>,
     /// attention-aware: at each budget, also once without each of its steps
     #[arg(long)]
     ablate: bool,
@@ -114,13 +118,15 @@ impl CompareArgs {
     }
 
     fn settings(&self, method: Method, budget: Option<Budget>) -> ConvertSettings {
+        let ours = method == Method::AttentionAware;
+        let max_seq_len = self.calib_max_seq_len.filter(|_| ours);
         ConvertSettings {
             method,
             kv_budget: budget,
-            refine: if method == Method::AttentionAware { self.refine } else { 0 },
+            refine: if ours { self.refine } else { 0 },
             // So that only the method makes a difference, not rounding.
             dtype: Some(OutputDtype::F32),
-            calibration: self.calibration.settings(),
+            calibration: CalibrationSettings { max_seq_len, ..self.calibration.settings() },
             force: true,
             ..ConvertSettings::default()
         }
@@ -176,4 +182,29 @@ fn reason(e: &anyhow::Error) -> String {
     let links: Vec<String> =
         e.chain().map(|l| l.to_string().split("\n\nhint: ").next().unwrap_or_default().to_owned()).collect();
     links.join(": ").replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[derive(Debug, clap::Parser)]
+    struct Probe {
+        #[command(flatten)]
+        compare: CompareArgs,
+    }
+
+    #[test]
+    fn what_only_attention_aware_has_is_left_out_of_other_methods() {
+        let args = "probe model --methods care,attention-aware --refine 3 --calib-max-seq-len 2048 --calib-samples 7";
+        let args = Probe::try_parse_from(args.split_whitespace()).expect("valid").compare;
+        let of = |method| {
+            let settings = args.settings(method, None);
+            (settings.refine, settings.calibration.max_seq_len, settings.calibration.samples)
+        };
+        assert_eq!(of(Method::Care), (0, None, 7));
+        assert_eq!(of(Method::AttentionAware), (3, Some(2048), 7));
+    }
 }
