@@ -162,37 +162,11 @@ impl<T: Real> HeadViews<'_, T> {
         for (i, mut row) in out.rows_mut().into_iter().enumerate() {
             let Some(row) = row.as_slice_mut() else { continue };
             let (seen, hidden) = row.split_at_mut(first + i + 1);
-            softmax(seen);
+            T::softmax(seen);
             hidden.fill(T::zero());
         }
         out
     }
-}
-
-/// Softmax in place. Lanes are folded apart so that the compiler vectorises.
-fn softmax<T: Real>(row: &mut [T]) {
-    const LANES: usize = 16;
-    let larger = |a: T, b: T| if b > a { b } else { a };
-    let mut peaks = [row[0]; LANES];
-    let chunks = row.chunks_exact(LANES);
-    let rest = chunks.remainder().iter().copied().fold(row[0], larger);
-    for chunk in chunks {
-        for (peak, x) in peaks.iter_mut().zip(chunk) {
-            *peak = larger(*peak, *x);
-        }
-    }
-    let peak = peaks.into_iter().fold(rest, larger);
-    row.iter_mut().for_each(|x| *x = (*x - peak).exp());
-    let mut sums = [T::zero(); LANES];
-    let chunks = row.chunks_exact(LANES);
-    let rest: T = chunks.remainder().iter().copied().sum();
-    for chunk in chunks {
-        for (sum, x) in sums.iter_mut().zip(chunk) {
-            *sum += *x;
-        }
-    }
-    let inverse = T::one() / (sums.into_iter().sum::<T>() + rest);
-    row.iter_mut().for_each(|x| *x *= inverse);
 }
 
 fn project<T: Real>(x: &Array2<T>, weight: &Array2<T>, bias: &Array1<T>) -> Array2<T> {

@@ -22,13 +22,14 @@ pub(super) trait Real:
 {
     fn from_f64(value: f64) -> Self;
     fn to_f64(self) -> f64;
-    fn exp(self) -> Self;
+    /// Softmax of a row in place.
+    fn softmax(row: &mut [Self]);
     /// `out = scale * a b`, or `out += scale * a b`, on the calling thread, for views of any layout.
     fn gemm(out: ArrayViewMut2<'_, Self>, accum: Accum, a: ArrayView2<'_, Self>, b: ArrayView2<'_, Self>, scale: Self);
 }
 
 macro_rules! real {
-    ($t:ty) => {
+    ($t:ty, $softmax:path) => {
         impl Real for $t {
             fn from_f64(value: f64) -> Self {
                 value as $t
@@ -38,8 +39,8 @@ macro_rules! real {
                 f64::from(self)
             }
 
-            fn exp(self) -> Self {
-                <$t>::exp(self)
+            fn softmax(row: &mut [$t]) {
+                $softmax(row);
             }
 
             fn gemm(out: ArrayViewMut2<'_, $t>, accum: Accum, a: ArrayView2<'_, $t>, b: ArrayView2<'_, $t>, scale: $t) {
@@ -49,8 +50,16 @@ macro_rules! real {
     };
 }
 
-real!(f32);
-real!(f64);
+real!(f32, crate::runtime::softmax);
+real!(f64, softmax);
+
+/// Softmax in place, as the definition has it: gradients are checked against finite differences of this.
+fn softmax(row: &mut [f64]) {
+    let peak = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    row.iter_mut().for_each(|x| *x = (*x - peak).exp());
+    let sum: f64 = row.iter().sum();
+    row.iter_mut().for_each(|x| *x /= sum);
+}
 
 /// `out = a b` or `out += a b` on the rayon pool.
 pub(super) fn product_into<T: Real>(out: &mut Array2<T>, accum: Accum, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) {

@@ -37,7 +37,7 @@ pub use attention::{RankTensors, Ranks, RawKv};
 pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, LinearWeights, MlpWeights, Span};
 pub use bench::{Case, Trial, median};
 pub use cpu::Cpu;
-pub(crate) use cpu::LONG_MLP;
+pub(crate) use cpu::{LONG_MLP, softmax};
 pub use device::{Device, DeviceChoice, DeviceDescription, DeviceTensor, Precision, devices};
 pub use error::RuntimeError;
 pub use generate::{Decode, Generation, Stop, generate};

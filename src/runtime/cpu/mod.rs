@@ -20,6 +20,7 @@ use crate::arch::Activation;
 use super::backend::mlp_in_steps;
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, MlpWeights, Rotation, RuntimeError, Span};
 
+pub(crate) use elementwise::softmax;
 pub(crate) use mlp::LONG as LONG_MLP;
 
 pub(super) use attention::{probability_tile, tile_rows};
