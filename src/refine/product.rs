@@ -5,7 +5,7 @@
 
 use std::fmt::Debug;
 use std::iter::Sum;
-use std::ops::{AddAssign, MulAssign};
+use std::ops::AddAssign;
 
 use faer::Accum;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, LinalgScalar, ScalarOperand};
@@ -17,9 +17,7 @@ use crate::factor::linalg;
 const TILE: (usize, usize) = (128, 256);
 
 /// f32 or f64.
-pub(super) trait Real:
-    LinalgScalar + ScalarOperand + PartialOrd + AddAssign + MulAssign + Sum + Debug + Send + Sync
-{
+pub(super) trait Real: LinalgScalar + ScalarOperand + AddAssign + Sum + Debug + Send + Sync {
     fn from_f64(value: f64) -> Self;
     fn to_f64(self) -> f64;
     /// Softmax of a row in place.
