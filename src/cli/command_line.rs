@@ -1,6 +1,6 @@
 //! The command that makes a conversion again, in one form whatever was typed.
 
-use gqa2mla::convert::{Budget, ConvertSettings, FreqFold, Padding, Profile, RopeGrid};
+use gqa2mla::convert::{Budget, ConvertSettings, Padding, Profile, RopeGrid};
 
 /// A `convert` command with the options of `settings` that are not defaults. Folders are left out but for their last
 /// part, and so is everything that does not change the output: model cards are published, and the same inputs and
@@ -9,6 +9,7 @@ pub fn command_line(model: &str, settings: &ConvertSettings) -> String {
     let d = ConvertSettings::default();
     let s = settings;
     let mut words: Vec<String> = vec!["gqa2mla".into(), "convert".into(), short(model), "-o".into(), "OUTPUT".into()];
+    let mut flags: Vec<&str> = Vec::new();
     let mut add = |option: &str, value: Option<String>| {
         if let Some(value) = value {
             words.push(format!("--{option}"));
@@ -20,36 +21,13 @@ pub fn command_line(model: &str, settings: &ConvertSettings) -> String {
     add("kv-lora-rank", s.kv_lora_rank.map(|n| n.to_string()));
     add("qk-rope-head-dim", s.qk_rope_head_dim.map(|n| n.to_string()));
     add("q-lora-rank", s.q_lora_rank.map(|n| n.to_string()));
-    let fold = match s.freqfold {
-        FreqFold::Auto => None,
-        FreqFold::Fixed(n) => Some(n.to_string()),
-    };
-    add("freqfold", fold);
-    let ratio = s.balance_kv_ratio.map_or_else(|| "none".to_owned(), |x| x.to_string());
-    add("balance-kv-ratio", Some(ratio).filter(|_| s.balance_kv_ratio != d.balance_kv_ratio));
-    let w = &s.weights;
-    add("q-energy", w.q_energy.map(|x| x.to_string()));
-    add("kv-energy", w.kv_energy.map(|x| x.to_string()));
-    add("rank-divisor", Some(w.rank_divisor.to_string()).filter(|_| w.rank_divisor != d.weights.rank_divisor));
-    add("partial-rope", w.partial_rope.map(|p| p.name().to_owned()));
-    add("svd", Some(w.svd.name().to_owned()).filter(|_| w.svd != d.weights.svd));
-    add("mla-layers", s.mla_layers.as_ref().map(ToString::to_string));
-    let steps = [
-        ("phase", s.steps.phase),
-        ("query-weight", s.steps.query_weight),
-        ("centring", s.steps.centring),
-        ("metric", s.steps.metric),
-        ("query-refit", s.steps.query_refit),
-        ("key-refit", s.steps.key_refit),
-        ("value-refit", s.steps.value_refit),
-        ("output-refit", s.steps.output_refit),
-        ("converted-stream", s.steps.converted_stream),
-    ];
-    for (name, on) in steps {
-        add("without", (!on).then(|| name.to_owned()));
+    for (name, value) in s.method.arguments() {
+        match value {
+            Some(value) => add(name, Some(value)),
+            None => flags.push(name),
+        }
     }
-    add("refine", Some(s.refine.to_string()).filter(|_| s.refine != d.refine));
-    add("fit-tokens", s.fit_tokens.map(|n| n.to_string()));
+    add("mla-layers", s.mla_layers.as_ref().map(ToString::to_string));
     let grid = s.rope_grid.map(|g| match g {
         RopeGrid::Free => "free",
         RopeGrid::Stock => "stock",
@@ -78,9 +56,7 @@ pub fn command_line(model: &str, settings: &ConvertSettings) -> String {
     add("device", Some(s.device.to_string()).filter(|_| s.device != d.device));
     add("max-shard-size", Some(s.max_shard_bytes.to_string()).filter(|_| s.max_shard_bytes != d.max_shard_bytes));
     add("max-context", s.max_context.map(|n| n.to_string()));
-    if w.published_layout {
-        words.push("--published-layout".to_owned());
-    }
+    words.extend(flags.iter().map(|flag| format!("--{flag}")));
     if s.force {
         words.push("--force".to_owned());
     }

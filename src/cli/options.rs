@@ -2,23 +2,23 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use gqa2mla::convert::{
-    Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, Padding, Profile, RopeGrid, Steps,
+    Budget, CalibrationSettings, ConvertSettings, MethodChoice, MlaLayers, OutputDtype, Padding, Profile, RopeGrid,
     TargetKind,
 };
+use gqa2mla::methods::METHODS;
 use gqa2mla::runtime::DeviceChoice;
 
-use super::values::{self, Count, Ratio};
-use super::weight_options::WeightOptions;
+use super::method_args::MethodArgs;
+use super::values::{self, Count};
 
 /// Parser of a method's name, for any command.
-pub fn method() -> impl TypedValueParser<Value = Method> {
-    PossibleValuesParser::new(Method::ALL.map(Method::name))
-        .map(|s| Method::ALL.into_iter().find(|m| m.name() == s).unwrap_or(Method::AttentionAware))
+pub fn method() -> impl TypedValueParser<Value = MethodChoice> {
+    PossibleValuesParser::new(METHODS.iter().map(|entry| entry.name))
+        .map(|s| MethodChoice::named(&s).unwrap_or_default())
 }
 
 fn target() -> impl TypedValueParser<Value = TargetKind> {
@@ -61,7 +61,9 @@ pub struct ConvertOptions {
     #[command(flatten)]
     choice: MethodOptions,
     #[command(flatten)]
-    weights: WeightOptions,
+    own: MethodArgs,
+    #[command(flatten)]
+    layers: LayerOptions,
     #[command(flatten)]
     calibration: CalibrationOptions,
     #[command(flatten)]
@@ -77,7 +79,7 @@ pub struct ConvertOptions {
 struct MethodOptions {
     /// How attention is factorised
     #[arg(long, value_name = "METHOD", default_value = "attention-aware", value_parser = method())]
-    method: Method,
+    method: MethodChoice,
     /// Cache per token and layer: values (`192`) or a share of the source's (`50%`); the split into latent and rotated
     /// width is searched [default: 50%, or what stock kernels take]
     #[arg(long, value_name = "VALUES|PERCENT")]
@@ -91,31 +93,23 @@ struct MethodOptions {
     /// Width of a query latent, values [default: none, or what carrying query biases needs]
     #[arg(long, value_name = "N", value_parser = values::positive)]
     q_lora_rank: Option<usize>,
-    /// attention-aware: switch one step off, to see its worth; repeatable
-    #[arg(long, value_name = "STEP", value_parser = PossibleValuesParser::new(Steps::NAMES))]
-    without: Vec<String>,
-    /// attention-aware: gradient steps per layer after the closed form [default: 0]
-    #[arg(long, value_name = "STEPS")]
-    refine: Option<usize>,
-    /// attention-aware: use at most this many tokens of the calibration text [default: 28 per value of the hidden state,
-    /// 16384 at least; all with --refine]
-    #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
-    fit_tokens: Option<usize>,
     /// attention-aware: tokens of the longest calibration windows; half the text is in windows 4, 16, ... times as long as
     /// --calib-seq-len, up to this, an eighth in windows of a sixteenth of it; as --calib-seq-len: all have one length
     /// [default: 1024]
     #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
     calib_max_seq_len: Option<usize>,
-    /// transmla, care: neighbouring frequencies that share one rotation [default: auto]
-    #[arg(long, value_name = "N|auto")]
-    freqfold: Option<FreqFold>,
-    /// transmla, care: scale keys to this multiple of the values' norm before the joint low rank, or `none`
-    /// [default: 1]
-    #[arg(long, value_name = "X|none", value_parser = values::number_or_none)]
-    balance_kv_ratio: Option<Ratio>,
     /// Frequencies of the rotated width: free loses least, stock loads in every engine; auto: free for attention-aware
     #[arg(long, value_name = "GRID", default_value = "auto", value_parser = rope_grid())]
     rope_grid: Auto<RopeGrid>,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Weight factorisation and hybrids")]
+struct LayerOptions {
+    /// Layers that become MLA, such as `0,3-7`; `auto:N` or `auto:N%` takes those that conversion changes least, `auto`
+    /// half of them. The others keep their attention. Written for hf-remote [default: all]
+    #[arg(long, value_name = "LIST|auto")]
+    mla_layers: Option<MlaLayers>,
 }
 
 /// Calibration text.
@@ -190,64 +184,13 @@ impl ConvertOptions {
     /// Options that contradict each other, or that the method would ignore.
     pub fn settings(&self) -> anyhow::Result<ConvertSettings> {
         let c = &self.choice;
-        let method = c.method;
-        if c.kv_budget.is_some() && c.kv_lora_rank.is_some() && c.qk_rope_head_dim.is_some() {
-            bail!(
-                "--kv-budget, --kv-lora-rank and --qk-rope-head-dim are given together\n\nhint: the budget is the sum \
-                 of the two widths: give at most two of the three"
-            );
-        }
-        if let (Some(Budget::Values(total)), Some(part)) = (c.kv_budget, c.kv_lora_rank.or(c.qk_rope_head_dim))
-            && part >= total
-        {
-            bail!("a width of {part} leaves nothing of --kv-budget {total} for the other part of the cache");
-        }
-        let widths = c.kv_budget.is_some() || c.kv_lora_rank.is_some() || c.qk_rope_head_dim.is_some();
-        let published = matches!(method, Method::Transmla | Method::Care);
-        let ours = method == Method::AttentionAware;
-        let ignored = [
-            (
-                widths && method == Method::Exact,
-                "--kv-budget, --kv-lora-rank and --qk-rope-head-dim",
-                "a method that compresses",
-            ),
-            (c.freqfold.is_some() && !published, "--freqfold", "--method transmla or care"),
-            (c.balance_kv_ratio.is_some() && !published, "--balance-kv-ratio", "--method transmla or care"),
-            (c.rope_grid.0.is_some() && method == Method::Exact, "--rope-grid", "--method attention-aware"),
-            (
-                c.rope_grid.0.is_some() && method.from_weights(),
-                "--rope-grid",
-                "--partial-rope uniform for the stock grid",
-            ),
-            (c.rope_grid.0 == Some(RopeGrid::Free) && published, "--rope-grid free", "--method attention-aware"),
-            (!c.without.is_empty() && !ours, "--without", "--method attention-aware"),
-            (c.refine.is_some_and(|n| n > 0) && !ours, "--refine", "--method attention-aware"),
-            (c.fit_tokens.is_some() && !ours, "--fit-tokens", "--method attention-aware"),
-            (c.calib_max_seq_len.is_some() && !ours, "--calib-max-seq-len", "--method attention-aware"),
-        ];
-        if let Some((_, option, wants)) = ignored.iter().find(|i| i.0) {
-            bail!("--method {method} takes no {option}\n\nhint: leave the option out, or use {wants}");
-        }
-        let mut steps = Steps::default();
-        for name in &c.without {
-            steps.disable(name);
-        }
-        let defaults = ConvertSettings::default();
-        Ok(ConvertSettings {
-            method,
+        let settings = ConvertSettings {
+            method: self.own.method(&c.method)?,
             kv_lora_rank: c.kv_lora_rank,
             qk_rope_head_dim: c.qk_rope_head_dim,
             q_lora_rank: c.q_lora_rank,
             kv_budget: c.kv_budget,
-            freqfold: c.freqfold.unwrap_or(defaults.freqfold),
-            balance_kv_ratio: c.balance_kv_ratio.map_or(defaults.balance_kv_ratio, |r| r.0),
-            weights: self
-                .weights
-                .settings(method, [c.kv_lora_rank.is_some() || c.kv_budget.is_some(), c.q_lora_rank.is_some()])?,
-            mla_layers: self.weights.mla_layers(),
-            steps,
-            refine: c.refine.unwrap_or(defaults.refine),
-            fit_tokens: c.fit_tokens,
+            mla_layers: self.layers.mla_layers.clone(),
             target: self.output.target,
             profile: self.output.profile,
             pad: self.output.pad,
@@ -260,8 +203,10 @@ impl ConvertOptions {
             overwrite: self.output.overwrite,
             force: self.output.force,
             max_memory: self.output.max_memory,
-            leftover: defaults.leftover,
-        })
+            leftover: ConvertSettings::default().leftover,
+        };
+        settings.validate()?;
+        Ok(settings)
     }
 }
 
@@ -294,7 +239,8 @@ fn window(s: &str) -> Result<usize, String> {
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
-    use gqa2mla::convert::WeightSettings;
+    use gqa2mla::methods::attention_aware::{AttentionAware, Step, Steps};
+    use gqa2mla::methods::transmla::{FreqFold, Rorope};
     use gqa2mla::write::Leftover;
 
     use super::*;
@@ -325,18 +271,12 @@ mod tests {
         )
         .expect("valid");
         let expected = ConvertSettings {
-            method: Method::Transmla,
+            method: Rorope { freqfold: FreqFold::Fixed(4), balance_kv_ratio: None, ..Rorope::default() }.into(),
             kv_lora_rank: Some(128),
             qk_rope_head_dim: Some(64),
             q_lora_rank: Some(96),
             kv_budget: None,
-            freqfold: FreqFold::Fixed(4),
-            balance_kv_ratio: None,
-            weights: WeightSettings::default(),
             mla_layers: None,
-            steps: Steps::default(),
-            refine: 0,
-            fit_tokens: None,
             target: TargetKind::DeepseekV3,
             profile: Some(Profile::Faithful),
             pad: Some(Padding::None),
@@ -360,7 +300,8 @@ mod tests {
         assert_eq!(s, expected);
         let s = settings("--kv-budget 33.3% --without metric --without phase --refine 10").expect("valid");
         assert_eq!(s.kv_budget, Some(Budget::Percent(33.3)));
-        assert_eq!((s.steps.metric, s.steps.phase, s.steps.centring, s.refine), (false, false, true, 10));
+        let steps = Steps::default().without(Step::Metric).without(Step::Phase);
+        assert_eq!(s.method, AttentionAware { steps, refine: 10, fit_tokens: None }.into());
     }
 
     #[test]

@@ -48,26 +48,6 @@ pub fn share(s: &str) -> Result<f64, String> {
     }
 }
 
-/// A share of energy, in `(0, 1]`.
-pub fn energy(s: &str) -> Result<f64, String> {
-    match share(s) {
-        Ok(x) if x > 0.0 => Ok(x),
-        _ => Err("expected a share of energy, above 0 and at most 1".to_owned()),
-    }
-}
-
-/// `none`, or a positive number.
-pub fn number_or_none(s: &str) -> Result<Ratio, String> {
-    if s == "none" {
-        return Ok(Ratio(None));
-    }
-    positive_number(s).map(|x| Ratio(Some(x))).map_err(|_| "expected a positive number or `none`".to_owned())
-}
-
-/// Value of `--balance-kv-ratio`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Ratio(pub Option<f64>);
-
 /// `all`, or a positive integer.
 pub fn count_or_all(s: &str) -> Result<Count, String> {
     if s == "all" {
@@ -136,6 +116,5 @@ mod tests {
         assert!(positive_even("63").is_err() && positive_even("64").is_ok());
         assert!(share("1.01").is_err() && share("NaN").is_err() && share("1").is_ok());
         assert!(limit("inf").is_err() && limit("0").is_ok());
-        assert_eq!(number_or_none("none"), Ok(Ratio(None)));
     }
 }

@@ -1,15 +1,15 @@
 //! Tensors on their way to the writer.
 
-use super::{ConvertError, Job};
 use crate::arch::{Part, StoredPart};
+use crate::error::ConvertError;
 use crate::observe::{Event, Observer};
-use crate::source::{Dtype, TensorView};
+use crate::source::{Dtype, ModelSource, TensorView};
 use crate::target::{Emit, Origin, OutTensor, encode, fp8};
 use crate::write::{StagedWriter, WriteError};
 
-/// Hands tensors to the writer in the order of [`Job::planned_tensors`].
+/// Hands tensors to the writer in the order of the plan.
 pub(super) struct Sink<'a> {
-    pub job: &'a Job<'a>,
+    pub source: &'a ModelSource,
     pub writer: StagedWriter,
     pub observer: &'a dyn Observer,
     /// Block scales of the FP8 tensor that was written last, as stored.
@@ -37,7 +37,7 @@ impl Sink<'_> {
                     }
                 },
                 Origin::Spread { part, places, offset } => {
-                    let stored = StoredPart::find(&self.job.source.tensors, part)?.to_f64();
+                    let stored = StoredPart::find(&self.source.tensors, part)?.to_f64();
                     let value = |place: &Option<usize>| place.map_or(1.0, |i| stored[i] + offset);
                     self.put(emit, &places.iter().map(value).collect::<Vec<f64>>())?;
                 }
@@ -71,7 +71,7 @@ impl Sink<'_> {
     /// Rows of a source tensor times `scale` plus `offset`: bit for bit where those change nothing and the dtype is the same.
     /// A few megabytes of it are in memory at a time, except where blocks of FP8 have to be seen whole.
     fn stored(&mut self, emit: &Emit, part: &Part, scale: f64, offset: f64) -> Result<(), ConvertError> {
-        let tensors = &self.job.source.tensors;
+        let tensors = &self.source.tensors;
         let info = tensors.get(&part.name).filter(|t| t.bytes() > 0);
         let whole = |dtype: Dtype| dtype == Dtype::F8E4M3;
         let (name, dtype) = (&emit.planned.name, emit.planned.dtype);

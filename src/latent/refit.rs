@@ -29,7 +29,7 @@ use super::weights::need_mla;
 use super::{LatentMoments, LatentWeights, Sharing, Transform};
 use crate::arch::{Architecture, MlaShape};
 use crate::calibrate::PooledMoments;
-use crate::convert::ConvertError;
+use crate::error::ConvertError;
 use crate::factor::FactorError;
 use crate::factor::linalg::{matmul, solve_right_spd};
 use crate::observe::{Event, Observer};

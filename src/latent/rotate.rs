@@ -11,12 +11,13 @@ use super::turn::principal;
 use super::weights::{LatentNames, check_slices, need_mla, refused};
 use super::{LatentWeights, Transform, Turn};
 use crate::arch::{Architecture, MlaShape, Part, SCALE_SUFFIX, StoredPart};
-use crate::convert::{CalibrationSettings, ConvertError, OutputDtype};
+use crate::calibrate::CalibrationSettings;
+use crate::error::ConvertError;
 use crate::factor::hadamard::Spread;
 use crate::observe::{Event, Observer};
 use crate::runtime::{Device, DeviceChoice, LayerTensors};
 use crate::source::{Dtype, ModelSource};
-use crate::target::encode;
+use crate::target::{OutputDtype, encode};
 use crate::write::{Leftover, PlannedTensor, ShardPlan, StagedWriter, Staging, StagingOptions};
 
 /// Version of `rotation.json`.

@@ -4,7 +4,7 @@ use ndarray::{Array1, Array2};
 
 use super::LatentWeights;
 use crate::arch::{Architecture, Attention, MlaShape, Part, StoredPart};
-use crate::convert::ConvertError;
+use crate::error::ConvertError;
 use crate::source::{ModelSource, scan_non_finite};
 
 /// Names of the tensors that touch the latent of one layer.

@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use super::engines::{EngineVerdict, Loads};
 use super::table::Table;
 use super::{Evaluation, InspectedModel, Verification, kv_table, units};
-use crate::convert::{ConversionReport, Plan, PlannedGeometry};
+use crate::convert::{ConversionReport, Plan};
+use crate::mla::Geometry;
 
 /// Models side by side, then the budgets of each.
 pub fn inspect(models: &[InspectedModel], width: usize) -> String {
@@ -174,7 +175,7 @@ fn mark(e: &EngineVerdict, reasons: &mut Vec<&'static str>) -> String {
     format!("{} [{}]", e.loads.word(), numbers.join(","))
 }
 
-fn widths(g: &PlannedGeometry) -> String {
+fn widths(g: &Geometry) -> String {
     let q = g.q_lora_rank.map_or_else(String::new, |q| format!(", query latent {q}"));
     format!(
         "latent {} + rope {}, per head nope {} and value {}{q}",

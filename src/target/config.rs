@@ -4,9 +4,8 @@ use serde_json::{Map, Value, json};
 
 use super::rope::RopeConfig;
 use super::spec::{LATENT_EPS, TargetSpec};
-use super::{REMOTE_FILE, fp8};
+use super::{REMOTE_FILE, TargetKind, fp8};
 use crate::arch::{Architecture, Hybrid, QkNormScope};
-use crate::convert::TargetKind;
 use crate::source::Dtype;
 
 /// What a config is made from.

@@ -1,12 +1,11 @@
 //! What is written, in order, and where each tensor comes from.
 
 use crate::arch::{Architecture, Part, QkNormScope};
-use crate::convert::TargetKind;
 use crate::source::Dtype;
 use crate::write::PlannedTensor;
 
-use super::fp8;
 use super::spec::TargetSpec;
+use super::{TargetKind, fp8};
 
 /// A tensor of the output.
 #[derive(Debug, Clone)]

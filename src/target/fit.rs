@@ -1,7 +1,7 @@
 //! Which target class can hold a source, and why another cannot.
 
+use super::TargetKind;
 use crate::arch::{Activation, Architecture, MlpKind, Moe, Scoring};
-use crate::convert::TargetKind;
 
 /// What `kind` has no place for in `arch`, in plain words. `linear_norms`: norms of queries and keys are replaced by linear
 /// maps before the target sees them.

@@ -1,5 +1,6 @@
 //! From a target-neutral layer to the tensors and config of a class.
 
+mod choices;
 mod config;
 mod emission;
 mod fit;
@@ -9,6 +10,7 @@ mod rope;
 mod spec;
 mod tensor;
 
+pub use choices::{OutputDtype, Padding, Profile, RopeGrid, TargetKind};
 pub use emission::{Emission, Emit, Origin};
 pub use fit::{choose, obstacles};
 pub use rope::{RopeConfig, rope_config};

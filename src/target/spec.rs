@@ -11,14 +11,14 @@
 //! The generic class of this tool has none of these: biases where they are, no norm on the latent, its own score scale.
 
 use ndarray::{Array1, Array2, Axis, s};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::rope::{RopeConfig, rope_config};
-use super::{OutTensor, pad};
+use super::{OutTensor, TargetKind, pad};
 use crate::arch::{Architecture, LongRope};
-use crate::convert::{PlannedGeometry, TargetKind};
 use crate::factor::norm::{NormScales, neutral_scales, rms_bound};
-use crate::methods::MlaLayer;
+use crate::mla::{Geometry, MlaLayer};
 use crate::source::Dtype;
 use crate::write::PlannedTensor;
 
@@ -26,12 +26,12 @@ use crate::write::PlannedTensor;
 pub const LATENT_EPS: f64 = 1e-6;
 
 /// Everything that decides names, shapes and dtypes of the output.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TargetSpec {
     /// Class that is written for; never `auto`.
     pub kind: TargetKind,
     /// Widths before padding. `q_lora_rank` counts the constant row, if there is one.
-    pub geometry: PlannedGeometry,
+    pub geometry: Geometry,
     /// Whether the output is for engines' own classes, which know the stock grid and YaRN only.
     pub portable: bool,
     /// Whether widths are padded to those of kernels.
@@ -51,6 +51,7 @@ pub struct TargetSpec {
     /// Whether queries go through `q_a_proj`, and whether its last row is the constant that carries their bias.
     pub constant_row: bool,
     /// Dtype of rounded tensors.
+    #[serde(with = "dtype_by_name")]
     pub base: Dtype,
     /// Whether a tensor that `base` would round is written in f32 instead.
     pub lossless: bool,
@@ -86,11 +87,16 @@ impl TargetSpec {
     }
 
     /// Widths of the output.
-    pub fn output(&self) -> PlannedGeometry {
+    pub fn output(&self) -> Geometry {
         match self.pad {
             true => pad::kernel_shape(&self.geometry, self.stock_grid).unwrap_or(self.geometry),
             false => self.geometry,
         }
+    }
+
+    /// Cached values per token and layer of the output.
+    pub fn cache_values(&self) -> usize {
+        self.output().kv_lora_rank + self.output().qk_rope_head_dim
     }
 
     fn plain(&self) -> Dtype {
@@ -260,6 +266,22 @@ impl TargetSpec {
             LongRope { original: long.original, inv_freq: frequencies.iter().map(beyond).collect() }
         });
         rope_config(frequencies, long, arch.rope.theta, scaling, max_position, self.portable)
+    }
+}
+
+/// A dtype as its name in a safetensors header.
+mod dtype_by_name {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use crate::source::Dtype;
+
+    pub fn serialize<S: Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(dtype.name())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        Dtype::from_name(&name).ok_or_else(|| D::Error::custom(format!("unknown dtype `{name}`")))
     }
 }
 

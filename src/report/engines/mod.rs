@@ -83,16 +83,10 @@ pub fn default_path(engine: &str, facts: &Facts) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::convert::{PlannedGeometry, RopeGrid, TargetKind};
+    use crate::convert::{Geometry, RopeGrid, TargetKind};
 
-    fn shape(r: usize, nope: usize, rope: usize, v: usize) -> PlannedGeometry {
-        PlannedGeometry {
-            kv_lora_rank: r,
-            q_lora_rank: None,
-            qk_nope_head_dim: nope,
-            qk_rope_head_dim: rope,
-            v_head_dim: v,
-        }
+    fn shape(r: usize, nope: usize, rope: usize, v: usize) -> Geometry {
+        Geometry { kv_lora_rank: r, q_lora_rank: None, qk_nope_head_dim: nope, qk_rope_head_dim: rope, v_head_dim: v }
     }
 
     fn verdict(c: &Facts, engine: &str) -> Loads {
