@@ -1,7 +1,7 @@
 //! How much memory a conversion takes, before it takes it.
 //!
 //! The bytes per value below were counted, or fitted to the allocator's own count on 59 models of other shapes
-//! (`tests/memory.rs` holds the plan against what the system measures). They are the layer at work in f32 and f64, its
+//! (`tests/memory/` holds the plan against what the system measures). They are the layer at work in f32 and f64, its
 //! moments, and what every calibration token carries through a layer; nothing in them grows with the number of layers.
 
 use super::{ConvertError, Job, Method, fit, scores};
