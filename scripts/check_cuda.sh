@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CUDA backend without a card: tests/cuda.rs on the emulated libraries of scripts/cuda_emulator. Needs g++ on Linux.
+# The CUDA backend without a card: tests/device/cuda.rs on the emulated libraries of scripts/cuda_emulator. Needs g++ on Linux.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,4 +11,4 @@ g++ -O2 -std=c++17 -Wall -shared -fPIC -DHEADER="\"$PWD/$emulator/kernels.h\"" "
 ln -s libcuda.so "$dir/libnvrtc.so"
 ln -s libcuda.so "$dir/libcublas.so"
 CUDA_EMULATOR_DIR=$dir LD_LIBRARY_PATH=$dir GQA2MLA_REQUIRE_CUDA=1 \
-    cargo test --release --locked --features cuda --test cuda "$@"
+    cargo test --release --locked --features cuda --test devices "${@:-device::cuda}"

@@ -1,24 +1,25 @@
 //! The targets of `fuzz/` on a stable compiler: the committed corpus, then seeded mutations of it for a while.
 //!
 //! Without coverage to guide it this finds less than cargo-fuzz per hour, and runs on every machine and commit. Each input
-//! has to end within seconds, in bounded memory, without a panic. `GQA2MLA_FUZZ_SECONDS` sets how long each target runs.
+//! has to end within seconds, in bounded memory, without a panic. A binary of its own: its allocator counts the heap of each
+//! thread, and an input that overflows the stack ends the process. `GQA2MLA_FUZZ_SECONDS` sets how long each target runs.
 
 // Figures for the record, shown with --nocapture.
 #![allow(clippy::print_stdout)]
 
-#[path = "common/counting.rs"]
-mod counting;
-#[path = "common/random.rs"]
-mod random;
+mod common {
+    pub mod counting;
+    pub mod random;
+}
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use counting::Counting;
+use common::counting::Counting;
+use common::random::split_mix;
 use gqa2mla::fuzzing;
-use random::split_mix;
 
 /// Longest an input may take.
 const SLOW: Duration = Duration::from_secs(5);

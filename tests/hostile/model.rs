@@ -109,7 +109,7 @@ pub fn configs() -> Vec<Case> {
     all.extend(["7", "\"x\"", "[]", "{}", "{\"text_config\":{}}"].map(|raw| with("text_config", raw, Clean)));
     all.push(with("text_config", format!("{}{}", "{\"text_config\":".repeat(126), "1}".repeat(126)), Clean));
 
-    let sound = fs_err::read(super::fixture("pico-trained").join("config.json")).expect("readable");
+    let sound = fs_err::read(crate::common::models::fixture("pico-trained").join("config.json")).expect("readable");
     let text = String::from_utf8(sound.clone()).expect("text");
     let utf16: Vec<u8> = std::iter::once(0xfeff).chain(text.encode_utf16()).flat_map(u16::to_le_bytes).collect();
     let raws: [(&str, Vec<u8>); 16] = [

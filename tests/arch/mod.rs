@@ -1,0 +1,4 @@
+//! What a config and its tensors are understood as.
+
+mod families;
+mod native;

@@ -1,0 +1,110 @@
+//! Both methods that factorise weights, X-EcoMLA and MHA2MLA, on whole models.
+
+use gqa2mla::convert::{Budget, CalibrationSettings, ConvertSettings, Method, OutputDtype, TargetKind, WeightSettings};
+use gqa2mla::methods::mha2mla::SvdKind;
+use gqa2mla::methods::partial_rope::PartialRope;
+
+use crate::common::copies::copy_folder;
+use crate::common::judge::{converted, heldout, side_by_side};
+use crate::common::models::{fixture, open};
+
+pub fn settings(method: Method) -> ConvertSettings {
+    let calibration = CalibrationSettings { samples: 4, seq_len: 128, ..CalibrationSettings::default() };
+    ConvertSettings { method, calibration, dtype: Some(OutputDtype::F32), force: true, ..ConvertSettings::default() }
+}
+
+#[test]
+fn every_rule_writes_a_model_whose_slots_turn_as_the_source() {
+    let (_, source) = open(&fixture("pico-trained"));
+    for method in [Method::XEcomla, Method::Mha2mla] {
+        for rule in PartialRope::ALL {
+            let dir = tempfile::tempdir().expect("a temporary folder");
+            let to = dir.path().join("out");
+            let weights = WeightSettings { partial_rope: Some(rule), ..Default::default() };
+            let s = ConvertSettings { kv_budget: Some(Budget::Percent(50.0)), weights, ..settings(method) };
+            let report = converted(&fixture("pico-trained"), &to, &s).expect("converts");
+            assert_eq!(report.cache_values_per_token_per_layer, 64);
+            for f in &report.rope_frequencies {
+                assert!(
+                    source.rope.inv_freq.iter().any(|own| (own / f - 1.0).abs() < 1e-6),
+                    "{method}, {}",
+                    rule.name()
+                );
+            }
+            let c = side_by_side(&fixture("pico-trained"), &to, &heldout(64, 2));
+            assert!(c.ppl_converted.is_finite() && c.cached_vs_full_max_abs_dlogit < 2e-4, "{method}: {c:?}");
+        }
+    }
+}
+
+#[test]
+fn biases_and_norms_and_partial_rotation_are_carried() {
+    // Random weights: what counts is that the written model is the one that was measured.
+    for (name, method) in [
+        ("pico-qwen2", Method::XEcomla),
+        ("pico-qwen2", Method::Mha2mla),
+        ("pico-qwen3", Method::XEcomla),
+        ("pico-phi3", Method::Mha2mla),
+        ("pico-phi3", Method::XEcomla),
+    ] {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let (stock, remote) = (dir.path().join("stock"), dir.path().join("remote"));
+        let from = dir.path().join("from");
+        copy_folder(&fixture(name), &from);
+        fs_err::copy(fixture("pico-trained").join("tokenizer.json"), from.join("tokenizer.json")).expect("copied");
+        // Bytes that the small vocabularies have.
+        let text = dir.path().join("text.txt");
+        fs_err::write(&text, "THE RIVER BENDS TWICE BEFORE 1900 AND 1950. ".repeat(60)).expect("written");
+        let s = |target| {
+            let mut s = ConvertSettings { target, ..settings(method) };
+            s.calibration.files = vec![text.clone()];
+            s
+        };
+        converted(&from, &stock, &s(TargetKind::DeepseekV3)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        converted(&from, &remote, &s(TargetKind::HfRemote)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let tokens: Vec<u32> = (0..40).map(|i| i * 5 % 60).collect();
+        let c = side_by_side(&stock, &remote, &[tokens]);
+        assert!(c.max_abs_dlogit < 2e-4, "{name}, {method}: {c:?}");
+    }
+}
+
+#[test]
+fn what_is_impossible_is_said_and_nothing_is_written() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let to = dir.path().join("out");
+    let with = |method: Method, f: &dyn Fn(&mut ConvertSettings)| {
+        let mut s = ConvertSettings { force: false, ..settings(method) };
+        f(&mut s);
+        s
+    };
+    let (x, m) = (Method::XEcomla, Method::Mha2mla);
+    let cases: Vec<(&str, ConvertSettings)> = vec![
+        ("--kv-energy 1.5 is no share", with(x, &|s| s.weights.kv_energy = Some(1.5))),
+        ("--q-energy 0 is no share", with(x, &|s| s.weights.q_energy = Some(0.0))),
+        ("--kv-energy NaN is no share", with(x, &|s| s.weights.kv_energy = Some(f64::NAN))),
+        ("finds the ranks", with(x, &|s| (s.weights.kv_energy, s.kv_lora_rank) = (Some(0.9), Some(64)))),
+        ("finds the ranks", with(x, &|s| (s.weights.q_energy, s.q_lora_rank) = (Some(0.9), Some(64)))),
+        ("rank 128 at most", with(x, &|s| (s.kv_lora_rank, s.qk_rope_head_dim) = (Some(129), Some(8)))),
+        ("rank 112 at most", with(m, &|s| (s.kv_lora_rank, s.qk_rope_head_dim) = (Some(113), Some(16)))),
+        ("q_lora_rank 129 is larger", with(x, &|s| s.q_lora_rank = Some(129))),
+        ("--q-lora-rank", with(m, &|s| s.q_lora_rank = Some(64))),
+        ("--published-layout", with(m, &|s| s.weights.published_layout = true)),
+        ("--svd", with(x, &|s| s.weights.svd = SvdKind::Split)),
+        ("qk_rope_head_dim 12 cannot", with(m, &|s| s.qk_rope_head_dim = Some(12))),
+        ("qk_rope_head_dim 16 cannot", with(x, &|s| s.qk_rope_head_dim = Some(16))),
+        ("nothing is saved", with(x, &|s| s.weights.kv_energy = Some(1.0))),
+        (
+            "stock grid",
+            with(x, &|s| {
+                s.weights.partial_rope = Some(PartialRope::High);
+                s.profile = Some(gqa2mla::convert::Profile::Portable);
+            }),
+        ),
+    ];
+    for (expected, s) in cases {
+        let error = converted(&fixture("pico-trained"), &to, &s).expect_err(expected);
+        assert!(error.contains(expected), "expected `{expected}`, found: {error}");
+        assert!(error.contains("hint: "), "{error}");
+        assert_eq!(fs_err::read_dir(dir.path()).expect("readable").count(), 0, "something was left behind: {error}");
+    }
+}
