@@ -14,7 +14,6 @@ use crate::observe::{Event, Observer};
 use crate::plan::{Blueprint, Checked, Need, SCHEMA_VERSION, emission, give_back, read_calibration, survey};
 use crate::runtime::Device;
 use crate::source::ModelSource;
-use crate::target::{REMOTE_FILE, TargetKind};
 use crate::write::{Leftover, StagedWriter, Staging, StagingOptions};
 
 /// Files beside the weights that the caller wants in the folder: name and a function of the report.
@@ -219,8 +218,8 @@ impl Run<'_> {
         // What is published has to be readable: by the rules this tool reads models with.
         Architecture::from_config(&config)?;
         sink.writer.write_file("config.json", &pretty(&config))?;
-        if spec.kind == TargetKind::HfRemote {
-            sink.writer.write_file(REMOTE_FILE.0, REMOTE_FILE.1.as_bytes())?;
+        for (name, text) in spec.class.files() {
+            sink.writer.write_file(name, text.as_bytes())?;
         }
         for file in &source.files {
             sink.writer.copy_file(&file.name, &file.path)?;
@@ -237,7 +236,7 @@ impl Run<'_> {
             method: case.settings.method.name().to_owned(),
             settings: case.settings.clone(),
             decisions: blueprint.decisions.iter().cloned().chain(rope.note.clone()).collect(),
-            target: spec.kind,
+            target: spec.class,
             geometry: spec.output(),
             cache_values_per_token_per_layer: spec.cache_values(),
             source_cache_values_per_token_per_layer: arch.cache_values(),
