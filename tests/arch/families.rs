@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use gqa2mla::arch::{Architecture, Family, check_tensors, language_config};
-use gqa2mla::convert::{CalibrationSettings, ConvertSettings, Method, OutputDtype, TargetKind, convert};
+use gqa2mla::convert::{CalibrationSettings, ConvertSettings, OutputDtype, TargetKind, convert};
 use gqa2mla::observe::Silent;
 use gqa2mla::source::{ModelSource, OpenOptions};
 use gqa2mla::target::fp8;
@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 
 use crate::common::golden::golden_tokens;
 use crate::common::judge::{ROUNDING, converted, worst_window};
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 
 fn exact() -> ConvertSettings {
-    ConvertSettings { method: Method::Exact, ..ConvertSettings::default() }
+    ConvertSettings { method: method("exact"), ..ConvertSettings::default() }
 }
 
 /// A fixture under another config and other tensor names and bytes.

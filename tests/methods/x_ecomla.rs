@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use gqa2mla::arch::load_attention_source;
-use gqa2mla::convert::{ConvertSettings, Method, TargetKind, WeightSettings};
+use gqa2mla::convert::{ConvertSettings, TargetKind};
 use gqa2mla::factor::svd::svd;
 use gqa2mla::methods::partial_rope::Slot;
-use gqa2mla::methods::x_ecomla::{self, Ranks};
+use gqa2mla::methods::x_ecomla::{self, Ranks, XEcomla};
 use ndarray::{Array2, Axis, concatenate, s};
 use serde_json::Value;
 
@@ -91,9 +91,9 @@ fn ranks_are_those_of_the_published_rule() {
 fn ranks_by_energy_differ_by_layer_and_are_padded_at_no_change() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let at = |target: TargetKind, divisor: usize, to: &Path| {
-        let weights =
-            WeightSettings { kv_energy: Some(0.8), q_energy: Some(0.9), rank_divisor: divisor, ..Default::default() };
-        converted(&fixture("pico-trained"), to, &ConvertSettings { target, weights, ..settings(Method::XEcomla) })
+        let method =
+            XEcomla { kv_energy: Some(0.8), q_energy: Some(0.9), rank_divisor: Some(divisor), ..XEcomla::default() };
+        converted(&fixture("pico-trained"), to, &ConvertSettings { target, ..settings(method) })
     };
     let (stock, remote) = (dir.path().join("stock"), dir.path().join("remote"));
     let report = at(TargetKind::DeepseekV3, 1, &stock).expect("converts");
@@ -125,10 +125,10 @@ fn ranks_by_energy_differ_by_layer_and_are_padded_at_no_change() {
 fn right_positions_are_no_worse_than_the_published_ones() {
     for (rope, rank) in [(8, 56), (8, 100)] {
         let base =
-            ConvertSettings { qk_rope_head_dim: Some(rope), kv_lora_rank: Some(rank), ..settings(Method::XEcomla) };
+            ConvertSettings { qk_rope_head_dim: Some(rope), kv_lora_rank: Some(rank), ..settings(XEcomla::default()) };
         let ours = excess(&base);
-        let weights = WeightSettings { published_layout: true, ..Default::default() };
-        let published = excess(&ConvertSettings { weights, ..base });
+        let method = XEcomla { published_layout: true, ..XEcomla::default() };
+        let published = excess(&ConvertSettings { method: method.into(), ..base });
         assert!(ours <= published, "{rope}+{rank}: {ours} ours, {published} published");
     }
 }

@@ -1,13 +1,13 @@
 //! Every target class: what it holds, what it refuses, and what it writes.
 
-use gqa2mla::convert::{CalibrationSettings, ConvertSettings, Method, OutputDtype, Padding, Profile, TargetKind};
+use gqa2mla::convert::{CalibrationSettings, ConvertSettings, OutputDtype, Padding, Profile, TargetKind};
 use gqa2mla::report::engines::{Facts, Loads, judge};
 use gqa2mla::source::Dtype;
 use gqa2mla::target::fp8;
 
 use crate::common::golden::golden_tokens;
 use crate::common::judge::{ROUNDING, converted, worst_window};
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 
 const DENSE: [TargetKind; 5] =
     [TargetKind::DeepseekV3, TargetKind::DeepseekV2, TargetKind::Youtu, TargetKind::Minicpm3, TargetKind::HfRemote];
@@ -15,7 +15,7 @@ const STOCK: [TargetKind; 4] =
     [TargetKind::DeepseekV3, TargetKind::DeepseekV2, TargetKind::Youtu, TargetKind::Minicpm3];
 
 fn exact(target: TargetKind) -> ConvertSettings {
-    ConvertSettings { method: Method::Exact, target, ..ConvertSettings::default() }
+    ConvertSettings { method: method("exact"), target, ..ConvertSettings::default() }
 }
 
 fn aware() -> ConvertSettings {
@@ -124,7 +124,7 @@ fn the_portable_profile_is_what_every_engine_runs() {
     let error = converted(
         &fixture("pico-qwen2"),
         &dir.path().join("no"),
-        &ConvertSettings { method: Method::Exact, ..s.clone() },
+        &ConvertSettings { method: method("exact"), ..s.clone() },
     );
     let error = error.expect_err("exact takes no widths, or the profile no biases");
     assert!(error.contains("hint:"), "{error}");
