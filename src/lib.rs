@@ -19,6 +19,7 @@ pub mod fuzzing;
 pub mod latent;
 pub mod methods;
 pub mod observe;
+pub mod publish;
 mod random;
 pub mod refine;
 pub mod report;

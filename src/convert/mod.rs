@@ -16,7 +16,6 @@ mod prepare;
 mod run;
 mod scores;
 mod settings;
-mod sink;
 mod state;
 mod streams;
 mod survey;

@@ -8,23 +8,31 @@ use super::checkpoint::{self, Finished, Saved, Start};
 use super::fit;
 use super::layers::stream_names;
 use super::memory::{Need, give_back};
-use super::sink::Sink;
 use super::survey::{Survey, survey};
 use super::weights;
 use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, MlaLayers, Plan, TargetKind};
 use crate::arch::Architecture;
 use crate::calibrate::{CalibrationText, calibration_text, read_texts};
 use crate::observe::{Event, Observer};
+use crate::publish::{self, Config, Nothing, Place, Publisher};
 use crate::runtime::Device;
 use crate::source::ModelSource;
 use crate::target::REMOTE_FILE;
-use crate::write::{Leftover, ShardPlan, StagedWriter, Staging, StagingOptions};
+use crate::write::{Leftover, ShardPlan};
 
 /// Version of `conversion.json` and of the plan.
 pub const SCHEMA_VERSION: u32 = 1;
 
 /// Files beside the weights that the caller wants in the folder: name and a function of the report.
-pub type Extras<'a> = &'a dyn Fn(&ConversionReport) -> Vec<(String, Vec<u8>)>;
+pub type Extras<'a> = publish::Extras<'a, ConversionReport>;
+
+impl publish::Report for ConversionReport {
+    const FILE: &'static str = "conversion.json";
+
+    fn document(&self) -> Result<serde_json::Value, ConvertError> {
+        Ok(self.reproducible())
+    }
+}
 
 /// Calibration text as the settings and [`fit::longer_window`] ask, empty for a method that needs none.
 fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<CalibrationText, ConvertError> {
@@ -134,19 +142,10 @@ pub fn convert(
     let CalibrationText { windows, longer } = text(&mut job, observer)?;
     give_back();
     let spill = Need::of(&job, windows.iter().map(Vec::len).sum()).spill(settings.max_memory)?;
-    let options = StagingOptions {
-        overwrite: settings.overwrite,
-        source: Some(source.dir.clone()),
-        // Zeros that take no room in the source are skipped in the output too.
-        needed_bytes: job
-            .planned_tensors()
-            .iter()
-            .map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64)
-            .sum::<u64>()
-            .saturating_sub(source.tensors.hole_bytes()),
-        leftover: settings.leftover,
-    };
-    let mut staging = Staging::create(output, &options)?;
+    let tensors = job.planned_tensors();
+    let bytes = tensors.iter().map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64).sum();
+    let place = Place { output, overwrite: settings.overwrite, leftover: settings.leftover, bytes };
+    let mut staging = publish::stage(source, &place)?;
     let identity = checkpoint::identity(&job, &windows)?;
     staging.check_identity(&identity)?;
     let saved = staging.record().map(Saved::read).unwrap_or_default();
@@ -189,33 +188,22 @@ pub fn convert(
 
     let windows = if settings.method == Method::AttentionAware { fit::in_front(windows) } else { windows };
     let run = Run { job: &job, backend: &backend, windows: &windows, found: &found, spill, observer };
-    let writer = StagedWriter::resume(staging, shards, start.progress.clone())?;
-    let mut sink = Sink { job: &job, writer, observer, scales: Vec::new() };
-    let mut report = match run.emit(&mut sink, start, output, extras, &mut clock) {
+    let mut publisher = Publisher::resume(source, staging, shards, start.progress.clone(), observer)?;
+    let mut report = match run.emit(&mut publisher, start, output, extras, &mut clock) {
         Ok(report) => report,
         Err(e) => {
             // What would end the same way again is not worth going on with.
             if !e.may_pass() {
-                sink.writer.staging_mut().keep(false);
+                publisher.staging_mut().keep(false);
             }
             return Err(e);
         }
     };
-    let published = sink.writer.finish()?;
-    if let Some(left) = published.left_behind {
-        observer.event(Event::Warning(format!("could not be removed: {}", left.display())));
-    }
+    report.output = publisher.finish()?;
     clock.lap("publish");
-    report.output = published.path;
     report.seconds = clock.finish();
     report.peak_rss_bytes = peak_rss_bytes();
     Ok(report)
-}
-
-fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
-    let mut bytes = serde_json::to_vec_pretty(value).unwrap_or_default();
-    bytes.push(b'\n');
-    bytes
 }
 
 /// A conversion whose decisions are taken.
@@ -233,7 +221,7 @@ impl Run<'_> {
     /// Writes every file of the output; only publishing is left.
     fn emit(
         &self,
-        sink: &mut Sink<'_>,
+        publisher: &mut Publisher<'_>,
         start: Start,
         output: &Path,
         extras: Extras<'_>,
@@ -245,21 +233,21 @@ impl Run<'_> {
         if start.layers.is_empty() {
             // Tensors of layers are scanned when their layer is read, these here.
             job.check_finite(&arch.names.embed)?;
-            sink.emit(&emission.first, &[])?;
+            publisher.write(&emission.first, &mut Nothing)?;
         }
         let mut frequencies = start.layers.last().map(|l| l.frequencies.clone()).unwrap_or_default();
         let mut layers: Vec<LayerReport> = start.layers.iter().map(|l| l.report.clone()).collect();
-        self.convert_layers(sink.writer.staging().root().to_owned(), start, |mla, gain, report, streams| {
+        self.convert_layers(publisher.staging().root().to_owned(), start, |mla, gain, report, streams| {
             let layer = report.layer;
             let attention = mla.as_ref().map(|mla| job.spec.attention_tensors(arch, layer, mla, gain));
-            sink.emit(&emission.layers[layer], &attention.unwrap_or_default())?;
+            publisher.write(&emission.layers[layer], &mut attention.unwrap_or_default().as_slice())?;
             if let Some(mla) = mla {
                 frequencies = mla.rope_freq;
             }
-            let mark = sink.writer.mark()?;
+            let mark = publisher.mark()?;
             let finished = Finished { layer, report: report.clone(), frequencies: frequencies.clone(), mark, streams };
             layers.push(report);
-            checkpoint::finished(sink.writer.staging_mut(), &finished, observer)
+            checkpoint::finished(publisher.staging_mut(), &finished, observer)
         })?;
         clock.lap("convert");
 
@@ -267,19 +255,11 @@ impl Run<'_> {
         for name in [&arch.names.final_norm, head] {
             job.check_finite(name)?;
         }
-        sink.emit(&emission.last, &[])?;
-        source.check_unchanged()?;
+        publisher.write(&emission.last, &mut Nothing)?;
         let rope = job.spec.rope(&frequencies, arch, &source.config, job.max_position);
         let config = job.spec.config(arch, &source.config, &rope, job.max_position);
-        // What is published has to be readable: by the rules this tool reads models with.
-        Architecture::from_config(&config)?;
-        sink.writer.write_file("config.json", &pretty(&config))?;
-        if job.spec.kind == TargetKind::HfRemote {
-            sink.writer.write_file(REMOTE_FILE.0, REMOTE_FILE.1.as_bytes())?;
-        }
-        for file in &source.files {
-            sink.writer.copy_file(&file.name, &file.path)?;
-        }
+        let own: &[_] = if job.spec.kind == TargetKind::HfRemote { &[REMOTE_FILE] } else { &[] };
+        publisher.side_files(Config::Made(&config), own)?;
         let count = job.mla_layers().len().max(1) as f64;
         let report = ConversionReport {
             schema_version: SCHEMA_VERSION,
@@ -287,7 +267,7 @@ impl Run<'_> {
             output: output.to_owned(),
             source: source.spec.clone(),
             source_revision: source.revision.clone(),
-            source_fingerprint: source.fingerprint().into_iter().map(|f| (f.file, f.header_sha256)).collect(),
+            source_fingerprint: publish::fingerprint(source),
             method: settings.method.name().to_owned(),
             settings: settings.clone(),
             decisions: job.decisions.iter().cloned().chain(rope.note.clone()).collect(),
@@ -304,10 +284,7 @@ impl Run<'_> {
             peak_rss_bytes: peak_rss_bytes(),
             seconds: BTreeMap::new(),
         };
-        for (name, bytes) in extras(&report) {
-            sink.writer.write_file(&name, &bytes)?;
-        }
-        sink.writer.write_file("conversion.json", &pretty(&report.reproducible()))?;
+        publisher.report(&report, extras)?;
         Ok(report)
     }
 }
