@@ -5,14 +5,16 @@ mod config;
 mod emission;
 mod fit;
 pub mod fp8;
+mod origin;
 pub mod pad;
 mod rope;
 mod spec;
 mod tensor;
 
 pub use choices::{OutputDtype, Padding, Profile, RopeGrid, TargetKind};
-pub use emission::{Emission, Emit, Origin};
+pub use emission::Emission;
 pub use fit::{choose, obstacles};
+pub use origin::{Cut, Emit, Origin};
 pub use rope::{RopeConfig, rope_config};
 pub use spec::{LATENT_EPS, TargetSpec};
 pub use tensor::{OutTensor, encode};
