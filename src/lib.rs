@@ -22,6 +22,7 @@ pub mod methods;
 pub mod mla;
 pub mod observe;
 pub mod plan;
+pub mod publish;
 mod random;
 pub mod report;
 pub mod runtime;

@@ -6,7 +6,6 @@ pub(crate) mod journal;
 mod layers;
 mod report;
 mod run;
-mod sink;
 
 pub use crate::calibrate::CalibrationSettings;
 pub use crate::error::ConvertError;

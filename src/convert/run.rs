@@ -6,18 +6,26 @@ use std::time::Instant;
 
 use super::ConversionReport;
 use super::journal::{self, Finished, Saved, Start};
-use super::sink::Sink;
 use crate::arch::Architecture;
 use crate::error::ConvertError;
 use crate::methods::{ConvertSettings, LayerReport};
 use crate::observe::{Event, Observer};
 use crate::plan::{Blueprint, Checked, Need, SCHEMA_VERSION, emission, give_back, read_calibration, survey};
+use crate::publish::{self, Config, Nothing, Place, Publisher};
 use crate::runtime::Device;
 use crate::source::ModelSource;
-use crate::write::{Leftover, StagedWriter, Staging, StagingOptions};
+use crate::write::{Leftover, Staging};
 
 /// Files beside the weights that the caller wants in the folder: name and a function of the report.
-pub type Extras<'a> = &'a dyn Fn(&ConversionReport) -> Vec<(String, Vec<u8>)>;
+pub type Extras<'a> = publish::Extras<'a, ConversionReport>;
+
+impl publish::Report for ConversionReport {
+    const FILE: &'static str = "conversion.json";
+
+    fn document(&self) -> Result<serde_json::Value, ConvertError> {
+        Ok(self.reproducible())
+    }
+}
 
 /// Convert `source` into the folder `output`.
 ///
@@ -43,7 +51,10 @@ pub fn convert(
     checked.decisions.extend(decision);
     give_back();
     let spill = Need::of(&checked.case, checked.spec.geometry, &text.windows).spill(settings.max_memory)?;
-    let mut staging = Staging::create(output, &staging_options(&checked))?;
+    let planned = emission(arch, &checked.spec, &source.tensors).planned();
+    let bytes = planned.iter().map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64).sum();
+    let place = Place { output, overwrite: settings.overwrite, leftover: settings.leftover, bytes };
+    let mut staging = publish::stage(source, &place)?;
     let identity = journal::identity(&checked.case, &text.windows)?;
     staging.check_identity(&identity)?;
     let saved = staging.record().map(Saved::read).unwrap_or_default();
@@ -82,47 +93,23 @@ pub fn convert(
     }
     clock.lap("survey");
 
-    let writer = StagedWriter::resume(staging, shards, start.progress.clone())?;
-    let mut sink = Sink { source, writer, observer, scales: Vec::new() };
-    let emitted = run.emit(&mut sink, &emission, &start, &mut clock);
-    let mut report = match emitted.and_then(|emitted| run.describe(&mut sink, emitted, output, extras)) {
+    let mut publisher = Publisher::resume(source, staging, shards, start.progress.clone(), observer)?;
+    let emitted = run.emit(&mut publisher, &emission, &start, &mut clock);
+    let mut report = match emitted.and_then(|emitted| run.describe(&mut publisher, emitted, output, extras)) {
         Ok(report) => report,
         Err(e) => {
             // What would end the same way again is not worth going on with.
             if !e.may_pass() {
-                sink.writer.staging_mut().keep(false);
+                publisher.staging_mut().keep(false);
             }
             return Err(e);
         }
     };
-    let published = sink.writer.finish()?;
-    if let Some(left) = published.left_behind {
-        observer.event(Event::Warning(format!("could not be removed: {}", left.display())));
-    }
+    report.output = publisher.finish()?;
     clock.lap("publish");
-    report.output = published.path;
     report.seconds = clock.finish();
     report.peak_rss_bytes = peak_rss_bytes();
     Ok(report)
-}
-
-fn staging_options(checked: &Checked<'_>) -> StagingOptions {
-    let (source, settings) = (checked.case.source, checked.case.settings);
-    let planned = emission(checked.case.arch, &checked.spec, &source.tensors).planned();
-    let bytes = |t: &crate::write::PlannedTensor| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64;
-    StagingOptions {
-        overwrite: settings.overwrite,
-        source: Some(source.dir.clone()),
-        // Zeros that take no room in the source are skipped in the output too.
-        needed_bytes: planned.iter().map(bytes).sum::<u64>().saturating_sub(source.tensors.hole_bytes()),
-        leftover: settings.leftover,
-    }
-}
-
-fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
-    let mut bytes = serde_json::to_vec_pretty(value).unwrap_or_default();
-    bytes.push(b'\n');
-    bytes
 }
 
 /// A conversion whose decisions are taken.
@@ -164,7 +151,7 @@ impl Run<'_> {
     /// Writes every weight.
     fn emit(
         &self,
-        sink: &mut Sink<'_>,
+        publisher: &mut Publisher<'_>,
         emission: &crate::target::Emission,
         start: &Start,
         clock: &mut Clock,
@@ -173,38 +160,38 @@ impl Run<'_> {
         if start.layers.is_empty() {
             // Tensors of layers are scanned when their layer is read, these here.
             self.checked.check_finite(&arch.names.embed)?;
-            sink.emit(&emission.first, &[])?;
+            publisher.write(&emission.first, &mut Nothing)?;
         }
         let mut frequencies = start.layers.last().map(|l| l.frequencies.clone()).unwrap_or_default();
         let mut layers: Vec<LayerReport> = start.layers.iter().map(|l| l.report.clone()).collect();
-        let folder = sink.writer.staging().root().to_owned();
+        let folder = publisher.staging().root().to_owned();
         self.convert_layers(&folder, start, |done| {
             let layer = done.report.layer;
             let attention =
                 done.layer.as_ref().map(|mla| self.blueprint.spec.attention_tensors(arch, layer, mla, &done.gain));
-            sink.emit(&emission.layers[layer], &attention.unwrap_or_default())?;
+            publisher.write(&emission.layers[layer], &mut attention.unwrap_or_default().as_slice())?;
             if let Some(mla) = done.layer {
                 frequencies = mla.rope_freq;
             }
-            let mark = sink.writer.mark()?;
+            let mark = publisher.mark()?;
             layers.push(done.report.clone());
             let finished =
                 Finished { layer, report: done.report, frequencies: frequencies.clone(), mark, streams: done.streams };
-            journal::finished(sink.writer.staging_mut(), &finished, self.observer)
+            journal::finished(publisher.staging_mut(), &finished, self.observer)
         })?;
         clock.lap("convert");
         let head = if arch.tied_head { &arch.names.embed } else { &arch.names.head };
         for name in [&arch.names.final_norm, head] {
             self.checked.check_finite(name)?;
         }
-        sink.emit(&emission.last, &[])?;
+        publisher.write(&emission.last, &mut Nothing)?;
         Ok(Emitted { layers, frequencies })
     }
 
     /// Writes every file beside the weights; only publishing is left.
     fn describe(
         &self,
-        sink: &mut Sink<'_>,
+        publisher: &mut Publisher<'_>,
         emitted: Emitted,
         output: &Path,
         extras: Extras<'_>,
@@ -212,18 +199,9 @@ impl Run<'_> {
         let (blueprint, spec) = (self.blueprint, &self.blueprint.spec);
         let case = &self.checked.case;
         let (source, arch) = (case.source, case.arch);
-        source.check_unchanged()?;
         let rope = spec.rope(&emitted.frequencies, arch, &source.config, blueprint.max_position);
         let config = spec.config(arch, &source.config, &rope, blueprint.max_position);
-        // What is published has to be readable: by the rules this tool reads models with.
-        Architecture::from_config(&config)?;
-        sink.writer.write_file("config.json", &pretty(&config))?;
-        for (name, text) in spec.class.files() {
-            sink.writer.write_file(name, text.as_bytes())?;
-        }
-        for file in &source.files {
-            sink.writer.copy_file(&file.name, &file.path)?;
-        }
+        publisher.side_files(Config::Made(&config), spec.class.files())?;
         let mla_layers = blueprint.mla_layers(arch.layers);
         let count = mla_layers.len().max(1) as f64;
         let report = ConversionReport {
@@ -232,7 +210,7 @@ impl Run<'_> {
             output: output.to_owned(),
             source: source.spec.clone(),
             source_revision: source.revision.clone(),
-            source_fingerprint: source.fingerprint().into_iter().map(|f| (f.file, f.header_sha256)).collect(),
+            source_fingerprint: publish::fingerprint(source),
             method: case.settings.method.name().to_owned(),
             settings: case.settings.clone(),
             decisions: blueprint.decisions.iter().cloned().chain(rope.note.clone()).collect(),
@@ -249,10 +227,7 @@ impl Run<'_> {
             peak_rss_bytes: peak_rss_bytes(),
             seconds: BTreeMap::new(),
         };
-        for (name, bytes) in extras(&report) {
-            sink.writer.write_file(&name, &bytes)?;
-        }
-        sink.writer.write_file("conversion.json", &pretty(&report.reproducible()))?;
+        publisher.report(&report, extras)?;
         Ok(report)
     }
 }

@@ -1,50 +1,12 @@
-//! What is written, in order, and where each tensor comes from.
+//! What a conversion writes, in order, and where each tensor comes from.
 
 use crate::arch::{Architecture, Part, QkNormScope};
 use crate::source::Dtype;
 use crate::write::PlannedTensor;
 
 use super::fp8;
+use super::origin::{Emit, Origin};
 use super::spec::TargetSpec;
-
-/// A tensor of the output.
-#[derive(Debug, Clone)]
-pub struct Emit {
-    /// Name, dtype and shape.
-    pub planned: PlannedTensor,
-    /// Where its values come from.
-    pub from: Origin,
-}
-
-/// Where the values of an output tensor come from.
-#[derive(Debug, Clone)]
-pub enum Origin {
-    /// Rows of a source weight, times a factor, plus an offset: bit for bit where the factor is 1, the offset 0 and the
-    /// dtype the stored one.
-    Source {
-        /// Which rows.
-        part: Part,
-        /// Factor.
-        scale: f64,
-        /// Added after it.
-        offset: f64,
-    },
-    /// Tensor `i` of [`TargetSpec::attention_tensors`].
-    Attention(usize),
-    /// A norm's gain spread over other places: entry `i` is that of the source's entry `places[i]`, or 1.
-    Spread {
-        /// The source's gain.
-        part: Part,
-        /// Where each entry comes from.
-        places: Vec<Option<usize>>,
-        /// Added to the stored gain.
-        offset: f64,
-    },
-    /// Zeros: an expert that adds nothing.
-    Zero,
-    /// The block scales of the tensor before.
-    Scales,
-}
 
 /// Everything that is written.
 #[derive(Debug, Clone, Default)]
@@ -124,7 +86,7 @@ impl List<'_> {
             self.kept_attention(arch, layer, &to);
         } else {
             for (i, planned) in self.spec.planned_attention(arch, layer).into_iter().enumerate() {
-                self.push(planned.name, planned.dtype, planned.shape, Origin::Attention(i));
+                self.push(planned.name, planned.dtype, planned.shape, Origin::Computed(i));
             }
         }
         if self.spec.head_norms && !self.spec.keeps(layer) {

@@ -1,4 +1,4 @@
-//! The orthogonal matrices that turn a latent.
+//! The matrices by which latents are rotated (docs/maths.md, 11).
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,14 +16,14 @@ use crate::runtime::{AttentionTensors, LayerTensors};
 /// Least energy of a scaled direction, relative to the largest: its coordinates shrink to a thousandth.
 pub const SCALE_FLOOR: f64 = 1e-6;
 
-/// Which matrix turns the latents of a model.
+/// Which kind of matrix rotates the latents of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transform {
     /// None: latents stay as they are.
     None,
-    /// A Hadamard matrix, or what comes nearest to one; no data needed. Where the latent's norm does nothing, over directions
-    /// scaled by what the weights read of them.
+    /// A Hadamard matrix, or the nearest thing to one; no data needed. Where the latent's norm does nothing, it mixes directions
+    /// that are scaled by what the weights read of them first.
     Hadamard,
     /// Principal directions of what each layer's scores and outputs read of its latents on calibration text.
     Pca,
@@ -49,16 +49,18 @@ impl fmt::Display for Transform {
     }
 }
 
-/// A matrix `U` `[r, r]` that turns latents, orthogonal but for [`Turn::Scaled`].
+/// The matrix `U` `[r, r]` of one layer, whose latents become `c U`. It is orthogonal, except for
+/// [`LatentTransform::Scaled`].
 #[derive(Debug, Clone, PartialEq)]
-pub enum Turn {
+pub enum LatentTransform {
     /// The identity.
-    None,
-    /// Applied by its factors.
+    Identity,
+    /// A Hadamard matrix, applied by its factors.
     Spread(Arc<Spread>),
-    /// Columns are the new directions.
+    /// Any orthogonal matrix; its columns are the new directions.
     Dense(Array2<f64>),
-    /// Latents by `basis`, what reads them by `dual`, the inverse of its transpose. Only where a norm does nothing.
+    /// Latents times `basis`, the rows that read them times `dual`, the inverse of its transpose. Only where the latent's norm
+    /// does nothing.
     Scaled {
         /// `U` `[r, r]`.
         basis: Array2<f64>,
@@ -67,15 +69,15 @@ pub enum Turn {
     },
 }
 
-impl Turn {
-    /// The Hadamard matrix of order `r`, or what comes nearest to one.
+impl LatentTransform {
+    /// The Hadamard matrix of order `r`, or the nearest thing to one.
     pub fn hadamard(r: usize) -> Self {
-        Turn::Spread(Arc::new(Spread::new(r)))
+        Self::Spread(Arc::new(Spread::new(r)))
     }
 
-    /// A Hadamard matrix over the principal directions of `energies` `[r, r]`, what is read of a latent whose coordinates are
-    /// alike in size, each direction scaled by the root of its energy: `U = s V diag(lambda^1/2) H`, `lambda` at least
-    /// 1e-6 of the largest. `s` leaves the mean square of white latents as it is.
+    /// A Hadamard matrix over the principal directions of `energies` `[r, r]`, each scaled by the root of its energy:
+    /// `U = s V diag(lambda^1/2) H`, with `lambda` at least 1e-6 of the largest. `energies` is what is read of a
+    /// latent whose coordinates have the same size; `s` keeps the mean square of white latents.
     ///
     /// # Errors
     /// [`FactorError`] for energies that are not finite.
@@ -92,18 +94,18 @@ impl Turn {
         let spread = Self::hadamard(r);
         spread.apply(basis.view_mut());
         spread.apply(dual.view_mut());
-        Ok(Turn::Scaled { basis, dual })
+        Ok(Self::Scaled { basis, dual })
     }
 
-    /// Every row `y` `[.., r]` that reads latents becomes `y U^-T`: what it reads of turned latents is what it read.
+    /// Every row `y` `[.., r]` that reads latents becomes `y U^-T`: it reads of rotated latents what it read before.
     ///
     /// # Panics
-    /// As [`Turn::apply`].
+    /// As [`LatentTransform::apply`].
     pub fn apply_dual(&self, mut rows: ArrayViewMut2<'_, f64>) {
         match self {
-            Turn::Scaled { dual, .. } => {
-                let turned = matmul(&rows, dual);
-                rows.assign(&turned);
+            Self::Scaled { dual, .. } => {
+                let rotated = matmul(&rows, dual);
+                rows.assign(&rotated);
             }
             _ => self.apply(rows),
         }
@@ -115,46 +117,46 @@ impl Turn {
     /// If the rows have another length than `U`.
     pub fn apply(&self, mut rows: ArrayViewMut2<'_, f64>) {
         match self {
-            Turn::None => {}
-            Turn::Spread(spread) => spread.apply(rows),
-            Turn::Dense(u) | Turn::Scaled { basis: u, .. } => {
-                let turned = matmul(&rows, u);
-                rows.assign(&turned);
+            Self::Identity => {}
+            Self::Spread(spread) => spread.apply(rows),
+            Self::Dense(u) | Self::Scaled { basis: u, .. } => {
+                let rotated = matmul(&rows, u);
+                rows.assign(&rotated);
             }
         }
     }
 }
 
-/// Eigenvectors of what is read of a latent ([`super::LatentMoments::reads`], `[r, r]`), by falling eigenvalue; and the
+/// The eigenvectors of what is read of a latent ([`super::LatentMoments::reads`], `[r, r]`), by falling eigenvalue, and the
 /// eigenvalues. The first slice of a latent in these coordinates holds what scores and outputs depend on most.
 ///
 /// # Errors
 /// [`FactorError`] for moments that are not finite.
-pub fn principal(moments: &Array2<f64>) -> Result<(Turn, Vec<f64>), FactorError> {
+pub fn principal(moments: &Array2<f64>) -> Result<(LatentTransform, Vec<f64>), FactorError> {
     let (values, vectors) = eigh(moments, "energies of what is read of a latent")?;
-    Ok((Turn::Dense(vectors), values.iter().map(|v| v.max(0.0)).collect()))
+    Ok((LatentTransform::Dense(vectors), values.iter().map(|v| v.max(0.0)).collect()))
 }
 
-/// The matrix of `transform` for one layer: its tensors, and the latent's weights among them before they are turned. `None` where it
-/// needs moments and there are none.
+/// The matrix of kind `transform` for one layer, from its tensors and, among them, the weights around the latent before they are
+/// rotated. `None` where the kind needs moments and there are none.
 ///
 /// # Errors
 /// [`FactorError`] for energies that are not finite.
-pub fn turn_of(
+pub fn transform_of(
     transform: Transform,
     tensors: &LayerTensors,
     weights: &LatentWeights,
     shape: &MlaShape,
     moments: Option<&LatentMoments>,
-) -> Result<Option<Turn>, FactorError> {
+) -> Result<Option<LatentTransform>, FactorError> {
     Ok(match (transform, moments, &tensors.attention) {
-        (Transform::None, ..) => Some(Turn::None),
+        (Transform::None, ..) => Some(LatentTransform::Identity),
         (Transform::Hadamard, _, AttentionTensors::Mla(t))
             if weights.is_neutral(&tensors.input_norm, shape.latent_eps) =>
         {
-            Some(Turn::spread_by(&weights.read_by_weights(shape, t.o.weight.mapv(f64::from).view()))?)
+            Some(LatentTransform::spread_by(&weights.read_by_weights(shape, t.o.weight.mapv(f64::from).view()))?)
         }
-        (Transform::Hadamard, ..) => Some(Turn::hadamard(weights.rank())),
+        (Transform::Hadamard, ..) => Some(LatentTransform::hadamard(weights.rank())),
         (Transform::Pca, Some(moments), _) => Some(principal(&moments.reads)?.0),
         (Transform::Pca, None, _) => None,
     })
@@ -167,18 +169,18 @@ mod tests {
     #[test]
     fn what_reads_latents_reads_the_same_of_scaled_ones() {
         let a = Array2::from_shape_fn((40, 8), |(i, j)| ((i * 31 + j * 17 + i * j) % 53) as f64 / (1 + j) as f64);
-        let turn = Turn::spread_by(&matmul(&a.t(), &a)).unwrap();
-        assert!(matches!(turn, Turn::Scaled { .. }));
+        let transform = LatentTransform::spread_by(&matmul(&a.t(), &a)).unwrap();
+        assert!(matches!(transform, LatentTransform::Scaled { .. }));
         let x = Array2::from_shape_fn((5, 8), |(i, j)| ((i * 13 + j * 7) % 11) as f64 - 5.0);
         let y = Array2::from_shape_fn((3, 8), |(i, j)| ((i * 5 + j * 3) % 7) as f64 - 3.0);
         let want = matmul(&x, &y.t());
         let (mut tx, mut ty) = (x, y);
-        turn.apply(tx.view_mut());
-        turn.apply_dual(ty.view_mut());
+        transform.apply(tx.view_mut());
+        transform.apply_dual(ty.view_mut());
         // Coordinates differ by at most a thousand in size, and so does the rounding.
         assert!((&matmul(&tx, &ty.t()) - &want).iter().all(|d| d.abs() < 1e-9));
-        let white: f64 = match &turn {
-            Turn::Scaled { basis, .. } => basis.iter().map(|v| v * v).sum(),
+        let white: f64 = match &transform {
+            LatentTransform::Scaled { basis, .. } => basis.iter().map(|v| v * v).sum(),
             _ => 0.0,
         };
         assert!((white - 8.0).abs() < 1e-9, "the mean square of white latents stays");
@@ -188,9 +190,9 @@ mod tests {
     fn principal_directions_diagonalise_the_moments() {
         let a = Array2::from_shape_fn((40, 8), |(i, j)| ((i * 31 + j * 17 + i * j) % 53) as f64 / (1 + j) as f64);
         let c = matmul(&a.t(), &a);
-        let (Turn::Dense(u), energies) = principal(&c).unwrap() else { panic!("dense") };
-        let turned = matmul(&u.t(), &matmul(&c, &u));
-        for ((i, j), x) in turned.indexed_iter() {
+        let (LatentTransform::Dense(u), energies) = principal(&c).unwrap() else { panic!("dense") };
+        let rotated = matmul(&u.t(), &matmul(&c, &u));
+        for ((i, j), x) in rotated.indexed_iter() {
             let want = if i == j { energies[i] } else { 0.0 };
             assert!((x - want).abs() <= 1e-12 * c.diag().sum(), "{i} {j} {x}");
         }
