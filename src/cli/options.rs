@@ -11,6 +11,7 @@ use gqa2mla::convert::{
 };
 use gqa2mla::methods::METHODS;
 use gqa2mla::runtime::DeviceChoice;
+use gqa2mla::target::classes::CLASSES;
 
 use super::method_args::MethodArgs;
 use super::values::{self, Count};
@@ -24,6 +25,21 @@ pub fn method() -> impl TypedValueParser<Value = MethodChoice> {
 fn target() -> impl TypedValueParser<Value = TargetChoice> {
     PossibleValuesParser::new(TargetChoice::all().map(TargetChoice::name))
         .map(|s| TargetChoice::named(&s).unwrap_or_default())
+}
+
+fn target_help() -> String {
+    let first = CLASSES[0];
+    format!("Model class to write for; auto: {first} if it holds the source, else the first that does, with the reason")
+}
+
+fn mla_layers_help() -> String {
+    let holding: Vec<&str> =
+        CLASSES.iter().filter(|class| class.holds_two_kinds_of_layers()).map(|class| class.name()).collect();
+    format!(
+        "Layers that become MLA, such as `0,3-7`; `auto:N` or `auto:N%` takes those that conversion changes least, `auto` half \
+         of them. The others keep their attention. Written for {} [default: all]",
+        holding.join(", ")
+    )
 }
 
 fn profile() -> impl TypedValueParser<Value = Profile> {
@@ -106,9 +122,7 @@ struct MethodOptions {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Weight factorisation and hybrids")]
 struct LayerOptions {
-    /// Layers that become MLA, such as `0,3-7`; `auto:N` or `auto:N%` takes those that conversion changes least, `auto`
-    /// half of them. The others keep their attention. Written for hf-remote [default: all]
-    #[arg(long, value_name = "LIST|auto")]
+    #[arg(long, value_name = "LIST|auto", help = mla_layers_help())]
     mla_layers: Option<MlaLayers>,
 }
 
@@ -146,8 +160,8 @@ impl CalibrationOptions {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Output")]
 struct OutputOptions {
-    /// Model class to write for; auto: deepseek_v3 if it holds the source, else the first that does, with the reason
-    #[arg(long, value_name = "CLASS", default_value = "auto", value_parser = target())]
+    // Help in place of a doc comment, so that no class is named here.
+    #[arg(long, value_name = "CLASS", default_value = "auto", value_parser = target(), help = target_help())]
     target: TargetChoice,
     /// portable: what every engine's own class runs, padded to its kernels; faithful: biases and any frequencies, for
     /// transformers' code [default: faithful]

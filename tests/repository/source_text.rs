@@ -73,7 +73,7 @@ pub fn collect(dir: &Path, out: &mut Vec<PathBuf>) {
     }
 }
 
-/// Words, `::` and single marks. A literal becomes one token `"`.
+/// Words, `::` and single marks. A literal becomes one token: `"` and its text, or `"` alone where it is a character or raw.
 pub fn tokens(text: &str) -> Vec<Token> {
     let chars: Vec<char> = text.chars().collect();
     let word = |c: char| c.is_alphanumeric() || c == '_';
@@ -87,7 +87,7 @@ pub fn tokens(text: &str) -> Vec<Token> {
             '/' if next == '*' => at = behind_comment(&chars, at),
             '"' => {
                 at = behind_string(&chars, at + 1);
-                token = Some("\"".to_owned());
+                token = Some(chars[start..at.saturating_sub(1).min(chars.len())].iter().collect());
             }
             // A lifetime has no second quote behind its first letter.
             '\'' if next == '\\' || chars.get(at + 2) == Some(&'\'') => {
