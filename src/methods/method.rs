@@ -422,6 +422,9 @@ pub struct Cost {
     pub overlapped_bytes: u64,
 }
 
+/// A method from options as they were typed: name and value, empty for a flag.
+pub type Make = fn(&[(&str, &str)]) -> Result<super::MethodChoice, ConvertError>;
+
 /// A method by its name: what the registry knows of it.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
@@ -429,6 +432,6 @@ pub struct Entry {
     pub name: &'static str,
     /// Its own options.
     pub options: &'static [&'static MethodOption],
-    /// The method with these options set, in order: name and value, empty for a flag. They are among `options` and parse.
-    pub make: fn(&[(&str, &str)]) -> Result<super::MethodChoice, ConvertError>,
+    /// The method with options set, in order. They are among `options` and parse.
+    pub make: Make,
 }

@@ -25,7 +25,7 @@ use ndarray::Array1;
 use crate::arch::AttentionSource;
 
 pub use method::{
-    Candidates, Case, Choice, Cost, Entry, LayerInput, LayerOutput, LayerReport, LayerTokens, Made, Method,
+    Candidates, Case, Choice, Cost, Entry, LayerInput, LayerOutput, LayerReport, LayerTokens, Made, Make, Method,
     SourceStream, Split, Streams, Survey, SurveyResult, TextNeed, Work,
 };
 pub use mla_layers::{LayerCount, MlaLayers};

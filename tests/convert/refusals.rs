@@ -59,7 +59,7 @@ fn degenerate_layers_convert_by_every_method() {
             let dir = tempfile::tempdir().expect("a temporary folder");
             let from = changed("pico-trained", dir.path(), |_| (), &[&format!("model.layers.0.{zeroed}")]);
             let to = dir.path().join("out");
-            let s = ConvertSettings { kv_budget: Some(Budget::Percent(50.0)), ..settings(method) };
+            let s = ConvertSettings { kv_budget: Some(Budget::Percent(50.0)), ..settings(method.clone()) };
             converted(&from, &to, &s).unwrap_or_else(|e| panic!("{method}, {zeroed}: {e}"));
             let c = side_by_side(&from, &to, &heldout(64, 2));
             assert!(c.ppl_converted.is_finite(), "{method}, {zeroed}");

@@ -1,8 +1,8 @@
 use ndarray::{Array1, Array2};
 
 use super::*;
-use crate::calibrate::{LatentAttention, output_projection};
 use crate::mla::Query;
+use crate::mla::{LatentAttention, output_projection};
 
 /// Uniform in [-1, 1], from a SplitMix64 stream.
 struct Random(u64);
