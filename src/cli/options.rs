@@ -7,7 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use gqa2mla::convert::{
     Budget, CalibrationSettings, ConvertSettings, MethodChoice, MlaLayers, OutputDtype, Padding, Profile, RopeGrid,
-    TargetKind,
+    TargetChoice,
 };
 use gqa2mla::methods::METHODS;
 use gqa2mla::runtime::DeviceChoice;
@@ -21,9 +21,9 @@ pub fn method() -> impl TypedValueParser<Value = MethodChoice> {
         .map(|s| MethodChoice::named(&s).unwrap_or_default())
 }
 
-fn target() -> impl TypedValueParser<Value = TargetKind> {
-    PossibleValuesParser::new(TargetKind::ALL.map(TargetKind::name))
-        .map(|s| TargetKind::ALL.into_iter().find(|t| t.name() == s).unwrap_or(TargetKind::Auto))
+fn target() -> impl TypedValueParser<Value = TargetChoice> {
+    PossibleValuesParser::new(TargetChoice::all().map(TargetChoice::name))
+        .map(|s| TargetChoice::named(&s).unwrap_or_default())
 }
 
 fn profile() -> impl TypedValueParser<Value = Profile> {
@@ -148,7 +148,7 @@ impl CalibrationOptions {
 struct OutputOptions {
     /// Model class to write for; auto: deepseek_v3 if it holds the source, else the first that does, with the reason
     #[arg(long, value_name = "CLASS", default_value = "auto", value_parser = target())]
-    target: TargetKind,
+    target: TargetChoice,
     /// portable: what every engine's own class runs, padded to its kernels; faithful: biases and any frequencies, for
     /// transformers' code [default: faithful]
     #[arg(long, value_name = "PROFILE", value_parser = profile())]
@@ -277,7 +277,7 @@ mod tests {
             q_lora_rank: Some(96),
             kv_budget: None,
             mla_layers: None,
-            target: TargetKind::DeepseekV3,
+            target: TargetChoice::named("deepseek_v3").expect("a class"),
             profile: Some(Profile::Faithful),
             pad: Some(Padding::None),
             rope_grid: Some(RopeGrid::Stock),

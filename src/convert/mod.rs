@@ -12,6 +12,6 @@ pub use crate::error::ConvertError;
 pub use crate::methods::{Budget, ConvertSettings, LayerCount, LayerReport, MethodChoice, MlaLayers};
 pub use crate::mla::Geometry;
 pub use crate::plan::{Plan, SCHEMA_VERSION, plan};
-pub use crate::target::{OutputDtype, Padding, Profile, RopeGrid, TargetKind};
+pub use crate::target::{OutputDtype, Padding, Profile, RopeGrid, Target, TargetChoice};
 pub use report::ConversionReport;
 pub use run::{Extras, convert, peak_rss_bytes};

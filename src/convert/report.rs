@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::methods::{ConvertSettings, LayerReport};
 use crate::mla::Geometry;
-use crate::target::TargetKind;
+use crate::target::Target;
 
 /// What a conversion did: `conversion.json`.
 #[derive(Debug, Clone, Serialize)]
@@ -30,8 +30,8 @@ pub struct ConversionReport {
     pub settings: ConvertSettings,
     /// Decisions taken for the user.
     pub decisions: Vec<String>,
-    /// Class that was written for, never `auto`.
-    pub target: TargetKind,
+    /// Class that was written for.
+    pub target: Target,
     /// Widths.
     pub geometry: Geometry,
     /// `r + d_R`.

@@ -14,7 +14,6 @@ use crate::plan::{Blueprint, Checked, Need, SCHEMA_VERSION, emission, give_back,
 use crate::publish::{self, Config, Nothing, Place, Publisher};
 use crate::runtime::Device;
 use crate::source::ModelSource;
-use crate::target::{REMOTE_FILE, TargetKind};
 use crate::write::{Leftover, Staging};
 
 /// Files beside the weights that the caller wants in the folder: name and a function of the report.
@@ -202,8 +201,7 @@ impl Run<'_> {
         let (source, arch) = (case.source, case.arch);
         let rope = spec.rope(&emitted.frequencies, arch, &source.config, blueprint.max_position);
         let config = spec.config(arch, &source.config, &rope, blueprint.max_position);
-        let own: &[_] = if spec.kind == TargetKind::HfRemote { &[REMOTE_FILE] } else { &[] };
-        publisher.side_files(Config::Made(&config), own)?;
+        publisher.side_files(Config::Made(&config), spec.class.files())?;
         let mla_layers = blueprint.mla_layers(arch.layers);
         let count = mla_layers.len().max(1) as f64;
         let report = ConversionReport {
@@ -216,7 +214,7 @@ impl Run<'_> {
             method: case.settings.method.name().to_owned(),
             settings: case.settings.clone(),
             decisions: blueprint.decisions.iter().cloned().chain(rope.note.clone()).collect(),
-            target: spec.kind,
+            target: spec.class,
             geometry: spec.output(),
             cache_values_per_token_per_layer: spec.cache_values(),
             source_cache_values_per_token_per_layer: arch.cache_values(),

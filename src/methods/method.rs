@@ -16,10 +16,10 @@ use super::options::MethodOption;
 use super::settings::ConvertSettings;
 use crate::arch::{Architecture, AttentionSource, GqaShape};
 use crate::error::ConvertError;
-use crate::mla::{Geometry, MlaLayer};
+use crate::mla::{Geometry, MlaLayer, Split};
 use crate::source::ModelSource;
 use crate::stream::{Keep, SourceLayer, SourcePass, Visit, Walk};
-use crate::target::{RopeGrid, TargetKind};
+use crate::target::{RopeGrid, Target};
 
 /// One way of factorising attention, with its own settings.
 ///
@@ -119,16 +119,7 @@ pub struct Case<'a> {
     /// What was asked.
     pub settings: &'a ConvertSettings,
     /// Class that is written for.
-    pub target: TargetKind,
-}
-
-/// Widths of the cached key and latent, values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Split {
-    /// `d_R`.
-    pub rope: usize,
-    /// `r`.
-    pub rank: usize,
+    pub target: Target,
 }
 
 /// What a method would do on a model.

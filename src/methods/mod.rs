@@ -24,9 +24,10 @@ use ndarray::Array1;
 
 use crate::arch::AttentionSource;
 
+pub use crate::mla::Split;
 pub use method::{
     Candidates, Case, Choice, Cost, Entry, LayerInput, LayerOutput, LayerReport, LayerTokens, Made, Make, Method,
-    SourceStream, Split, Streams, Survey, SurveyResult, TextNeed, Work,
+    SourceStream, Streams, Survey, SurveyResult, TextNeed, Work,
 };
 pub use mla_layers::{LayerCount, MlaLayers};
 pub use registry::{DEMONSTRATED, METHODS, MethodChoice};

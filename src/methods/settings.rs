@@ -10,7 +10,7 @@ use super::{MethodChoice, MlaLayers};
 use crate::calibrate::CalibrationSettings;
 use crate::error::ConvertError;
 use crate::runtime::DeviceChoice;
-use crate::target::{OutputDtype, Padding, Profile, RopeGrid, TargetKind};
+use crate::target::{OutputDtype, Padding, Profile, RopeGrid, TargetChoice};
 use crate::write::Leftover;
 
 /// Cache size asked for, per token and layer.
@@ -58,7 +58,7 @@ pub struct ConvertSettings {
     /// Layers that become MLA; `None`: all.
     pub mla_layers: Option<MlaLayers>,
     /// Target class.
-    pub target: TargetKind,
+    pub target: TargetChoice,
     /// Which engines the class is written for; `None`: as the other settings have it.
     pub profile: Option<Profile>,
     /// Zero-padding of widths; `None`: to kernels for the portable profile.
@@ -97,7 +97,7 @@ impl Default for ConvertSettings {
             q_lora_rank: None,
             kv_budget: None,
             mla_layers: None,
-            target: TargetKind::Auto,
+            target: TargetChoice::Auto,
             profile: None,
             pad: None,
             rope_grid: None,

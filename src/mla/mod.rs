@@ -5,5 +5,5 @@ mod geometry;
 mod layer;
 
 pub use forward::{LatentAttention, output_error, output_projection};
-pub use geometry::Geometry;
+pub use geometry::{Geometry, Split};
 pub use layer::{MlaLayer, Query};

@@ -68,7 +68,7 @@ impl Blueprint {
 
 /// What is written for a spec, and where it comes from.
 pub fn emission(arch: &Architecture, spec: &TargetSpec, tensors: &TensorDirectory) -> Emission {
-    Emission::new(arch, spec, &|name| tensors.get(name).map_or(spec.base, |t| t.dtype))
+    Emission::new(arch, spec, &|name| tensors.get(name).map_or(spec.storage.base(), |t| t.dtype))
 }
 
 /// The files of a layout.

@@ -6,7 +6,7 @@ use super::{Blueprint, Checked, SCHEMA_VERSION, memory};
 use crate::error::ConvertError;
 use crate::methods::ConvertSettings;
 use crate::mla::Geometry;
-use crate::target::{RopeGrid, TargetKind};
+use crate::target::{RopeGrid, Target};
 
 /// Everything `convert` would do; nothing is written to make it.
 #[derive(Debug, Clone, Serialize)]
@@ -21,8 +21,8 @@ pub struct Plan {
     pub settings: ConvertSettings,
     /// Decisions taken for the user, one sentence each.
     pub decisions: Vec<String>,
-    /// Class that is written for, never `auto`.
-    pub target: TargetKind,
+    /// Class that is written for.
+    pub target: Target,
     /// Widths.
     pub geometry: Geometry,
     /// Layers.
@@ -91,7 +91,7 @@ pub(super) fn describe(
         family: arch.family.clone(),
         settings: settings.clone(),
         decisions,
-        target: spec.kind,
+        target: spec.class,
         geometry: spec.output(),
         layers: arch.layers,
         cache_values_per_token_per_layer: spec.cache_values(),

@@ -3,7 +3,6 @@
 use crate::error::ConvertError;
 use crate::methods::{ConvertSettings, Made, MlaLayers, SourceStream};
 use crate::stream::{Keep, Walk};
-use crate::target::TargetKind;
 
 /// Layers that keep the source's attention as far as the settings say it: `[layers]`, empty where all become MLA, none yet
 /// where they are to be chosen.
@@ -32,20 +31,6 @@ pub(super) fn kept(settings: &ConvertSettings, layers: usize) -> Result<Vec<bool
             )),
             _ => Ok(Vec::new()),
         },
-    }
-}
-
-/// The target that holds layers of both kinds.
-///
-/// # Errors
-/// A stock class was asked for.
-pub(super) fn target(settings: &ConvertSettings) -> Result<TargetKind, ConvertError> {
-    match settings.target {
-        TargetKind::Auto | TargetKind::HfRemote => Ok(TargetKind::HfRemote),
-        kind => Err(ConvertError::refused(
-            format!("the target `{}` has one kind of attention for all layers, --mla-layers makes two", kind.name()),
-            "`--target hf-remote` holds both",
-        )),
     }
 }
 

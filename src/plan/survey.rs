@@ -2,7 +2,7 @@
 //! slots, ranks or folds of the method, and which layers become MLA.
 
 use super::blueprint::{emission, files};
-use super::check::{with_ranks, with_split};
+use super::check::with_ranks;
 use super::{Blueprint, Checked, hybrid};
 use crate::calibrate::CalibrationText;
 use crate::error::ConvertError;
@@ -10,6 +10,7 @@ use crate::methods::{Choice, Made, MlaLayers, Survey};
 use crate::observe::{Event, Observer};
 use crate::runtime::Device;
 use crate::stream::{Keep, SourceLayer, Stream, Walk};
+use crate::target::choose;
 use crate::write::ShardPlan;
 
 /// Windows that are looked at.
@@ -78,7 +79,7 @@ pub(crate) fn survey(
     decisions.extend(why);
     let mut spec = match checked.candidates.ranks_open {
         true => with_ranks(checked, split, q_rank, &mut decisions)?,
-        false => with_split(&checked.spec, split),
+        false => checked.spec.with_split(split),
     };
     let made = Made { case: *case, geometry: spec.geometry, bias: spec.bias, result: &result };
     if let Some(chosen) = hybrid::choose(&made, &walk)? {
@@ -157,8 +158,11 @@ fn survey_norms(checked: &Checked<'_>, walk: &Walk<'_>) -> Result<String, Conver
                 100.0 * worst,
                 100.0 * LEAST_R2
             ),
-            "`--method exact --target hf-remote` keeps the norms; more calibration text fits the maps better; `--force` \
-             converts all the same",
+            format!(
+                "`--method exact --target {}` keeps the norms; more calibration text fits the maps better; `--force` \
+                 converts all the same",
+                choose(checked.case.arch, false).0
+            ),
         ));
     }
     Ok(format!(

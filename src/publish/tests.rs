@@ -209,6 +209,7 @@ fn what_cannot_be_written_is_an_error_and_nothing_appears() {
     let computed = |dtype, n: usize| emit("x", dtype, &[n], Origin::Computed(0));
     let bf16 = Dtype::Bf16;
     let spread = Origin::Spread { part: Part::whole("vector"), places: vec![Some(3)], offset: 0.0 };
+    let five_rows = Cut::Rows(std::iter::once(0..5).collect());
     let cases: Vec<(Emit, Vec<OutTensor>, &str)> = vec![
         (computed(Dtype::F32, 1), made(&[f64::NAN]), "output tensor `x`: not finite after conversion"),
         (computed(Dtype::F32, 2), made(&[1.0, 1e39]), "output tensor `x`: not finite after conversion"),
@@ -223,7 +224,7 @@ fn what_cannot_be_written_is_an_error_and_nothing_appears() {
         (emit("x", bf16, &[6, 4], source("matrik", None, 2.0, 0.0)), Vec::new(), "matrix"),
         (emit("x", Dtype::F32, &[1], spread), Vec::new(), "`vector` has 3 values only"),
         // Five rows where six were planned, and the reverse.
-        (emit("x", bf16, &[6, 4], stored("matrix", Cut::Rows(Vec::from([0..5])))), Vec::new(), "1 tensor"),
+        (emit("x", bf16, &[6, 4], stored("matrix", five_rows)), Vec::new(), "1 tensor"),
         (emit("x", bf16, &[5, 4], stored("matrix", Cut::Whole)), Vec::new(), "expected 40 bytes, found 48"),
     ];
     for (emit, computed, part) in cases {

@@ -5,7 +5,6 @@ use minijinja::{Environment, UndefinedBehavior, Value, context, syntax::SyntaxCo
 use super::table::Table;
 use super::{Verification, units};
 use crate::convert::ConversionReport;
-use crate::target::TargetKind;
 
 const TEMPLATE: &str = include_str!("card.md.j2");
 
@@ -32,7 +31,8 @@ pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verificat
         method => inline(&report.method),
         exact => !method.compresses(),
         from_weights => method.factorises_weights_alone(),
-        remote => report.target == TargetKind::HfRemote,
+        remote => report.target.brings_code(),
+        code => report.target.files().iter().map(|(name, _)| inline(name)).collect::<Vec<_>>().join(", "),
         command => fenced(command),
         tool_version => inline(&report.tool_version),
         geometry => geometry(report).markdown(),
@@ -144,7 +144,7 @@ mod tests {
             source_fingerprint: BTreeMap::new(),
             method: method.name().into(),
             settings: ConvertSettings { method: method.clone(), ..ConvertSettings::default() },
-            target: TargetKind::DeepseekV3,
+            target: crate::target::classes::deepseek_v3::TARGET,
             decisions: vec!["split 128 + 64 `searched`".into()],
             geometry: Geometry {
                 kv_lora_rank: 128,

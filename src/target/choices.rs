@@ -1,61 +1,9 @@
-//! What a user may choose of the output: class, profile, padding, frequencies, dtype.
+//! What a user may choose of the output beside its class: profile, padding, frequencies, dtype.
 
 use serde::{Deserialize, Serialize};
 
-/// The class the output is written for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TargetKind {
-    /// The first of the others that holds the source.
-    Auto,
-    /// `DeepseekV3ForCausalLM`, dense.
-    DeepseekV3,
-    /// `DeepseekV2ForCausalLM`: experts chosen by softmax.
-    DeepseekV2,
-    /// `YoutuForCausalLM`: dense, served by vLLM through transformers' code without being asked.
-    Youtu,
-    /// `MiniCPM3ForCausalLM`: dense, any frequencies in SGLang.
-    Minicpm3,
-    /// The generic class of this tool, as code beside the weights.
-    HfRemote,
-}
-
-impl TargetKind {
-    /// Every choice, in the order the documentation lists them.
-    pub const ALL: [TargetKind; 6] = [
-        TargetKind::Auto,
-        TargetKind::DeepseekV3,
-        TargetKind::DeepseekV2,
-        TargetKind::Youtu,
-        TargetKind::Minicpm3,
-        TargetKind::HfRemote,
-    ];
-
-    /// Name on the command line: the `model_type` of a stock class.
-    pub fn name(self) -> &'static str {
-        match self {
-            TargetKind::Auto => "auto",
-            TargetKind::DeepseekV3 => "deepseek_v3",
-            TargetKind::DeepseekV2 => "deepseek_v2",
-            TargetKind::Youtu => "youtu",
-            TargetKind::Minicpm3 => "minicpm3",
-            TargetKind::HfRemote => "hf-remote",
-        }
-    }
-
-    /// Whether it carries a score scale of its own; stock classes scale by the width of a head.
-    pub fn has_own_score_scale(self) -> bool {
-        self == TargetKind::HfRemote
-    }
-
-    /// Whether it carries any list of frequencies as it is; stock classes express one as LongRoPE factors.
-    pub fn has_any_frequencies(self) -> bool {
-        self == TargetKind::HfRemote
-    }
-}
-
 /// Which engines a stock class is written for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {
     /// Every engine's own class: stock frequencies, no biases, widths padded to kernels.
@@ -65,7 +13,7 @@ pub enum Profile {
 }
 
 /// Zero-padding of widths.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Padding {
     /// To the widths that serving kernels are compiled for.

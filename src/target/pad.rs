@@ -33,11 +33,11 @@ fn slot(p: usize, from: usize, to: usize) -> usize {
     if to.is_multiple_of(from) { p * (to / from) } else { p }
 }
 
-/// `mla` with the widths of `to`. Pairs that are added turn as the plain grid of base `theta` has it.
+/// `mla` with the widths of `to`. Pairs that are added have the frequencies of the plain grid of base `theta`.
 pub fn pad(mla: &MlaLayer, to: &Geometry, theta: f64) -> MlaLayer {
     let heads = mla.heads;
     let (nope, rope, value) = (mla.nope_dim(), mla.rope_dim(), mla.value_dim());
-    let turned = |i: usize| 2 * slot(i / 2, rope, to.qk_rope_head_dim) + i % 2;
+    let rotated = |i: usize| 2 * slot(i / 2, rope, to.qk_rope_head_dim) + i % 2;
     let plain = |i: usize| i;
     let rank = to.kv_lora_rank;
     let widen = |m: &Array2<f64>| {
@@ -51,7 +51,7 @@ pub fn pad(mla: &MlaLayer, to: &Geometry, theta: f64) -> MlaLayer {
     let rope_freq = frequencies(&mla.rope_freq, to.qk_rope_head_dim, theta);
     let mut out = mla.clone();
     out.query.nope = rows(&mla.query.nope, heads, nope, to.qk_nope_head_dim, plain);
-    out.query.rope = rows(&mla.query.rope, heads, rope, to.qk_rope_head_dim, turned);
+    out.query.rope = rows(&mla.query.rope, heads, rope, to.qk_rope_head_dim, rotated);
     let entries = |b: &Option<Array1<f64>>, from: usize, width: usize, place: &dyn Fn(usize) -> usize, heads: usize| {
         b.as_ref().map(|b| {
             let mut out = Array1::zeros(heads * width);
@@ -62,9 +62,9 @@ pub fn pad(mla: &MlaLayer, to: &Geometry, theta: f64) -> MlaLayer {
         })
     };
     out.query.nope_bias = entries(&mla.query.nope_bias, nope.max(1), to.qk_nope_head_dim, &plain, heads);
-    out.query.rope_bias = entries(&mla.query.rope_bias, rope, to.qk_rope_head_dim, &turned, heads);
-    out.k_rope = rows(&mla.k_rope, 1, rope, to.qk_rope_head_dim, turned);
-    out.k_rope_bias = entries(&mla.k_rope_bias, rope, to.qk_rope_head_dim, &turned, 1);
+    out.query.rope_bias = entries(&mla.query.rope_bias, rope, to.qk_rope_head_dim, &rotated, heads);
+    out.k_rope = rows(&mla.k_rope, 1, rope, to.qk_rope_head_dim, rotated);
+    out.k_rope_bias = entries(&mla.k_rope_bias, rope, to.qk_rope_head_dim, &rotated, 1);
     out.k_up = widen(&rows(&mla.k_up, heads, nope, to.qk_nope_head_dim, plain));
     out.v_up = widen(&rows(&mla.v_up, heads, value, to.v_head_dim, plain));
     out.latent = latent;

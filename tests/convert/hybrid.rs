@@ -5,13 +5,13 @@ use std::path::Path;
 
 use gqa2mla::arch::Architecture;
 use gqa2mla::convert::{
-    CalibrationSettings, ConvertSettings, LayerCount, MethodChoice, MlaLayers, OutputDtype, Profile, TargetKind,
-    convert, plan,
+    CalibrationSettings, ConvertSettings, LayerCount, MethodChoice, MlaLayers, OutputDtype, Profile, convert, plan,
 };
 use gqa2mla::methods::mha2mla::Mha2mla;
 use gqa2mla::methods::x_ecomla::XEcomla;
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, Model, Resident, Session};
+use gqa2mla::target::classes::{deepseek_v3, remote};
 use gqa2mla::write::{Leftover, verify_manifest};
 
 use super::StopAt;
@@ -65,7 +65,7 @@ fn kept_layers_are_the_sources_bit_for_bit_and_cache_what_they_cached() {
         let to = dir.path().join(method.name());
         let report =
             converted(&fixture("pico-trained"), &to, &settings(method.clone(), list(&[0, 3]))).expect("converts");
-        assert_eq!(report.target, TargetKind::HfRemote);
+        assert_eq!(report.target, remote::TARGET);
         assert_eq!(report.mla_layers, [0, 3]);
         assert_eq!(report.cache_values_per_token, 2 * report.cache_values_per_token_per_layer + 2 * 128);
         let ((source, _), (made, arch)) = (open(&fixture("pico-trained")), open(&to));
@@ -151,7 +151,7 @@ fn what_cannot_be_is_said_and_nothing_is_written() {
         ("names 2-9, the model has layers 0 to 3", settings(x, MlaLayers::List(vec![(2, 9)]))),
         ("more layers than the model's 4", settings(x, MlaLayers::Auto(LayerCount::Count(5)))),
         ("takes no --mla-layers", settings(method("exact"), list(&[0]))),
-        ("one kind of attention", ConvertSettings { target: TargetKind::DeepseekV3, ..settings(x, list(&[0])) }),
+        ("one kind of attention", ConvertSettings { target: deepseek_v3::TARGET.into(), ..settings(x, list(&[0])) }),
         ("portable profile", ConvertSettings { profile: Some(Profile::Portable), ..settings(x, list(&[0])) }),
     ];
     for (expected, s) in cases {

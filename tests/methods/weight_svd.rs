@@ -1,9 +1,10 @@
 //! Both methods that factorise weights, X-EcoMLA and MHA2MLA, on whole models.
 
-use gqa2mla::convert::{Budget, CalibrationSettings, ConvertSettings, MethodChoice, OutputDtype, TargetKind};
+use gqa2mla::convert::{Budget, CalibrationSettings, ConvertSettings, MethodChoice, OutputDtype, Target};
 use gqa2mla::methods::mha2mla::Mha2mla;
 use gqa2mla::methods::partial_rope::PartialRope;
 use gqa2mla::methods::x_ecomla::XEcomla;
+use gqa2mla::target::classes::{deepseek_v3, remote};
 
 use crate::common::copies::copy_folder;
 use crate::common::judge::{converted, heldout, side_by_side};
@@ -63,13 +64,13 @@ fn biases_and_norms_and_partial_rotation_are_carried() {
         // Bytes that the small vocabularies have.
         let text = dir.path().join("text.txt");
         fs_err::write(&text, "THE RIVER BENDS TWICE BEFORE 1900 AND 1950. ".repeat(60)).expect("written");
-        let s = |target| {
-            let mut s = ConvertSettings { target, ..settings(method.clone()) };
+        let s = |target: Target| {
+            let mut s = ConvertSettings { target: target.into(), ..settings(method.clone()) };
             s.calibration.files = vec![text.clone()];
             s
         };
-        converted(&from, &stock, &s(TargetKind::DeepseekV3)).unwrap_or_else(|e| panic!("{name}: {e}"));
-        converted(&from, &remote, &s(TargetKind::HfRemote)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        converted(&from, &stock, &s(deepseek_v3::TARGET)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        converted(&from, &remote, &s(remote::TARGET)).unwrap_or_else(|e| panic!("{name}: {e}"));
         let tokens: Vec<u32> = (0..40).map(|i| i * 5 % 60).collect();
         let c = side_by_side(&stock, &remote, &[tokens]);
         assert!(c.max_abs_dlogit < 2e-4, "{name}, {method}: {c:?}");

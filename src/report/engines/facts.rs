@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::arch::{Architecture, Attention, RopeLayout};
 use crate::mla::Geometry;
 use crate::source::TensorDirectory;
-use crate::target::{RopeGrid, TargetKind};
+use crate::target::{RopeGrid, Target};
 
 /// Why a folder cannot be judged.
 #[derive(Debug, thiserror::Error)]
@@ -174,21 +174,15 @@ impl Facts {
 
     /// What a conversion to `geometry` on `grid` writes for `target`: the free grid carries frequencies as LongRoPE factors
     /// and constants as biases, the stock grid has neither.
-    pub fn planned(geometry: Geometry, grid: RopeGrid, target: TargetKind) -> Self {
+    pub fn planned(geometry: Geometry, grid: RopeGrid, target: Target) -> Self {
         let free = grid == RopeGrid::Free;
-        let remote = target == TargetKind::HfRemote;
-        let model_type = match target {
-            TargetKind::Auto => TargetKind::DeepseekV3.name(),
-            TargetKind::HfRemote => "gqa2mla",
-            kind => kind.name(),
-        };
         Self {
-            model_type: model_type.into(),
-            own_code: remote,
+            model_type: target.model_type().into(),
+            own_code: target.brings_code(),
             bias: free,
             rope: if free { CandidateRope::LongRope } else { CandidateRope::Default },
             rope_name: if free { "longrope" } else { "default" }.into(),
-            interleaved: target != TargetKind::Minicpm3,
+            interleaved: target.interleaves_pairs(),
             ..Self::plain(geometry)
         }
     }
