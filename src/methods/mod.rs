@@ -14,6 +14,7 @@ mod mla_layers;
 pub mod options;
 pub mod partial_rope;
 mod registry;
+pub mod setting_options;
 mod settings;
 pub mod transmla;
 mod weight_methods;
