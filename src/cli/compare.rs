@@ -170,7 +170,8 @@ fn run(
         cache_percent: 100.0 * cache as f64 / source.arch.cache_values() as f64,
         perplexity,
         excess_nats: (perplexity / ppl_source).ln(),
-        predicted_error: report.predicted_error,
+        calibration_error: report.calibration_error,
+        predicted_error: report.calibration_error,
         seconds,
     })
 }
