@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes tests/guard/hashes.tsv anew: the SHA-256 of every file that each method writes for each fixture and target.
+# Writes tests/convert/hashes.tsv anew: the SHA-256 of every file that each method writes for each fixture and target.
 # With the path of a binary, of what that one writes (it made the first table, from the commit before anything moved).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,5 +7,5 @@ if [[ $# -gt 0 ]]; then
     GQA2MLA_BIN=$(realpath "$1")
     export GQA2MLA_BIN
 fi
-GQA2MLA_RENEW_HASHES=1 cargo test --release --test guard
-git diff --stat -- tests/guard/hashes.tsv
+GQA2MLA_RENEW_HASHES=1 cargo test --release --test suite convert::bytes
+git diff --stat -- tests/convert/hashes.tsv

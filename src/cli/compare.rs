@@ -16,7 +16,7 @@ use super::method_args::MethodArgs;
 use super::model::{self, OpenModel};
 use super::options::{self, CalibrationOptions, TextOptions};
 use super::output::{width, write_with_plot};
-use super::{Context, command_line, convert, values};
+use super::{Context, convert, values};
 
 /// Convert with several methods and budgets, evaluate each, print one table.
 ///
@@ -71,7 +71,7 @@ impl CompareArgs {
         let mut document =
             MethodComparison::new(&self.model, &windows.text, base.tokens, base.perplexity, source.arch.cache_values());
         for Run { method, budget, without } in self.runs()? {
-            let budget_name = budget.map(command_line::budget);
+            let budget_name = budget.map(|b| b.to_string());
             let name = without.map_or_else(|| method.name().to_owned(), |step| format!("{method} --without {step}"));
             context.progress.event(Event::Note(match &budget_name {
                 Some(budget) => format!("{name} at {budget}"),
@@ -170,7 +170,8 @@ fn run(
         cache_percent: 100.0 * cache as f64 / source.arch.cache_values() as f64,
         perplexity,
         excess_nats: (perplexity / ppl_source).ln(),
-        predicted_error: report.predicted_error,
+        calibration_error: report.calibration_error,
+        predicted_error: report.calibration_error,
         seconds,
     })
 }

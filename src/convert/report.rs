@@ -46,7 +46,9 @@ pub struct ConversionReport {
     pub rope_frequencies: Vec<f64>,
     /// Per-layer figures.
     pub layers: Vec<LayerReport>,
-    /// Mean of the layers' predicted errors.
+    /// Mean of the converted layers' errors on calibration text.
+    pub calibration_error: f64,
+    /// The same under its first name, until `schema_version` 2.
     pub predicted_error: f64,
     /// Calibration tokens used.
     pub calibration_tokens: usize,

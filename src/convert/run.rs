@@ -204,6 +204,7 @@ impl Run<'_> {
         publisher.side_files(Config::Made(&config), spec.class.files())?;
         let mla_layers = blueprint.mla_layers(arch.layers);
         let count = mla_layers.len().max(1) as f64;
+        let error = emitted.layers.iter().map(|l| l.calibration_error).sum::<f64>() / count;
         let report = ConversionReport {
             schema_version: SCHEMA_VERSION,
             tool_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -221,7 +222,8 @@ impl Run<'_> {
             cache_values_per_token: blueprint.cache_values_per_token(arch),
             mla_layers,
             rope_frequencies: rope.frequencies.clone(),
-            predicted_error: emitted.layers.iter().map(|l| l.predicted_error).sum::<f64>() / count,
+            calibration_error: error,
+            predicted_error: error,
             layers: emitted.layers,
             calibration_tokens: self.windows.iter().map(Vec::len).sum(),
             peak_rss_bytes: peak_rss_bytes(),

@@ -312,10 +312,10 @@ pub struct LayerOutput {
 pub struct LayerReport {
     /// Layer index.
     pub layer: usize,
-    /// Predicted relative squared error of the layer's attention output.
-    pub predicted_error: f64,
-    /// Measured on the calibration windows, where the method measures it.
-    pub measured_error: Option<f64>,
+    /// Relative squared error of the layer's attention output on calibration text; on windows held out where gradient steps
+    /// were taken.
+    #[serde(flatten, with = "error_under_both_names")]
+    pub calibration_error: f64,
     /// Share of key energy whose rotation is lost.
     pub rope_loss: f64,
     /// Share of the joint key/value energy outside the latent.
@@ -331,6 +331,25 @@ pub struct LayerReport {
     pub kept: bool,
     /// Anything out of the ordinary: regularisation, rejected refinement.
     pub notes: Vec<String>,
+}
+
+/// [`LayerReport::calibration_error`] as documents have it: also under the name it had first, until `schema_version` 2.
+mod error_under_both_names {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Names {
+        calibration_error: f64,
+        predicted_error: f64,
+    }
+
+    pub fn serialize<S: Serializer>(error: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        Names { calibration_error: *error, predicted_error: *error }.serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        Names::deserialize(deserializer).map(|names| names.calibration_error)
+    }
 }
 
 /// Sizes of the work on one layer, as [`Method::cost`] counts with them.
@@ -413,6 +432,9 @@ pub struct Cost {
     pub overlapped_bytes: u64,
 }
 
+/// A method from options as they were typed: name and value, empty for a flag.
+pub type Make = fn(&[(&str, &str)]) -> Result<super::MethodChoice, ConvertError>;
+
 /// A method by its name: what the registry knows of it.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
@@ -420,6 +442,6 @@ pub struct Entry {
     pub name: &'static str,
     /// Its own options.
     pub options: &'static [&'static MethodOption],
-    /// The method with these options set, in order: name and value, empty for a flag. They are among `options` and parse.
-    pub make: fn(&[(&str, &str)]) -> Result<super::MethodChoice, ConvertError>,
+    /// The method with options set, in order. They are among `options` and parse.
+    pub make: Make,
 }

@@ -14,6 +14,7 @@ mod mla_layers;
 pub mod options;
 pub mod partial_rope;
 mod registry;
+pub mod setting_options;
 mod settings;
 pub mod transmla;
 mod weight_methods;
@@ -26,7 +27,7 @@ use crate::arch::AttentionSource;
 
 pub use crate::mla::Split;
 pub use method::{
-    Candidates, Case, Choice, Cost, Entry, LayerInput, LayerOutput, LayerReport, LayerTokens, Made, Method,
+    Candidates, Case, Choice, Cost, Entry, LayerInput, LayerOutput, LayerReport, LayerTokens, Made, Make, Method,
     SourceStream, Streams, Survey, SurveyResult, TextNeed, Work,
 };
 pub use mla_layers::{LayerCount, MlaLayers};

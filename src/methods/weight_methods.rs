@@ -290,7 +290,7 @@ pub(super) fn layer(
     let ranks = pairs.ranks.get(index).copied();
     let figures = LayerReport {
         layer: index,
-        predicted_error: output_error(&out.layer, attention.score_softcap, x, windows, want),
+        calibration_error: output_error(&out.layer, attention.score_softcap, x, windows, want),
         rope_loss: pairs.slots.get(index).map_or(1.0, |slots| rope_loss(slots, attention, &moments)),
         rank_loss: out.rank_loss,
         kv_rank: ranks.map(|r| r.0),

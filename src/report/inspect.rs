@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::SCHEMA_VERSION;
 use super::engines::{EngineVerdict, Facts, judge};
 use crate::arch::{Architecture, Attention, GqaShape, MlpKind};
+use crate::methods::MethodChoice;
 use crate::mla::Geometry;
 use crate::source::Dtype;
 use crate::target::{RopeGrid, choose};
@@ -280,7 +281,9 @@ fn targets(arch: &Architecture) -> Vec<TargetOption> {
     let grid = if gqa.kv_heads == 1 && stock_grid_possible(arch, gqa) { RopeGrid::Stock } else { RopeGrid::Free };
     let mut candidate = Facts::planned(exact, grid, exact_target);
     candidate.bias = gqa.qkv_bias || gqa.out_bias;
-    out.push(option("exact".to_owned(), if grid == RopeGrid::Free { "free" } else { "stock" }, candidate));
+    let lossless = MethodChoice::all().into_iter().find(|method| !method.compresses());
+    let name = lossless.map(|method| method.name().to_owned()).unwrap_or_default();
+    out.push(option(name, if grid == RopeGrid::Free { "free" } else { "stock" }, candidate));
     out
 }
 

@@ -239,14 +239,14 @@ pub fn conversion(r: &ConversionReport, width: usize) -> String {
     t.row(["geometry", &widths(&r.geometry)]);
     let (new, old) = (r.cache_values_per_token_per_layer, r.source_cache_values_per_token_per_layer);
     t.row(["cache", &cache(new, old, r.mla_layers.len(), r.layers.len())]);
-    if let Some(worst) = r.layers.iter().max_by(|a, b| a.predicted_error.total_cmp(&b.predicted_error)) {
-        let mean = units::percent(r.predicted_error);
-        let most = units::percent(worst.predicted_error);
+    if let Some(worst) = r.layers.iter().max_by(|a, b| a.calibration_error.total_cmp(&b.calibration_error)) {
+        let mean = units::percent(r.calibration_error);
+        let most = units::percent(worst.calibration_error);
         t.row([
-            "predicted error",
+            "calibration error",
             &format!("{mean} of a layer's attention output, at most {most} (layer {})", worst.layer),
         ]);
-        let errors: Vec<f64> = r.layers.iter().map(|l| l.predicted_error).collect();
+        let errors: Vec<f64> = r.layers.iter().map(|l| l.calibration_error).collect();
         t.row(["by layer", &bars(&errors)]);
     }
     if r.calibration_tokens > 0 {

@@ -1,5 +1,5 @@
 //! Norms of queries and keys (Qwen3, OLMo 2) as the linear maps nearest to them, for classes that have no place for norms
-//! (algorithms.md 14.5).
+//! (docs/maths.md, section 4.4).
 //!
 //! A norm before RoPE is no linear function of the layer's input, but per token it only divides by a root mean square that
 //! varies little: `W* = E[q~ x^T] E[x x^T]^-1` for the normed queries `q~`, and the same for keys.

@@ -7,5 +7,5 @@ mod walk;
 
 pub use head_norms::Explained;
 pub use parked::{Parked, StateFile, load};
-pub use source::{Keep, SourceLayer, SourceModel, SourcePass, Stream, first_windows, input_gain, pick_rows};
+pub use source::{Keep, Rows, SourceLayer, SourceModel, SourcePass, Stream, first_windows, input_gain, pick_rows};
 pub use walk::{Visit, Walk};

@@ -24,13 +24,16 @@ pub struct SourceModel<'a> {
     pub keeps_head_norms: bool,
 }
 
+/// Some rows of windows that lie end to end, given the tokens of each.
+pub type Rows = fn(&[usize]) -> Vec<Range<usize>>;
+
 /// What a pass of the source's attention shall keep beside its output.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Keep {
     /// Phases by head and frequency ([`SourcePass::phases`]).
     pub phases: bool,
     /// Queries and keys of these rows, given the tokens of each window ([`SourcePass::queries_keys`]).
-    pub queries_keys: Option<fn(&[usize]) -> Vec<Range<usize>>>,
+    pub queries_keys: Option<Rows>,
 }
 
 /// Hidden states of one model at the input of a layer, for all windows end to end.

@@ -24,10 +24,10 @@ pub struct Fitted {
 pub fn fit(spec: TargetSpec, splits: Vec<Split>, insist: bool) -> Result<Fitted, ConvertError> {
     let mut fitted = Fitted { spec, splits, decisions: Vec::new() };
     if fitted.spec.padding == Padding::Kernels {
-        fitted.to_kernels(insist)?;
+        fitted.pad_to_kernels(insist)?;
     }
     if fitted.spec.storage.is_fp8() {
-        fitted.to_blocks()?;
+        fitted.align_to_blocks()?;
     }
     fitted.spec = fitted.spec.with_split(fitted.splits[0]);
     fitted.decisions.extend(growth(&fitted.spec));
@@ -44,7 +44,7 @@ impl TargetSpec {
 
 impl Fitted {
     /// Keep the splits that some kernel is wide enough for.
-    fn to_kernels(&mut self, insist: bool) -> Result<(), ConvertError> {
+    fn pad_to_kernels(&mut self, insist: bool) -> Result<(), ConvertError> {
         let spec = &self.spec;
         let held = |split: &Split| spec.with_split(*split).kernel_shape().is_some();
         let fit: Vec<Split> = self.splits.iter().copied().filter(held).collect();
@@ -70,7 +70,7 @@ impl Fitted {
     }
 
     /// Keep the splits whose latent shares no block with the rotated key.
-    fn to_blocks(&mut self) -> Result<(), ConvertError> {
+    fn align_to_blocks(&mut self) -> Result<(), ConvertError> {
         let spec = &self.spec;
         let rank = |split: &Split| spec.with_split(*split).output().kv_lora_rank;
         let first = rank(&self.splits[0]);

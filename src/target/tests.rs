@@ -273,7 +273,7 @@ fn the_config_describes_the_tensors() {
         assert_eq!(config.get("auto_map").is_some(), case.class.brings_code(), "{}", case.class);
         let output = Architecture::from_config(&config).unwrap_or_else(|e| panic!("{case:?}: {e}"));
         assert_eq!(output.norm_eps, spec.norm_eps(&arch));
-        assert_eq!(output.mla().expect("an MLA config").score_scale.is_finite(), true);
+        assert!(output.mla().expect("an MLA config").score_scale.is_finite());
         let mut expected: Vec<_> = output.expected_tensors().into_iter().map(|t| (t.name, t.shape)).collect();
         let emission = Emission::new(&arch, &spec, &|_| Dtype::F32);
         let mut planned: Vec<_> = emission.planned().into_iter().map(|t| (t.name, t.shape)).collect();

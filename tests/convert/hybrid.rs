@@ -53,7 +53,7 @@ fn a_hybrid_whose_mla_layers_lose_nothing_is_its_source() {
     (s.kv_lora_rank, s.qk_rope_head_dim, s.force) = (Some(40), Some(24), true);
     let report = converted(&from, &to, &s).expect("converts");
     assert!(report.layers[0].kept && !report.layers[1].kept);
-    assert!(report.layers[1].predicted_error < 1e-6, "{:?}", report.layers);
+    assert!(report.layers[1].calibration_error < 1e-6, "{:?}", report.layers);
     let c = side_by_side(&from, &to, &tokens());
     assert!(c.max_abs_dlogit < ROUNDING && c.cached_vs_full_max_abs_dlogit < ROUNDING, "{c:?}");
 }

@@ -1,5 +1,6 @@
 //! Whole conversions on the fixtures.
 
+mod bytes;
 mod hybrid;
 mod output;
 mod refusals;

@@ -13,7 +13,7 @@ use crate::common::judge::{converted, heldout};
 use crate::common::models::{fixture, method, open};
 
 #[test]
-fn the_predicted_error_is_the_measured_one() {
+fn the_calibration_error_is_the_error_on_other_text() {
     // TransMLA refits nothing, so each layer's error on other text is that of the calibration text, up to what separates
     // two samples of text.
     let dir = tempfile::tempdir().expect("a temporary folder");
@@ -37,7 +37,7 @@ fn the_predicted_error_is_the_measured_one() {
         // The converted stream is scaled by sqrt(1e-6 / eps): undo it to compare.
         let got = b.attention_output(x.view(), &lengths).expect("runs") * (sa.norm_eps / 1e-6).sqrt() as f32;
         let error = gqa2mla::calibrate::relative_error(got.view(), want.view());
-        predicted += report.layers[layer].predicted_error;
+        predicted += report.layers[layer].calibration_error;
         measured += error;
         a.forward(&mut hidden, &lengths).expect("runs");
     }

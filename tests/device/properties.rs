@@ -237,7 +237,7 @@ pub fn a_conversion_calibrated_there_is_that_of_the_cpu_to_rounding(choice: Devi
             ConvertSettings { method: method("transmla"), device, calibration, ..ConvertSettings::default() };
         let output = dir.path().join(device.to_string().replace(':', "-"));
         let report = convert(&source, &arch, &settings, &output, &|_| Vec::new(), &Silent).unwrap();
-        report.layers.iter().map(|l| l.predicted_error).collect::<Vec<_>>()
+        report.layers.iter().map(|l| l.calibration_error).collect::<Vec<_>>()
     });
     for (cpu, there) in errors[0].iter().zip(&errors[1]) {
         // Smooth functions of sums that agree to some 1e-6.

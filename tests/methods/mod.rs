@@ -2,6 +2,7 @@
 
 mod attention_aware;
 mod exact;
+mod forward;
 mod mha2mla;
 mod source_layer;
 mod weight_svd;

@@ -1,4 +1,4 @@
-//! Method `attention-aware`: closed-form conversion that looks at what attention reads (algorithms.md 14.3, 14.4, 18.3).
+//! Method `attention-aware`: closed-form conversion that looks at what attention reads (docs/maths.md, sections 2 to 4).
 //!
 //! 1. Keys become query-weighted complex principal components per frequency; the components that are worth most keep
 //!    their rotation in shared slots.
@@ -21,7 +21,7 @@ use crate::factor::slots::{PairComponents, pair_components, rotation_value};
 use crate::mla::{MlaLayer, Query};
 
 /// Weight of key energy against value energy in the joint low rank: an error of a logit moves every value at once
-/// (measured flat between 1.5 and 2, algorithms.md 18.2).
+/// (measured flat between 1.5 and 2; docs/maths.md, section 3).
 pub const KEY_WEIGHT: f64 = 1.75;
 
 /// Slot analysis of one layer: what each component of each frequency is worth with its rotation.

@@ -75,7 +75,7 @@ pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertErr
         refit_output(inputs, &mut layer, &heads, &mut notes)?;
     }
     let mut output = output_projection(&layer, &heads);
-    let mut predicted_error = relative_error(output.view(), inputs.target.output.view());
+    let mut calibration_error = relative_error(output.view(), inputs.target.output.view());
     if inputs.refine.steps > 0 {
         let (x, target) = (inputs.x, inputs.target.output.view());
         let refined = refine(&layer, x, target, inputs.windows, inputs.bias, &inputs.refine);
@@ -85,7 +85,7 @@ pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertErr
                 LatentAttention::new(&layer, inputs.x, inputs.windows).capped(inputs.source.score_softcap).outputs();
             output = output_projection(&layer, &heads);
             // On windows that no gradient step saw.
-            predicted_error = refined.error_after;
+            calibration_error = refined.error_after;
             notes.push(format!(
                 "refined: held-out error {:.4} to {:.4} (step {})",
                 refined.error_before, refined.error_after, refined.best_step
@@ -98,6 +98,6 @@ pub(super) fn convert_layer(inputs: &Inputs<'_>) -> Result<Converted, ConvertErr
         }
     }
     let report =
-        LayerReport { layer: inputs.index, predicted_error, rope_loss, rank_loss, notes, ..LayerReport::default() };
+        LayerReport { layer: inputs.index, calibration_error, rope_loss, rank_loss, notes, ..LayerReport::default() };
     Ok(Converted { layer, report, output })
 }

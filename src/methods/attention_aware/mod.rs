@@ -209,7 +209,7 @@ impl Method for AttentionAware {
     fn trial(&self, made: &Made<'_>, visit: &Visit<'_, '_>) -> Result<f64, ConvertError> {
         let Slots { slots } = made.result.read()?;
         let out = survey::convert_on_trial(self, made, visit, &slots, made.geometry.kv_lora_rank)?;
-        Ok(out.report.predicted_error)
+        Ok(out.report.calibration_error)
     }
 
     fn layer(&self, made: &Made<'_>, input: &LayerInput<'_, '_>) -> Result<LayerOutput, ConvertError> {

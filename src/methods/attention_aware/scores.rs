@@ -506,6 +506,88 @@ impl System for OfKeys<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mla::{LatentAttention, Query};
+
+    /// Queries and keys as the refits make them give the attention that the layer has on the host.
+    #[test]
+    fn queries_and_keys_are_the_layers_own() {
+        let (hidden, heads, n, r, rank, windows) = (10, 3, 4, 6, 7, [9, 5]);
+        let mut state = 3;
+        let mut matrix = |rows: usize, columns: usize| {
+            Array2::from_shape_simple_fn((rows, columns), || 2.0 * crate::random::uniform(&mut state) - 1.0)
+        };
+        let layer = MlaLayer {
+            heads,
+            query: Query {
+                down: None,
+                nope: matrix(heads * n, hidden),
+                nope_bias: Some(matrix(heads * n, 1).column(0).to_owned()),
+                rope: matrix(heads * r, hidden),
+                rope_bias: Some(matrix(heads * r, 1).column(0).to_owned()),
+            },
+            latent: matrix(rank, hidden),
+            k_rope: matrix(r, hidden),
+            k_rope_bias: Some(matrix(r, 1).column(0).to_owned()),
+            k_up: matrix(heads * n, rank),
+            v_up: matrix(heads * 5, rank),
+            wo: matrix(hidden, heads * 5),
+            wo_bias: None,
+            rope_freq: vec![0.7, 0.2, 0.05],
+            score_scale: 0.4,
+        };
+        let tokens: usize = windows.iter().sum();
+        let x = matrix(tokens, hidden).mapv(|v| v as f32);
+        let source = Qkv {
+            q: Array2::zeros((tokens, heads * 2)),
+            k: Array2::zeros((tokens, heads * 2)),
+            v: Array2::zeros((tokens, 0)),
+            heads,
+            kv_heads: heads,
+            qk_dim: 2,
+            v_dim: 0,
+            scale: 1.0,
+            sliding_window: None,
+            score_softcap: None,
+        };
+        let rotation = layer.rotation(9);
+        let scores = Scores {
+            target: ScoreTarget::new(&source, &windows, layer.score_scale),
+            windows: &windows,
+            x: concatenate![Axis(1), x, Array2::ones((tokens, 1))],
+            looked_at: looked_at(&windows),
+            of_queries: None,
+            moment: Array2::zeros((hidden + 1, hidden + 1)),
+            back: rotation.reversed(),
+            rotation,
+            heads,
+            nope: n,
+        };
+        let c = scores.project(&layer.latent);
+        let q = scores.queries(&scores.query_weight(&layer));
+        let k = scores.keys(&c, &layer.k_up, &rotated_key(&layer));
+        let attention = LatentAttention::new(&layer, x.view(), &windows);
+        for h in 0..heads {
+            let mut pooled = Array2::zeros((tokens, rank));
+            attention.pool(h, pooled.view_mut());
+            for span in Span::of_windows(&windows) {
+                for m in span.queries.clone() {
+                    let columns = s![h * (n + r)..(h + 1) * (n + r)];
+                    let score = |t: usize| {
+                        let product = q.row(m).slice(columns).dot(&k.row(t).slice(columns));
+                        (layer.score_scale * f64::from(product)).exp()
+                    };
+                    let weights: Vec<f64> = (span.queries.start..=m).map(score).collect();
+                    let total: f64 = weights.iter().sum();
+                    for j in 0..rank {
+                        let of = |(i, w): (usize, &f64)| w * f64::from(c[[span.queries.start + i, j]]);
+                        let expected = weights.iter().enumerate().map(of).sum::<f64>() / total;
+                        // Sums of some ten terms of order one, in f32.
+                        assert!((f64::from(pooled[[m, j]]) - expected).abs() < 1e-5, "head {h}, token {m}");
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn queries_that_are_looked_at_are_some_of_long_windows_and_all_of_others() {

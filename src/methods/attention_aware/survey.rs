@@ -125,7 +125,7 @@ fn compare(
                 output_error(&out.layer, cap, pass.x.view(), &stream.windows, pass.output.view())
             };
             let share = trial.len() as f64;
-            errors.short += visit.others.first().map_or(out.report.predicted_error, error) / share;
+            errors.short += visit.others.first().map_or(out.report.calibration_error, error) / share;
             errors.long += visit.others.get(1).map_or(0.0, error) / share;
         }
         Ok(())

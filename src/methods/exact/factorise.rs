@@ -2,7 +2,7 @@
 //!
 //! The rotated part is all KV heads side by side (`d_R = g d`, each pair at its own frequency), the latent is the values
 //! (`r = g d`), and a query head is zero outside its own group's block. Pairs that a model does not turn go to the latent
-//! too, as keys without rotation (algorithms.md 1.2: every head attends, MQA style,
+//! too, as keys without rotation (docs/maths.md, section 1: every head attends, MQA style,
 //! to one key of width `g d`). The cache is as large as the source's: this method proves the container, not a saving.
 
 use ndarray::{Array1, Array2, s};

@@ -73,9 +73,9 @@ pub struct Converted {
 /// Which weighting the joint low-rank step uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Metric {
-    /// Plain L2 of `[k_N / rho, v]` (TransMLA, equation 9).
+    /// Plain L2 of `[k_N / rho, v]` (TransMLA, appendix D; docs/maths.md, section 6).
     Plain,
-    /// CARE (arXiv 2603.17946, section 3): the covariance shrunk towards its mean diagonal; no balancing factor.
+    /// CARE (docs/maths.md, section 9): the covariance shrunk towards its mean diagonal; no balancing factor.
     Care,
 }
 
@@ -129,7 +129,7 @@ pub fn convert(
     let total_key = moments.output_moment(&source.wk, source.bk.as_ref()).diag().sum();
     let lost_key: f64 = cz.diag().slice(s![..width]).sum();
 
-    // rho: mean column norm of keys over that of values (section 4.3).
+    // rho: mean column norm of keys over that of values (docs/maths.md, section 6).
     let column = |range: std::ops::Range<usize>| -> f64 {
         let n = range.len().max(1) as f64;
         range.map(|i| cz[[i, i]].max(0.0).sqrt()).sum::<f64>() / n
@@ -294,7 +294,7 @@ pub fn check(
     }
 }
 
-/// PCA of the stacked query outputs (biases included in the samples, kept whole on `q_b`), section 4.4.
+/// PCA of the stacked query outputs (biases included in the samples, kept whole on `q_b`; docs/maths.md, section 6).
 fn low_rank_query(
     source: &AttentionSource,
     moments: &Moments,

@@ -293,7 +293,7 @@ impl Method for Rorope {
         let cap = input.attention.score_softcap;
         let figures = LayerReport {
             layer: input.index,
-            predicted_error: output_error(&out.layer, cap, x, windows, want.view()),
+            calibration_error: output_error(&out.layer, cap, x, windows, want.view()),
             rope_loss: out.rope_loss,
             rank_loss: out.rank_loss,
             ..LayerReport::default()

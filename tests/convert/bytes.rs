@@ -1,6 +1,6 @@
 //! The bytes of every conversion, against a committed table.
 //!
-//! `tests/guard/hashes.tsv` holds the SHA-256 of every file that each method writes for each fixture and target, and of the
+//! `tests/convert/hashes.tsv` holds the SHA-256 of every file that each method writes for each fixture and target, and of the
 //! message where a case is refused. A change of structure must not change one of them; a commit that changes bytes on purpose
 //! renews the lines it changes (`scripts/renew_hashes.sh`) and says why.
 //!
@@ -232,7 +232,7 @@ fn conversions_write_the_bytes_they_wrote() {
     for (case, files) in outcomes.into_inner().expect("no panic") {
         files.iter().for_each(|(file, hash)| writeln!(now, "{case}\t{file}\t{hash}").expect("a string"));
     }
-    let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guard/hashes.tsv");
+    let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/convert/hashes.tsv");
     if std::env::var_os("GQA2MLA_RENEW_HASHES").is_some() {
         fs_err::write(table, now).expect("written");
         return;
