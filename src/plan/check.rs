@@ -155,7 +155,7 @@ pub(super) fn check_cache(case: &Case<'_>, spec: &TargetSpec) -> Result<(), Conv
     ))
 }
 
-/// The spec with ranks that a survey found.
+/// The spec with ranks that a survey settled.
 ///
 /// # Errors
 /// A cache that does not shrink, widths that padding or FP8 do not allow.

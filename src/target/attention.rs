@@ -165,7 +165,7 @@ impl Values {
             down: &mla.latent,
             up: by_head(heads, &mla.k_up, &mla.v_up),
             constant: None,
-            width: mla.rank(),
+            width: spec.output().kv_lora_rank,
             gain,
             plain: Plain::Down,
         };

@@ -185,7 +185,7 @@ fn of_layer(mla: &MlaLayer, x: &Array1<f64>) -> Token {
     }
 }
 
-/// Scores of a query `distance` tokens after a key, `[H]`, before any scale. Pair `p` turns by `frequencies[p]` a token.
+/// Scores of a query `distance` tokens after a key, `[H]`, before any scale. Pair `p` rotates by `frequencies[p]` radians a token.
 fn scores(q: &Token, k: &Token, frequencies: &[f64], interleaved: bool, distance: f64) -> Array1<f64> {
     let half = frequencies.len();
     let pair = |p: usize| if interleaved { (2 * p, 2 * p + 1) } else { (p, p + half) };
