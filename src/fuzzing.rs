@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::arch::{Architecture, Family};
-use crate::convert::checkpoint::Saved;
+use crate::convert::journal::Saved;
 use crate::source::{
     ChatTemplate, Header, Message, Sha256Stream, TensorDirectory, Tokenizer, config as config_file, index as index_file,
 };

@@ -32,6 +32,7 @@ pub mod arch;
 pub mod calibrate;
 #[expect(clippy::too_many_lines, reason = "some functions are still to be cut")]
 pub mod convert;
+pub mod error;
 pub mod factor;
 #[doc(hidden)]
 pub mod fuzzing;
@@ -39,12 +40,15 @@ pub mod fuzzing;
 pub mod latent;
 #[expect(clippy::too_many_lines, reason = "some functions are still to be cut")]
 pub mod methods;
+pub mod mla;
 pub mod observe;
+pub mod plan;
+pub mod publish;
 mod random;
-pub mod refine;
 pub mod report;
 pub mod runtime;
 pub mod source;
+pub mod stream;
 pub mod target;
 pub mod verify;
 pub mod write;

@@ -1,5 +1,5 @@
 //! What the caches of different layers have in common: alignment of their singular subspaces, and the energy that groups
-//! of layers keep at a shared rank. The measurements of xKV (arXiv 2503.18893, sections 3 and 4.1).
+//! of layers keep at a shared rank. The measurements of xKV (arXiv 2503.18893; docs/maths.md, section 13).
 //!
 //! Of each layer `l` and window of `T` tokens there is a matrix `X_l [T, w]`: keys before RoPE and values, or the latents
 //! of an MLA model before their norm ([`crate::runtime::RawKv`]). A group of layers `l .. l + G` caches

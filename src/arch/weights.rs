@@ -7,7 +7,7 @@ use crate::source::{Dtype, ModelSource, SourceError, TensorDirectory, TensorView
 
 /// What follows `.weight` in the name of the scales of a block-quantised weight.
 pub const SCALE_SUFFIX: &str = "_scale_inv";
-/// Side of the blocks that share a scale (DeepSeek-V3's format, algorithms.md 6.2).
+/// Side of the blocks that share a scale (DeepSeek-V3's format; docs/targets.md, section 8).
 pub const BLOCK: usize = 128;
 
 /// Rows of a stored weight.

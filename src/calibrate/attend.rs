@@ -36,7 +36,7 @@ pub fn attend(qkv: &Qkv, windows: &[usize], profile: bool) -> (Array2<f32>, Opti
 
 /// The part of every (window, head), `[length, width]`, of `[T, heads * width]`: heads of a window one after the other, as
 /// [`Qkv::fold_probabilities`] wants them.
-pub(super) fn by_window_and_head<'a>(
+pub(crate) fn by_window_and_head<'a>(
     out: &'a mut Array2<f32>,
     windows: &[usize],
     heads: usize,
@@ -54,7 +54,7 @@ pub(super) fn by_window_and_head<'a>(
 }
 
 /// The rows of every window.
-pub(super) fn by_window<'a>(out: ArrayViewMut2<'a, f32>, windows: &[usize]) -> Vec<ArrayViewMut2<'a, f32>> {
+pub(crate) fn by_window<'a>(out: ArrayViewMut2<'a, f32>, windows: &[usize]) -> Vec<ArrayViewMut2<'a, f32>> {
     let mut rest = out;
     let mut places = Vec::with_capacity(windows.len());
     for &length in windows {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::convert::CalibrationSettings;
+use super::CalibrationSettings;
 use crate::random::split_mix;
 use crate::source::{SourceError, Tokenizer};
 

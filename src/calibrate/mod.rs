@@ -1,19 +1,20 @@
 //! From text to the statistics that methods ask for. Second moments only: no activations outlive their layer.
 
+mod activations;
 mod attend;
 mod corpus;
-mod latent;
 mod moments;
 mod profile;
-mod scores;
+mod settings;
 
+pub(crate) use activations::project;
+pub use activations::relative_error;
 pub use attend::attend;
+pub(crate) use attend::{by_window, by_window_and_head};
 pub(crate) use corpus::shuffle;
 pub(crate) use corpus::{CalibrationText, calibration_text};
 pub use corpus::{CorpusError, bundled_calibration, bundled_heldout, calibration_windows, read_texts};
-pub(crate) use latent::project;
-pub use latent::{LatentAttention, output_projection, relative_error};
 pub use moments::{Moments, PooledMoments};
 pub(crate) use moments::{add_gram, add_products};
 pub use profile::DistanceProfile;
-pub use scores::{At, ScoreGradient, ScoreTarget};
+pub use settings::CalibrationSettings;

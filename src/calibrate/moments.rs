@@ -1,7 +1,7 @@
 //! Second moments of the attention input, and what follows from them.
 //!
 //! Everything a method calibrates on is linear in the layer's normed input `x`, so one Gram matrix of `x^ = [x; 1]` holds
-//! it all: `E[y z^T] = W^_y E[x^ x^T] W^_z^T` (algorithms.md 0.5).
+//! it all: `E[y z^T] = W^_y E[x^ x^T] W^_z^T` (docs/maths.md, section 1).
 
 use faer::Accum;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};

@@ -1,98 +1,19 @@
 //! The command that makes a conversion again, in one form whatever was typed.
 
-use gqa2mla::convert::{Budget, ConvertSettings, FreqFold, Padding, Profile, RopeGrid};
+use gqa2mla::convert::ConvertSettings;
 
 /// A `convert` command with the options of `settings` that are not defaults. Folders are left out but for their last
 /// part, and so is everything that does not change the output: model cards are published, and the same inputs and
 /// settings give the same bytes.
 pub fn command_line(model: &str, settings: &ConvertSettings) -> String {
-    let d = ConvertSettings::default();
-    let s = settings;
     let mut words: Vec<String> = vec!["gqa2mla".into(), "convert".into(), short(model), "-o".into(), "OUTPUT".into()];
-    let mut add = |option: &str, value: Option<String>| {
-        if let Some(value) = value {
-            words.push(format!("--{option}"));
+    for (option, value) in settings.arguments() {
+        words.push(format!("--{option}"));
+        if !value.is_empty() {
             words.push(quoted(&value));
         }
-    };
-    add("method", Some(s.method.name().to_owned()));
-    add("kv-budget", s.kv_budget.map(budget));
-    add("kv-lora-rank", s.kv_lora_rank.map(|n| n.to_string()));
-    add("qk-rope-head-dim", s.qk_rope_head_dim.map(|n| n.to_string()));
-    add("q-lora-rank", s.q_lora_rank.map(|n| n.to_string()));
-    let fold = match s.freqfold {
-        FreqFold::Auto => None,
-        FreqFold::Fixed(n) => Some(n.to_string()),
-    };
-    add("freqfold", fold);
-    let ratio = s.balance_kv_ratio.map_or_else(|| "none".to_owned(), |x| x.to_string());
-    add("balance-kv-ratio", Some(ratio).filter(|_| s.balance_kv_ratio != d.balance_kv_ratio));
-    let w = &s.weights;
-    add("q-energy", w.q_energy.map(|x| x.to_string()));
-    add("kv-energy", w.kv_energy.map(|x| x.to_string()));
-    add("rank-divisor", Some(w.rank_divisor.to_string()).filter(|_| w.rank_divisor != d.weights.rank_divisor));
-    add("partial-rope", w.partial_rope.map(|p| p.name().to_owned()));
-    add("svd", Some(w.svd.name().to_owned()).filter(|_| w.svd != d.weights.svd));
-    add("mla-layers", s.mla_layers.as_ref().map(ToString::to_string));
-    let steps = [
-        ("phase", s.steps.phase),
-        ("query-weight", s.steps.query_weight),
-        ("centring", s.steps.centring),
-        ("metric", s.steps.metric),
-        ("query-refit", s.steps.query_refit),
-        ("key-refit", s.steps.key_refit),
-        ("value-refit", s.steps.value_refit),
-        ("output-refit", s.steps.output_refit),
-        ("converted-stream", s.steps.converted_stream),
-    ];
-    for (name, on) in steps {
-        add("without", (!on).then(|| name.to_owned()));
-    }
-    add("refine", Some(s.refine.to_string()).filter(|_| s.refine != d.refine));
-    add("fit-tokens", s.fit_tokens.map(|n| n.to_string()));
-    let grid = s.rope_grid.map(|g| match g {
-        RopeGrid::Free => "free",
-        RopeGrid::Stock => "stock",
-    });
-    add("rope-grid", grid.map(str::to_owned));
-    add("target", Some(s.target.name().to_owned()).filter(|_| s.target != d.target));
-    let profile = s.profile.map(|p| match p {
-        Profile::Portable => "portable",
-        Profile::Faithful => "faithful",
-    });
-    add("profile", profile.map(str::to_owned));
-    let pad = s.pad.map(|p| match p {
-        Padding::Kernels => "kernels",
-        Padding::None => "none",
-    });
-    add("pad", pad.map(str::to_owned));
-    add("dtype", s.dtype.map(|t| t.name().to_owned()));
-    let c = &s.calibration;
-    for file in &c.files {
-        add("calib", file.file_name().map(|n| n.to_string_lossy().into_owned()));
-    }
-    add("calib-samples", Some(c.samples.to_string()).filter(|_| c.samples != d.calibration.samples));
-    add("calib-seq-len", Some(c.seq_len.to_string()).filter(|_| c.seq_len != d.calibration.seq_len));
-    add("calib-max-seq-len", c.max_seq_len.map(|n| n.to_string()));
-    add("seed", Some(c.seed.to_string()).filter(|_| c.seed != d.calibration.seed));
-    add("device", Some(s.device.to_string()).filter(|_| s.device != d.device));
-    add("max-shard-size", Some(s.max_shard_bytes.to_string()).filter(|_| s.max_shard_bytes != d.max_shard_bytes));
-    add("max-context", s.max_context.map(|n| n.to_string()));
-    if w.published_layout {
-        words.push("--published-layout".to_owned());
-    }
-    if s.force {
-        words.push("--force".to_owned());
     }
     words.join(" ")
-}
-
-/// A budget as it is typed.
-pub fn budget(budget: Budget) -> String {
-    match budget {
-        Budget::Values(n) => n.to_string(),
-        Budget::Percent(p) => format!("{p}%"),
-    }
 }
 
 /// A hub id as it is, a folder by its last part.

@@ -5,17 +5,18 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
-use gqa2mla::convert::{Budget, CalibrationSettings, ConvertSettings, Method, OutputDtype, Steps};
+use gqa2mla::convert::{Budget, CalibrationSettings, ConvertSettings, MethodChoice, OutputDtype};
 use gqa2mla::observe::{Event, Observer};
 use gqa2mla::report::{MethodComparison, MethodFigures, MethodRow};
 use gqa2mla::runtime::{Cpu, Device};
 
 use super::exit::ExitStatus;
 use super::measure::{self, Windows};
+use super::method_args::MethodArgs;
 use super::model::{self, OpenModel};
 use super::options::{self, CalibrationOptions, TextOptions};
 use super::output::{width, write_with_plot};
-use super::{Context, command_line, convert, values};
+use super::{Context, convert, values};
 
 /// Convert with several methods and budgets, evaluate each, print one table.
 ///
@@ -33,10 +34,7 @@ pub struct CompareArgs {
     /// Methods, comma separated
     #[arg(long, value_name = "METHOD,...", default_value = "transmla,care,attention-aware", value_delimiter = ',',
           value_parser = options::method())]
-    methods: Vec<Method>,
-    /// attention-aware: gradient steps per layer after the closed form
-    #[arg(long, value_name = "STEPS", default_value = "0")]
-    refine: usize,
+    methods: Vec<MethodChoice>,
     /// attention-aware: tokens of the longest calibration windows, as with convert; as --calib-seq-len: all have one length
     /// [default: 1024]
     #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
@@ -44,6 +42,8 @@ pub struct CompareArgs {
     /// attention-aware: at each budget, also once without each of its steps
     #[arg(long)]
     ablate: bool,
+    #[command(flatten)]
+    own: MethodArgs,
     /// Folder for compare.json and compare.svg; temporary files go there as well
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -70,17 +70,14 @@ impl CompareArgs {
         let scratch = scratch(self.output.as_deref())?;
         let mut document =
             MethodComparison::new(&self.model, &windows.text, base.tokens, base.perplexity, source.arch.cache_values());
-        for Run { method, budget, without } in self.runs() {
-            let budget_name = budget.map(command_line::budget);
+        for Run { method, budget, without } in self.runs()? {
+            let budget_name = budget.map(|b| b.to_string());
             let name = without.map_or_else(|| method.name().to_owned(), |step| format!("{method} --without {step}"));
             context.progress.event(Event::Note(match &budget_name {
                 Some(budget) => format!("{name} at {budget}"),
                 None => name.clone(),
             }));
-            let mut settings = self.settings(method, budget);
-            if let Some(step) = without {
-                settings.steps.disable(step);
-            }
+            let settings = self.settings(method, budget);
             let output = scratch.path().join("converted");
             let row = run(&source, &settings, &output, &windows, base.perplexity, context);
             if output.exists() {
@@ -100,30 +97,31 @@ impl CompareArgs {
         Ok(if failed { ExitStatus::CheckFailed } else { ExitStatus::Done })
     }
 
-    /// Every method at every budget; `exact` takes none and runs once.
-    fn runs(&self) -> Vec<Run> {
+    /// Every method at every budget; what compresses nothing takes none and runs once.
+    fn runs(&self) -> anyhow::Result<Vec<Run>> {
         let mut runs = Vec::new();
-        for &method in &self.methods {
-            let budgets = match method {
-                Method::Exact => vec![None],
-                _ => self.kv_budget.iter().copied().map(Some).collect(),
+        for method in self.own.methods(&self.methods)? {
+            let budgets = match method.compresses() {
+                false => vec![None],
+                true => self.kv_budget.iter().copied().map(Some).collect(),
             };
-            runs.extend(budgets.iter().map(|&budget| Run { method, budget, without: None }));
-            if self.ablate && method == Method::AttentionAware {
-                let run = |&budget: &Option<Budget>| Steps::NAMES.map(|s| Run { method, budget, without: Some(s) });
+            runs.extend(budgets.iter().map(|&budget| Run { method: method.clone(), budget, without: None }));
+            if self.ablate {
+                let run = |&budget: &Option<Budget>| {
+                    let runs = method.ablations().into_iter();
+                    runs.map(move |(step, method)| Run { method, budget, without: Some(step) })
+                };
                 runs.extend(budgets.iter().flat_map(run));
             }
         }
-        runs
+        Ok(runs)
     }
 
-    fn settings(&self, method: Method, budget: Option<Budget>) -> ConvertSettings {
-        let ours = method == Method::AttentionAware;
-        let max_seq_len = self.calib_max_seq_len.filter(|_| ours);
+    fn settings(&self, method: MethodChoice, budget: Option<Budget>) -> ConvertSettings {
+        let max_seq_len = self.calib_max_seq_len.filter(|_| method.mixes_window_lengths());
         ConvertSettings {
             method,
             kv_budget: budget,
-            refine: if ours { self.refine } else { 0 },
             // So that only the method makes a difference, not rounding.
             dtype: Some(OutputDtype::F32),
             calibration: CalibrationSettings { max_seq_len, ..self.calibration.settings() },
@@ -135,7 +133,7 @@ impl CompareArgs {
 
 /// One conversion to make.
 struct Run {
-    method: Method,
+    method: MethodChoice,
     budget: Option<Budget>,
     /// Step that is left out.
     without: Option<&'static str>,
@@ -172,7 +170,8 @@ fn run(
         cache_percent: 100.0 * cache as f64 / source.arch.cache_values() as f64,
         perplexity,
         excess_nats: (perplexity / ppl_source).ln(),
-        predicted_error: report.predicted_error,
+        calibration_error: report.calibration_error,
+        predicted_error: report.calibration_error,
         seconds,
     })
 }
@@ -200,11 +199,15 @@ mod tests {
     fn what_only_attention_aware_has_is_left_out_of_other_methods() {
         let args = "probe model --methods care,attention-aware --refine 3 --calib-max-seq-len 2048 --calib-samples 7";
         let args = Probe::try_parse_from(args.split_whitespace()).expect("valid").compare;
-        let of = |method| {
-            let settings = args.settings(method, None);
-            (settings.refine, settings.calibration.max_seq_len, settings.calibration.samples)
+        let runs = args.runs().expect("both methods");
+        let of = |run: &Run| {
+            let settings = args.settings(run.method.clone(), None);
+            (settings.method.arguments(), settings.calibration.max_seq_len, settings.calibration.samples)
         };
-        assert_eq!(of(Method::Care), (0, None, 7));
-        assert_eq!(of(Method::AttentionAware), (3, Some(2048), 7));
+        assert_eq!(of(&runs[0]), (vec![], None, 7));
+        assert_eq!(of(&runs[1]), (vec![("refine", Some("3".to_owned()))], Some(2048), 7));
+        let foreign = "probe model --methods care --refine 3";
+        let foreign = Probe::try_parse_from(foreign.split_whitespace()).expect("options").compare;
+        assert!(foreign.runs().is_err());
     }
 }

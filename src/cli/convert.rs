@@ -7,6 +7,7 @@ use clap::Args;
 use gqa2mla::convert::{self, ConversionReport, ConvertSettings};
 use gqa2mla::report::{Verification, card, text};
 use gqa2mla::runtime::Device;
+use gqa2mla::verify;
 use gqa2mla::write::Leftover;
 use serde::Serialize;
 
@@ -125,7 +126,7 @@ pub fn verification(
     let options = TextOptions { text: None, seq_len: 512, windows: Count(8), every: 1 };
     let windows = measure::Windows::new(&options, &[source, converted])?;
     let figures = measure::compare(source, converted, &windows, device, &context.progress)?;
-    let (thresholds, from) = measure::default_thresholds(source, converted);
+    let (thresholds, from) = verify::default_thresholds(&source.source, &converted.source);
     let names = (source.source.spec.as_str(), converted.source.spec.as_str());
     Ok(Verification::new(names, (&windows.text, windows.seq_len), figures, thresholds, from))
 }

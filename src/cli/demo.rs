@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use gqa2mla::convert::{Budget, ConvertSettings, Method};
+use gqa2mla::convert::{Budget, ConvertSettings, MethodChoice};
+use gqa2mla::methods::DEMONSTRATED;
 use gqa2mla::report::table::Table;
 use gqa2mla::report::{SCHEMA_VERSION, Verification, units};
 use gqa2mla::runtime::{Cpu, Device};
@@ -68,14 +69,14 @@ impl DemoArgs {
         }
         let source = model::open(&folder.to_string_lossy(), context)?;
         let mut runs = Vec::new();
-        for method in [Method::Exact, Method::Transmla, Method::AttentionAware] {
-            let kept = self.output.as_deref().filter(|_| method == Method::AttentionAware);
+        for method in DEMONSTRATED.iter().filter_map(|name| MethodChoice::named(name)) {
+            let kept = self.output.as_deref().filter(|_| method == MethodChoice::default());
             let output = kept.map_or_else(|| scratch.path().join(method.name()), Path::to_path_buf);
             let settings = ConvertSettings {
-                method,
-                kv_budget: (method != Method::Exact).then_some(Budget::Percent(50.0)),
+                kv_budget: method.compresses().then_some(Budget::Percent(50.0)),
                 overwrite: self.overwrite,
-                force: method == Method::Exact,
+                force: !method.compresses(),
+                method: method.clone(),
                 ..ConvertSettings::default()
             };
             let report = convert::publish(&source, &settings, &output, context)?;

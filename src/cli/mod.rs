@@ -17,6 +17,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod measure;
+mod method_args;
 mod model;
 mod options;
 pub mod pages;
@@ -30,7 +31,7 @@ mod sliced;
 mod values;
 mod verify;
 mod verify_files;
-mod weight_options;
+
 mod xkv;
 
 use std::path::PathBuf;

@@ -2,185 +2,27 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
-use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
-use gqa2mla::convert::{
-    Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, Padding, Profile, RopeGrid, Steps,
-    TargetKind,
-};
-use gqa2mla::runtime::DeviceChoice;
+use gqa2mla::convert::{CalibrationSettings, ConvertSettings, MethodChoice};
+use gqa2mla::methods::METHODS;
+use gqa2mla::methods::setting_options::{AFTER_METHODS, BEFORE_METHODS, CALIBRATION, SettingOption};
 
-use super::values::{self, Count, Ratio};
-use super::weight_options::WeightOptions;
+use super::method_args::MethodArgs;
+use super::values::{self, Count};
 
 /// Parser of a method's name, for any command.
-pub fn method() -> impl TypedValueParser<Value = Method> {
-    PossibleValuesParser::new(Method::ALL.map(Method::name))
-        .map(|s| Method::ALL.into_iter().find(|m| m.name() == s).unwrap_or(Method::AttentionAware))
+pub fn method() -> impl TypedValueParser<Value = MethodChoice> {
+    PossibleValuesParser::new(METHODS.iter().map(|entry| entry.name))
+        .map(|s| MethodChoice::named(&s).unwrap_or_default())
 }
-
-fn target() -> impl TypedValueParser<Value = TargetKind> {
-    PossibleValuesParser::new(TargetKind::ALL.map(TargetKind::name))
-        .map(|s| TargetKind::ALL.into_iter().find(|t| t.name() == s).unwrap_or(TargetKind::Auto))
-}
-
-fn profile() -> impl TypedValueParser<Value = Profile> {
-    PossibleValuesParser::new(["portable", "faithful"])
-        .map(|s| if s == "portable" { Profile::Portable } else { Profile::Faithful })
-}
-
-fn padding() -> impl TypedValueParser<Value = Padding> {
-    PossibleValuesParser::new(["kernels", "none"])
-        .map(|s| if s == "kernels" { Padding::Kernels } else { Padding::None })
-}
-
-fn rope_grid() -> impl TypedValueParser<Value = Auto<RopeGrid>> {
-    PossibleValuesParser::new(["auto", "free", "stock"]).map(|s| {
-        Auto(match s.as_str() {
-            "free" => Some(RopeGrid::Free),
-            "stock" => Some(RopeGrid::Stock),
-            _ => None,
-        })
-    })
-}
-
-fn dtype() -> impl TypedValueParser<Value = Auto<OutputDtype>> {
-    PossibleValuesParser::new(std::iter::once("auto").chain(OutputDtype::ALL.map(OutputDtype::name)))
-        .map(|s| Auto(OutputDtype::ALL.into_iter().find(|d| d.name() == s)))
-}
-
-/// A choice or `auto`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Auto<T>(Option<T>);
 
 /// Everything that decides what `convert` writes, as typed.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default)]
 pub struct ConvertOptions {
-    #[command(flatten)]
-    choice: MethodOptions,
-    #[command(flatten)]
-    weights: WeightOptions,
-    #[command(flatten)]
-    calibration: CalibrationOptions,
-    #[command(flatten)]
-    output: OutputOptions,
-    /// Where to run the model: cpu, auto (a GPU that is no software, else the CPU), gpu[:N], vulkan, metal or cuda[:N][:bf16];
-    /// the last bits of the output depend on it
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", help_heading = "Device")]
-    device: DeviceChoice,
-}
-
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Method and cache size")]
-struct MethodOptions {
-    /// How attention is factorised
-    #[arg(long, value_name = "METHOD", default_value = "attention-aware", value_parser = method())]
-    method: Method,
-    /// Cache per token and layer: values (`192`) or a share of the source's (`50%`); the split into latent and rotated
-    /// width is searched [default: 50%, or what stock kernels take]
-    #[arg(long, value_name = "VALUES|PERCENT")]
-    kv_budget: Option<Budget>,
-    /// Width of the cached latent, values
-    #[arg(long, value_name = "N", value_parser = values::positive)]
-    kv_lora_rank: Option<usize>,
-    /// Width of the cached rotated key, values, even
-    #[arg(long, value_name = "N", value_parser = values::positive_even)]
-    qk_rope_head_dim: Option<usize>,
-    /// Width of a query latent, values [default: none, or what carrying query biases needs]
-    #[arg(long, value_name = "N", value_parser = values::positive)]
-    q_lora_rank: Option<usize>,
-    /// attention-aware: switch one step off, to see its worth; repeatable
-    #[arg(long, value_name = "STEP", value_parser = PossibleValuesParser::new(Steps::NAMES))]
-    without: Vec<String>,
-    /// attention-aware: gradient steps per layer after the closed form [default: 0]
-    #[arg(long, value_name = "STEPS")]
-    refine: Option<usize>,
-    /// attention-aware: use at most this many tokens of the calibration text [default: 28 per value of the hidden state,
-    /// 16384 at least; all with --refine]
-    #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
-    fit_tokens: Option<usize>,
-    /// attention-aware: tokens of the longest calibration windows; half the text is in windows 4, 16, ... times as long as
-    /// --calib-seq-len, up to this, an eighth in windows of a sixteenth of it; as --calib-seq-len: all have one length
-    /// [default: 1024]
-    #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
-    calib_max_seq_len: Option<usize>,
-    /// transmla, care: neighbouring frequencies that share one rotation [default: auto]
-    #[arg(long, value_name = "N|auto")]
-    freqfold: Option<FreqFold>,
-    /// transmla, care: scale keys to this multiple of the values' norm before the joint low rank, or `none`
-    /// [default: 1]
-    #[arg(long, value_name = "X|none", value_parser = values::number_or_none)]
-    balance_kv_ratio: Option<Ratio>,
-    /// Frequencies of the rotated width: free loses least, stock loads in every engine; auto: free for attention-aware
-    #[arg(long, value_name = "GRID", default_value = "auto", value_parser = rope_grid())]
-    rope_grid: Auto<RopeGrid>,
-}
-
-/// Calibration text.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Calibration")]
-pub struct CalibrationOptions {
-    /// Text to calibrate on: .txt, or .jsonl with a `text` field; repeatable [default: built-in text]
-    #[arg(long, value_name = "FILE")]
-    calib: Vec<PathBuf>,
-    /// Windows of text
-    #[arg(long, value_name = "N", default_value = "128", value_parser = values::positive)]
-    calib_samples: usize,
-    /// Tokens per window
-    #[arg(long, value_name = "TOKENS", default_value = "256", value_parser = values::positive)]
-    calib_seq_len: usize,
-    /// Seed of the choice of windows and of refinement
-    #[arg(long, value_name = "N", default_value = "42")]
-    seed: u64,
-}
-
-impl CalibrationOptions {
-    /// Validated.
-    pub fn settings(&self) -> CalibrationSettings {
-        CalibrationSettings {
-            files: self.calib.clone(),
-            samples: self.calib_samples,
-            seq_len: self.calib_seq_len,
-            max_seq_len: None,
-            seed: self.seed,
-        }
-    }
-}
-
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Output")]
-struct OutputOptions {
-    /// Model class to write for; auto: deepseek_v3 if it holds the source, else the first that does, with the reason
-    #[arg(long, value_name = "CLASS", default_value = "auto", value_parser = target())]
-    target: TargetKind,
-    /// portable: what every engine's own class runs, padded to its kernels; faithful: biases and any frequencies, for
-    /// transformers' code [default: faithful]
-    #[arg(long, value_name = "PROFILE", value_parser = profile())]
-    profile: Option<Profile>,
-    /// Pad widths with zeros to those of serving kernels, at no change of the function [default: kernels for the portable
-    /// profile, else none]
-    #[arg(long, value_name = "WIDTHS", value_parser = padding())]
-    pad: Option<Padding>,
-    /// Dtype of the written weights; auto: the source's; fp8: e4m3 in blocks of 128 x 128, as DeepSeek-V3
-    #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtype())]
-    dtype: Auto<OutputDtype>,
-    /// Largest weight file; KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = values::size)]
-    max_shard_size: u64,
-    /// Longest context the output claims, tokens; lets a sliding-window model be converted within its window
-    #[arg(long, value_name = "TOKENS", value_parser = values::positive)]
-    max_context: Option<usize>,
-    /// Memory to stay within; beyond it, hidden states of the calibration text wait on the disk [default: no limit]
-    #[arg(long, value_name = "SIZE", value_parser = values::size)]
-    max_memory: Option<u64>,
-    /// Replace an existing output folder
-    #[arg(long)]
-    overwrite: bool,
-    /// Go on where the tool would refuse, such as for a cache that does not shrink
-    #[arg(long)]
-    force: bool,
+    given: Given,
+    own: MethodArgs,
 }
 
 impl ConvertOptions {
@@ -189,79 +31,116 @@ impl ConvertOptions {
     /// # Errors
     /// Options that contradict each other, or that the method would ignore.
     pub fn settings(&self) -> anyhow::Result<ConvertSettings> {
-        let c = &self.choice;
-        let method = c.method;
-        if c.kv_budget.is_some() && c.kv_lora_rank.is_some() && c.qk_rope_head_dim.is_some() {
-            bail!(
-                "--kv-budget, --kv-lora-rank and --qk-rope-head-dim are given together\n\nhint: the budget is the sum \
-                 of the two widths: give at most two of the three"
-            );
+        let mut settings = self.given.settings()?;
+        settings.method = self.own.method(&settings.method)?;
+        settings.validate()?;
+        Ok(settings)
+    }
+}
+
+impl Args for ConvertOptions {
+    fn augment_args(command: Command) -> Command {
+        let command = BEFORE_METHODS.iter().fold(command, |command, option| command.arg(arg(option)));
+        AFTER_METHODS.iter().fold(MethodArgs::augment_args(command), |command, option| command.arg(arg(option)))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for ConvertOptions {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let all = BEFORE_METHODS.iter().chain(AFTER_METHODS);
+        Ok(Self { given: Given::read(all, matches), own: MethodArgs::from_arg_matches(matches)? })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+/// Options that were given or have a default: each with its value, empty for a flag.
+#[derive(Debug, Clone, Default)]
+struct Given(Vec<(&'static SettingOption, String)>);
+
+impl Given {
+    fn read(options: impl Iterator<Item = &'static SettingOption>, matches: &ArgMatches) -> Self {
+        let mut out = Vec::new();
+        for option in options {
+            if option.value_name.is_empty() {
+                out.extend(matches.get_flag(option.name).then(|| (option, String::new())));
+            } else {
+                let values = matches.get_many::<String>(option.name).into_iter().flatten();
+                out.extend(values.map(|value| (option, value.clone())));
+            }
         }
-        if let (Some(Budget::Values(total)), Some(part)) = (c.kv_budget, c.kv_lora_rank.or(c.qk_rope_head_dim))
-            && part >= total
-        {
-            bail!("a width of {part} leaves nothing of --kv-budget {total} for the other part of the cache");
+        Self(out)
+    }
+
+    /// The settings that these options make of the defaults.
+    fn settings(&self) -> anyhow::Result<ConvertSettings> {
+        let mut settings = ConvertSettings::default();
+        for (option, value) in &self.0 {
+            (option.set)(&mut settings, value).map_err(|why| anyhow::anyhow!("--{} {value}: {why}", option.name))?;
         }
-        let widths = c.kv_budget.is_some() || c.kv_lora_rank.is_some() || c.qk_rope_head_dim.is_some();
-        let published = matches!(method, Method::Transmla | Method::Care);
-        let ours = method == Method::AttentionAware;
-        let ignored = [
-            (
-                widths && method == Method::Exact,
-                "--kv-budget, --kv-lora-rank and --qk-rope-head-dim",
-                "a method that compresses",
-            ),
-            (c.freqfold.is_some() && !published, "--freqfold", "--method transmla or care"),
-            (c.balance_kv_ratio.is_some() && !published, "--balance-kv-ratio", "--method transmla or care"),
-            (c.rope_grid.0.is_some() && method == Method::Exact, "--rope-grid", "--method attention-aware"),
-            (
-                c.rope_grid.0.is_some() && method.from_weights(),
-                "--rope-grid",
-                "--partial-rope uniform for the stock grid",
-            ),
-            (c.rope_grid.0 == Some(RopeGrid::Free) && published, "--rope-grid free", "--method attention-aware"),
-            (!c.without.is_empty() && !ours, "--without", "--method attention-aware"),
-            (c.refine.is_some_and(|n| n > 0) && !ours, "--refine", "--method attention-aware"),
-            (c.fit_tokens.is_some() && !ours, "--fit-tokens", "--method attention-aware"),
-            (c.calib_max_seq_len.is_some() && !ours, "--calib-max-seq-len", "--method attention-aware"),
-        ];
-        if let Some((_, option, wants)) = ignored.iter().find(|i| i.0) {
-            bail!("--method {method} takes no {option}\n\nhint: leave the option out, or use {wants}");
-        }
-        let mut steps = Steps::default();
-        for name in &c.without {
-            steps.disable(name);
-        }
-        let defaults = ConvertSettings::default();
-        Ok(ConvertSettings {
-            method,
-            kv_lora_rank: c.kv_lora_rank,
-            qk_rope_head_dim: c.qk_rope_head_dim,
-            q_lora_rank: c.q_lora_rank,
-            kv_budget: c.kv_budget,
-            freqfold: c.freqfold.unwrap_or(defaults.freqfold),
-            balance_kv_ratio: c.balance_kv_ratio.map_or(defaults.balance_kv_ratio, |r| r.0),
-            weights: self
-                .weights
-                .settings(method, [c.kv_lora_rank.is_some() || c.kv_budget.is_some(), c.q_lora_rank.is_some()])?,
-            mla_layers: self.weights.mla_layers(),
-            steps,
-            refine: c.refine.unwrap_or(defaults.refine),
-            fit_tokens: c.fit_tokens,
-            target: self.output.target,
-            profile: self.output.profile,
-            pad: self.output.pad,
-            rope_grid: c.rope_grid.0,
-            dtype: self.output.dtype.0,
-            calibration: CalibrationSettings { max_seq_len: c.calib_max_seq_len, ..self.calibration.settings() },
-            device: self.device,
-            max_shard_bytes: self.output.max_shard_size,
-            max_context: self.output.max_context,
-            overwrite: self.output.overwrite,
-            force: self.output.force,
-            max_memory: self.output.max_memory,
-            leftover: defaults.leftover,
-        })
+        Ok(settings)
+    }
+}
+
+/// An option as the command line has it.
+fn arg(option: &'static SettingOption) -> Arg {
+    let arg = Arg::new(option.name).long(option.name).help(option.help).help_heading(option.heading);
+    if option.value_name.is_empty() {
+        return arg.action(ArgAction::SetTrue);
+    }
+    let action = if option.repeatable { ArgAction::Append } else { ArgAction::Set };
+    let mut arg = arg.value_name(option.value_name).action(action);
+    if !option.default.is_empty() {
+        arg = arg.default_value(option.default);
+    }
+    let values = (option.values)();
+    if !values.is_empty() {
+        return arg.value_parser(PossibleValuesParser::new(values));
+    }
+    let set = option.set;
+    arg.value_parser(move |value: &str| set(&mut ConvertSettings::default(), value).map(|()| value.to_owned()))
+}
+
+/// Calibration text, as `convert` has it, for other commands.
+#[derive(Debug, Clone, Default)]
+pub struct CalibrationOptions(Given);
+
+impl CalibrationOptions {
+    fn options() -> impl Iterator<Item = &'static SettingOption> {
+        AFTER_METHODS.iter().filter(|option| option.heading == CALIBRATION)
+    }
+
+    /// The settings; every value was read once before.
+    pub fn settings(&self) -> CalibrationSettings {
+        self.0.settings().map(|settings| settings.calibration).unwrap_or_default()
+    }
+}
+
+impl Args for CalibrationOptions {
+    fn augment_args(command: Command) -> Command {
+        Self::options().fold(command, |command, option| command.arg(arg(option)))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for CalibrationOptions {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        Ok(Self(Given::read(Self::options(), matches)))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
     }
 }
 
@@ -294,7 +173,10 @@ fn window(s: &str) -> Result<usize, String> {
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
-    use gqa2mla::convert::WeightSettings;
+    use gqa2mla::convert::{Budget, OutputDtype, Padding, Profile, RopeGrid, TargetChoice};
+    use gqa2mla::methods::attention_aware::{AttentionAware, Step, Steps};
+    use gqa2mla::methods::transmla::{FreqFold, Rorope};
+    use gqa2mla::runtime::DeviceChoice;
     use gqa2mla::write::Leftover;
 
     use super::*;
@@ -325,19 +207,13 @@ mod tests {
         )
         .expect("valid");
         let expected = ConvertSettings {
-            method: Method::Transmla,
+            method: Rorope { freqfold: FreqFold::Fixed(4), balance_kv_ratio: None, ..Rorope::default() }.into(),
             kv_lora_rank: Some(128),
             qk_rope_head_dim: Some(64),
             q_lora_rank: Some(96),
             kv_budget: None,
-            freqfold: FreqFold::Fixed(4),
-            balance_kv_ratio: None,
-            weights: WeightSettings::default(),
             mla_layers: None,
-            steps: Steps::default(),
-            refine: 0,
-            fit_tokens: None,
-            target: TargetKind::DeepseekV3,
+            target: TargetChoice::named("deepseek_v3").expect("a class"),
             profile: Some(Profile::Faithful),
             pad: Some(Padding::None),
             rope_grid: Some(RopeGrid::Stock),
@@ -360,7 +236,8 @@ mod tests {
         assert_eq!(s, expected);
         let s = settings("--kv-budget 33.3% --without metric --without phase --refine 10").expect("valid");
         assert_eq!(s.kv_budget, Some(Budget::Percent(33.3)));
-        assert_eq!((s.steps.metric, s.steps.phase, s.steps.centring, s.refine), (false, false, true, 10));
+        let steps = Steps::default().without(Step::Metric).without(Step::Phase);
+        assert_eq!(s.method, AttentionAware { steps, refine: 10, fit_tokens: None }.into());
     }
 
     #[test]
@@ -382,6 +259,9 @@ mod tests {
             "--kv-budget 101%",
             "--kv-budget -5",
             "--without nothing",
+            "--method mha2mla --published-layout",
+            "--method x-ecomla --svd split",
+            "--method exact --mla-layers 1",
             "--method magic",
         ] {
             assert!(settings(bad).is_err(), "{bad}");

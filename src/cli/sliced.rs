@@ -5,10 +5,10 @@ use clap::Args;
 use gqa2mla::latent::{Sharing, Transform, check_slices, latent_moments, latent_windows, need_mla, refitted_ranks};
 use gqa2mla::report::SlicedVerification;
 use gqa2mla::runtime::{Device, Model};
-use gqa2mla::verify::{SharedOut, Thresholds, compare_sliced};
+use gqa2mla::verify::{CACHED_VS_FULL, SharedOut, Thresholds, compare_sliced};
 
 use super::exit::ExitStatus;
-use super::measure::{CACHED_VS_FULL, Windows};
+use super::measure::Windows;
 use super::model::OpenModel;
 use super::options::CalibrationOptions;
 use super::output::width;

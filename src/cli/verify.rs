@@ -2,7 +2,7 @@
 
 use clap::Args;
 use gqa2mla::report::{Verification, text};
-use gqa2mla::verify::Thresholds;
+use gqa2mla::verify::{Thresholds, default_thresholds};
 
 use super::devices::DeviceOption;
 use super::exit::ExitStatus;
@@ -81,7 +81,7 @@ impl VerifyArgs {
             return self.sliced.execute((&source, &converted), &windows, limits, &device, context);
         }
         let figures = measure::compare(&source, &converted, &windows, &device, &context.progress)?;
-        let (defaults, why) = measure::default_thresholds(&source, &converted);
+        let (defaults, why) = default_thresholds(&source.source, &converted.source);
         let given = self.thresholds.given();
         let (thresholds, why) = if given == Thresholds::default() {
             (defaults, why)

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use fs_err as fs;
 
-use super::{CalibrationSettings, ConvertError, ConvertSettings, Method, convert};
+use super::{CalibrationSettings, ConvertError, ConvertSettings, MethodChoice, convert};
 use crate::arch::Architecture;
+use crate::methods::exact::Exact;
 use crate::observe::Silent;
 use crate::source::{ModelSource, OpenOptions};
 use crate::write::ops::faults::{Fault, with};
@@ -18,18 +19,19 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(method: Method) -> Self {
-        let model = if method == Method::Exact { "pico-llama" } else { "pico-trained" };
+    fn new(method: MethodChoice) -> Self {
+        let compresses = method.compresses();
+        let model = if compresses { "pico-trained" } else { "pico-llama" };
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(model);
         let source = ModelSource::open(&folder.display().to_string(), &OpenOptions::default(), &Silent).unwrap();
         let arch = Architecture::from_config(&source.config).unwrap();
         let settings = ConvertSettings {
             method,
-            kv_lora_rank: (method != Method::Exact).then_some(24),
-            qk_rope_head_dim: (method != Method::Exact).then_some(8),
+            kv_lora_rank: compresses.then_some(24),
+            qk_rope_head_dim: compresses.then_some(8),
             calibration: CalibrationSettings { samples: 4, seq_len: 32, ..CalibrationSettings::default() },
             // A few shards, so that layers begin and end within them.
-            max_shard_bytes: if method == Method::Exact { 60_000 } else { 300_000 },
+            max_shard_bytes: if compresses { 300_000 } else { 60_000 },
             overwrite: true,
             ..ConvertSettings::default()
         };
@@ -48,9 +50,9 @@ fn manifest(dir: &Path) -> String {
 }
 
 /// Every `step`-th point of a run that replaces an older model.
-fn survives(method: Method, step: usize) {
+fn survives(method: MethodChoice, step: usize) {
     let dir = tempfile::tempdir().unwrap();
-    let scene = Scene::new(method);
+    let scene = Scene::new(method.clone());
     let whole = dir.path().join("whole");
     let (result, points) = with(None, || scene.run(&whole, Leftover::Refuse));
     result.unwrap();
@@ -87,17 +89,17 @@ fn survives(method: Method, step: usize) {
 
 #[test]
 fn exact_survives_a_fault_at_every_point() {
-    survives(Method::Exact, 1);
+    survives(Exact.into(), 1);
 }
 
 #[test]
 fn attention_aware_survives_faults_all_along() {
-    survives(Method::AttentionAware, 7);
+    survives(MethodChoice::default(), 7);
 }
 
 #[test]
 fn what_a_clean_failure_leaves_is_only_what_can_be_resumed() {
-    let scene = Scene::new(Method::Exact);
+    let scene = Scene::new(Exact.into());
     let dir = tempfile::tempdir().unwrap();
     let (_, points) = with(None, || scene.run(&dir.path().join("whole"), Leftover::Refuse));
     for at in 0..points {

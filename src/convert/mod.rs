@@ -1,35 +1,17 @@
-//! The conversion loop: plan, calibrate, factorise, emit, publish. See `docs/architecture.md`.
+//! The conversion loop: carry out a plan, layer by layer, and publish. See `docs/architecture.md`.
 
-mod aware;
-pub(crate) mod checkpoint;
-mod error;
 #[cfg(test)]
 mod faults;
-mod fit;
-mod frozen;
-mod head_norms;
-mod hybrid;
+pub(crate) mod journal;
 mod layers;
-mod memory;
-mod plan;
-mod prepare;
+mod report;
 mod run;
-mod scores;
-mod settings;
-mod sink;
-mod state;
-mod streams;
-mod survey;
-mod weight_settings;
-mod weights;
-mod widths;
 
-pub use error::ConvertError;
-pub use plan::{ConversionReport, LayerReport, Plan, PlannedGeometry};
-pub use prepare::Job;
-pub use run::{Extras, SCHEMA_VERSION, convert, peak_rss_bytes, plan};
-pub use settings::{
-    Budget, CalibrationSettings, ConvertSettings, FreqFold, Method, OutputDtype, Padding, Profile, RopeGrid, Steps,
-    TargetKind,
-};
-pub use weight_settings::{LayerCount, MlaLayers, WeightSettings};
+pub use crate::calibrate::CalibrationSettings;
+pub use crate::error::ConvertError;
+pub use crate::methods::{Budget, ConvertSettings, LayerCount, LayerReport, MethodChoice, MlaLayers};
+pub use crate::mla::Geometry;
+pub use crate::plan::{Plan, SCHEMA_VERSION, plan};
+pub use crate::target::{OutputDtype, Padding, Profile, RopeGrid, Target, TargetChoice};
+pub use report::ConversionReport;
+pub use run::{Extras, convert, peak_rss_bytes};

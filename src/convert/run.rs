@@ -1,119 +1,35 @@
-//! The conversion loop itself.
+//! One conversion from its plan to the published folder.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use super::checkpoint::{self, Finished, Saved, Start};
-use super::fit;
-use super::layers::stream_names;
-use super::memory::{Need, give_back};
-use super::sink::Sink;
-use super::survey::{Survey, survey};
-use super::weights;
-use super::{ConversionReport, ConvertError, ConvertSettings, Job, LayerReport, Method, MlaLayers, Plan, TargetKind};
+use super::ConversionReport;
+use super::journal::{self, Finished, Saved, Start};
 use crate::arch::Architecture;
-use crate::calibrate::{CalibrationText, calibration_text, read_texts};
+use crate::error::ConvertError;
+use crate::methods::{ConvertSettings, LayerReport};
 use crate::observe::{Event, Observer};
+use crate::plan::{Blueprint, Checked, Need, SCHEMA_VERSION, emission, give_back, read_calibration, survey};
+use crate::publish::{self, Config, Nothing, Place, Publisher};
 use crate::runtime::Device;
 use crate::source::ModelSource;
-use crate::target::REMOTE_FILE;
-use crate::write::{Leftover, ShardPlan, StagedWriter, Staging, StagingOptions};
-
-/// Version of `conversion.json` and of the plan.
-pub const SCHEMA_VERSION: u32 = 1;
+use crate::write::{Leftover, Staging};
 
 /// Files beside the weights that the caller wants in the folder: name and a function of the report.
-pub type Extras<'a> = &'a dyn Fn(&ConversionReport) -> Vec<(String, Vec<u8>)>;
+pub type Extras<'a> = publish::Extras<'a, ConversionReport>;
 
-/// Calibration text as the settings and [`fit::longer_window`] ask, empty for a method that needs none.
-fn text(job: &mut Job<'_>, observer: &dyn Observer) -> Result<CalibrationText, ConvertError> {
-    if job.settings.method == Method::Exact {
-        return Ok(CalibrationText::default());
-    }
-    let mut calibration = job.settings.calibration.clone();
-    if calibration.seq_len < 2 {
-        return Err(ConvertError::refused("--calib-seq-len has to be at least 2", "256 is the default"));
-    }
-    if calibration.seq_len > job.arch.max_position {
-        calibration.seq_len = job.arch.max_position;
-        observer.event(Event::Note(format!(
-            "calibration windows of {} tokens: the model has no more positions",
-            calibration.seq_len
-        )));
-    }
-    if let Some(longest) = calibration.max_seq_len.filter(|n| *n < job.settings.calibration.seq_len) {
-        return Err(ConvertError::refused(
-            format!("--calib-max-seq-len {longest} is less than --calib-seq-len {}", job.settings.calibration.seq_len),
-            "the same number of tokens for both gives windows of one length",
-        ));
-    }
-    calibration.max_seq_len = Some(fit::longest_window(job));
-    if calibration.samples == 0 {
-        return Err(ConvertError::refused("--calib-samples 0 leaves nothing to calibrate on", "128 is the default"));
-    }
-    calibration.samples = fit::samples(job, &calibration);
-    // Nothing is fitted to the text but norms, where there are some.
-    let measured = job.settings.method.from_weights() && job.arch.qk_norm.is_none();
-    if measured {
-        calibration.samples = calibration.samples.min(weights::MEASURED_WINDOWS);
-    }
-    let (rope, rank) = if measured { (0, 0) } else { job.splits[0] };
-    let needed = 4 * (rope + rank);
-    let why = format!(", four for each of the {} cached values", rope + rank);
-    if let Some(tokens) = job.settings.fit_tokens.filter(|n| *n < needed) {
-        return Err(ConvertError::refused(
-            format!("--fit-tokens {tokens} is too few: at least {needed} are needed{why}"),
-            "leave it out, or allow more",
-        ));
-    }
-    let tokenizer = job.source.tokenizer()?;
-    let texts = read_texts(&calibration.files)?;
-    let text = calibration_text(&tokenizer, &texts, &calibration, fit::longer_window(job), needed, &why)?;
-    let found = text.windows.iter().map(Vec::len).sum::<usize>() / calibration.seq_len;
-    if found < calibration.samples && !measured {
-        observer.event(Event::Note(format!(
-            "the calibration text holds {found} windows of {} tokens, {} were asked for",
-            calibration.seq_len, calibration.samples
-        )));
-    } else if found < job.settings.calibration.samples && !measured {
-        let tokens = |windows: usize| windows * calibration.seq_len;
-        job.decisions.push(format!(
-            "calibrated on {} of the {} tokens asked for (--fit-tokens)",
-            tokens(found),
-            tokens(job.settings.calibration.samples)
-        ));
-    }
-    Ok(text)
-}
+impl publish::Report for ConversionReport {
+    const FILE: &'static str = "conversion.json";
 
-/// What `convert` would do. With `predict`, the model is surveyed for its predicted error too, which takes some seconds.
-///
-/// # Errors
-/// Everything `convert` would refuse.
-pub fn plan(
-    source: &ModelSource,
-    arch: &Architecture,
-    settings: &ConvertSettings,
-    predict: bool,
-    observer: &dyn Observer,
-) -> Result<Plan, ConvertError> {
-    let mut job = Job::prepare(source, arch, settings)?;
-    let CalibrationText { windows, longer } = text(&mut job, observer)?;
-    let auto = matches!(settings.mla_layers, Some(MlaLayers::Auto(_)));
-    let open =
-        auto || job.splits.len() > 1 || weights::ranks_open(settings) || settings.method != Method::Exact && predict;
-    let found = if open {
-        survey(&mut job, &Device::open(settings.device)?, (&windows, longer), predict, observer)?
-    } else {
-        Survey::default()
-    };
-    super::plan::describe(&job, &windows, found.predicted_error)
+    fn document(&self) -> Result<serde_json::Value, ConvertError> {
+        Ok(self.reproducible())
+    }
 }
 
 /// Convert `source` into the folder `output`.
 ///
-/// The folder appears, complete, in one rename; on any error it is as it was. A run that is stopped behind its first layer
+/// The folder appears, complete, in one rename; on any error it is as it was. A run that is stopped after its first layer
 /// leaves a staging folder, with which a run of the same settings goes on where they say [`Leftover::Resume`]: it writes
 /// the same bytes.
 ///
@@ -130,184 +46,190 @@ pub fn convert(
     observer: &dyn Observer,
 ) -> Result<ConversionReport, ConvertError> {
     let mut clock = Clock::new();
-    let mut job = Job::prepare(source, arch, settings)?;
-    let CalibrationText { windows, longer } = text(&mut job, observer)?;
+    let mut checked = Checked::new(source, arch, settings)?;
+    let (text, decision) = read_calibration(&checked, observer)?;
+    checked.decisions.extend(decision);
     give_back();
-    let spill = Need::of(&job, windows.iter().map(Vec::len).sum()).spill(settings.max_memory)?;
-    let options = StagingOptions {
-        overwrite: settings.overwrite,
-        source: Some(source.dir.clone()),
-        // Zeros that take no room in the source are skipped in the output too.
-        needed_bytes: job
-            .planned_tensors()
-            .iter()
-            .map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64)
-            .sum::<u64>()
-            .saturating_sub(source.tensors.hole_bytes()),
-        leftover: settings.leftover,
-    };
-    let mut staging = Staging::create(output, &options)?;
-    let identity = checkpoint::identity(&job, &windows)?;
+    let spill = Need::of(&checked.case, checked.spec.geometry, &text.windows).spill(settings.max_memory)?;
+    let planned = emission(arch, &checked.spec, &source.tensors).planned();
+    let bytes = planned.iter().map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64).sum();
+    let place = Place { output, overwrite: settings.overwrite, leftover: settings.leftover, bytes };
+    let mut staging = publish::stage(source, &place)?;
+    let identity = journal::identity(&checked.case, &text.windows)?;
     staging.check_identity(&identity)?;
     let saved = staging.record().map(Saved::read).unwrap_or_default();
     clock.lap("prepare");
     if !source.files.iter().any(|f| f.name == "tokenizer.json") {
         observer.event(Event::Warning("the source has no tokenizer.json, so the output has none".into()));
     }
-    let backend = Device::open(settings.device)?;
-    let (found, start, shards) = match saved.settle(&mut job) {
-        Some(found) => {
-            let shards = ShardPlan::new(&job.planned_tensors(), settings.max_shard_bytes)?;
-            let promised = saved.layers();
-            let start = saved.start(&staging, &shards, stream_names(&job), arch.layers)?;
-            let (left, of) = (start.layers.len(), arch.layers);
-            if left < promised {
-                observer.event(Event::Warning(format!(
-                    "what the unfinished run saved of layer {} is damaged: going on behind layer {left} of {of}",
-                    left + 1
-                )));
-            } else if left > 0 {
-                observer.event(Event::Note(format!("resumed: {left} of {of} layers are there already")));
-            }
-            staging.open_journal(identity, start.entries)?;
-            (found, start, shards)
-        }
+    let device = Device::open(settings.device)?;
+    let resumed = saved.plan();
+    let blueprint = match &resumed {
+        Some(blueprint) => blueprint.clone(),
         None => {
             if settings.leftover == Leftover::Resume && staging.record().is_none() {
                 observer.event(Event::Note("there is no unfinished run to resume: beginning anew".into()));
             }
-            staging.open_journal(identity, 0)?;
-            let found = survey(&mut job, &backend, (&windows, longer), false, observer)?;
-            checkpoint::settled(&mut staging, &job, &found, observer)?;
-            (found, Start::default(), ShardPlan::new(&job.planned_tensors(), settings.max_shard_bytes)?)
+            staging.open_journal(identity.clone(), 0)?;
+            let blueprint = survey(&checked, &text, false, &device, observer)?;
+            journal::planned(&mut staging, &blueprint, observer)?;
+            blueprint
         }
     };
-    for decision in &job.decisions {
+    let windows = settings.method.order(text.windows);
+    let run = Run { checked: &checked, blueprint: &blueprint, device: &device, windows: &windows, spill, observer };
+    let emission = emission(arch, &blueprint.spec, &source.tensors);
+    let shards = blueprint.shards(&emission.planned(), settings.max_shard_bytes)?;
+    let start = match resumed {
+        None => Start::default(),
+        Some(_) => {
+            let start = run.start(saved, &staging, &shards)?;
+            staging.open_journal(identity, start.entries)?;
+            start
+        }
+    };
+    for decision in &blueprint.decisions {
         observer.event(Event::Note(decision.clone()));
     }
     clock.lap("survey");
 
-    let windows = if settings.method == Method::AttentionAware { fit::in_front(windows) } else { windows };
-    let run = Run { job: &job, backend: &backend, windows: &windows, found: &found, spill, observer };
-    let writer = StagedWriter::resume(staging, shards, start.progress.clone())?;
-    let mut sink = Sink { job: &job, writer, observer, scales: Vec::new() };
-    let mut report = match run.emit(&mut sink, start, output, extras, &mut clock) {
+    let mut publisher = Publisher::resume(source, staging, shards, start.progress.clone(), observer)?;
+    let emitted = run.emit(&mut publisher, &emission, &start, &mut clock);
+    let mut report = match emitted.and_then(|emitted| run.describe(&mut publisher, emitted, output, extras)) {
         Ok(report) => report,
         Err(e) => {
             // What would end the same way again is not worth going on with.
             if !e.may_pass() {
-                sink.writer.staging_mut().keep(false);
+                publisher.staging_mut().keep(false);
             }
             return Err(e);
         }
     };
-    let published = sink.writer.finish()?;
-    if let Some(left) = published.left_behind {
-        observer.event(Event::Warning(format!("could not be removed: {}", left.display())));
-    }
+    report.output = publisher.finish()?;
     clock.lap("publish");
-    report.output = published.path;
     report.seconds = clock.finish();
     report.peak_rss_bytes = peak_rss_bytes();
     Ok(report)
 }
 
-fn pretty(value: &impl serde::Serialize) -> Vec<u8> {
-    let mut bytes = serde_json::to_vec_pretty(value).unwrap_or_default();
-    bytes.push(b'\n');
-    bytes
-}
-
 /// A conversion whose decisions are taken.
 pub(super) struct Run<'a> {
-    pub job: &'a Job<'a>,
-    pub backend: &'a Device,
+    pub checked: &'a Checked<'a>,
+    pub blueprint: &'a Blueprint,
+    pub device: &'a Device,
+    /// Calibration windows, in the method's order.
     pub windows: &'a [Vec<u32>],
-    pub found: &'a Survey,
     /// Whether hidden states wait on the disk.
     pub spill: bool,
     pub observer: &'a dyn Observer,
 }
 
+/// What the report needs to know of the layers that were written.
+struct Emitted {
+    layers: Vec<LayerReport>,
+    /// Radians per token of each rotated slot.
+    frequencies: Vec<f64>,
+}
+
 impl Run<'_> {
-    /// Writes every file of the output; only publishing is left.
+    /// Where an unfinished run is gone on with.
+    fn start(&self, saved: Saved, staging: &Staging, shards: &crate::write::ShardPlan) -> Result<Start, ConvertError> {
+        let (promised, of) = (saved.layers(), self.checked.case.arch.layers);
+        let start = saved.start(staging, shards, &self.stream_names(), of)?;
+        let left = start.layers.len();
+        if left < promised {
+            self.observer.event(Event::Warning(format!(
+                "what the unfinished run saved of layer {} is damaged: going on behind layer {left} of {of}",
+                left + 1
+            )));
+        } else if left > 0 {
+            self.observer.event(Event::Note(format!("resumed: {left} of {of} layers are there already")));
+        }
+        Ok(start)
+    }
+
+    /// Writes every weight.
     fn emit(
         &self,
-        sink: &mut Sink<'_>,
-        start: Start,
-        output: &Path,
-        extras: Extras<'_>,
+        publisher: &mut Publisher<'_>,
+        emission: &crate::target::Emission,
+        start: &Start,
         clock: &mut Clock,
-    ) -> Result<ConversionReport, ConvertError> {
-        let Run { job, windows, observer, .. } = *self;
-        let (source, arch, settings) = (job.source, job.arch, job.settings);
-        let emission = job.emission();
+    ) -> Result<Emitted, ConvertError> {
+        let arch = self.checked.case.arch;
         if start.layers.is_empty() {
             // Tensors of layers are scanned when their layer is read, these here.
-            job.check_finite(&arch.names.embed)?;
-            sink.emit(&emission.first, &[])?;
+            self.checked.check_finite(&arch.names.embed)?;
+            publisher.write(&emission.first, &mut Nothing)?;
         }
         let mut frequencies = start.layers.last().map(|l| l.frequencies.clone()).unwrap_or_default();
         let mut layers: Vec<LayerReport> = start.layers.iter().map(|l| l.report.clone()).collect();
-        self.convert_layers(sink.writer.staging().root().to_owned(), start, |mla, gain, report, streams| {
-            let layer = report.layer;
-            let attention = mla.as_ref().map(|mla| job.spec.attention_tensors(arch, layer, mla, gain));
-            sink.emit(&emission.layers[layer], &attention.unwrap_or_default())?;
-            if let Some(mla) = mla {
+        let folder = publisher.staging().root().to_owned();
+        self.convert_layers(&folder, start, |done| {
+            let layer = done.report.layer;
+            let attention =
+                done.layer.as_ref().map(|mla| self.blueprint.spec.attention_tensors(arch, layer, mla, &done.gain));
+            publisher.write(&emission.layers[layer], &mut attention.unwrap_or_default().as_slice())?;
+            if let Some(mla) = done.layer {
                 frequencies = mla.rope_freq;
             }
-            let mark = sink.writer.mark()?;
-            let finished = Finished { layer, report: report.clone(), frequencies: frequencies.clone(), mark, streams };
-            layers.push(report);
-            checkpoint::finished(sink.writer.staging_mut(), &finished, observer)
+            let mark = publisher.mark()?;
+            layers.push(done.report.clone());
+            let finished =
+                Finished { layer, report: done.report, frequencies: frequencies.clone(), mark, streams: done.streams };
+            journal::finished(publisher.staging_mut(), &finished, self.observer)
         })?;
         clock.lap("convert");
-
         let head = if arch.tied_head { &arch.names.embed } else { &arch.names.head };
         for name in [&arch.names.final_norm, head] {
-            job.check_finite(name)?;
+            self.checked.check_finite(name)?;
         }
-        sink.emit(&emission.last, &[])?;
-        source.check_unchanged()?;
-        let rope = job.spec.rope(&frequencies, arch, &source.config, job.max_position);
-        let config = job.spec.config(arch, &source.config, &rope, job.max_position);
-        // What is published has to be readable: by the rules this tool reads models with.
-        Architecture::from_config(&config)?;
-        sink.writer.write_file("config.json", &pretty(&config))?;
-        if job.spec.kind == TargetKind::HfRemote {
-            sink.writer.write_file(REMOTE_FILE.0, REMOTE_FILE.1.as_bytes())?;
-        }
-        for file in &source.files {
-            sink.writer.copy_file(&file.name, &file.path)?;
-        }
-        let count = job.mla_layers().len().max(1) as f64;
+        publisher.write(&emission.last, &mut Nothing)?;
+        Ok(Emitted { layers, frequencies })
+    }
+
+    /// Writes every file beside the weights; only publishing is left.
+    fn describe(
+        &self,
+        publisher: &mut Publisher<'_>,
+        emitted: Emitted,
+        output: &Path,
+        extras: Extras<'_>,
+    ) -> Result<ConversionReport, ConvertError> {
+        let (blueprint, spec) = (self.blueprint, &self.blueprint.spec);
+        let case = &self.checked.case;
+        let (source, arch) = (case.source, case.arch);
+        let rope = spec.rope(&emitted.frequencies, arch, &source.config, blueprint.max_position);
+        let config = spec.config(arch, &source.config, &rope, blueprint.max_position);
+        publisher.side_files(Config::Made(&config), spec.class.files())?;
+        let mla_layers = blueprint.mla_layers(arch.layers);
+        let count = mla_layers.len().max(1) as f64;
+        let error = emitted.layers.iter().map(|l| l.calibration_error).sum::<f64>() / count;
         let report = ConversionReport {
             schema_version: SCHEMA_VERSION,
             tool_version: env!("CARGO_PKG_VERSION").to_owned(),
             output: output.to_owned(),
             source: source.spec.clone(),
             source_revision: source.revision.clone(),
-            source_fingerprint: source.fingerprint().into_iter().map(|f| (f.file, f.header_sha256)).collect(),
-            method: settings.method.name().to_owned(),
-            settings: settings.clone(),
-            decisions: job.decisions.iter().cloned().chain(rope.note.clone()).collect(),
-            target: job.spec.kind,
-            geometry: job.spec.output(),
-            cache_values_per_token_per_layer: job.cache_values(),
+            source_fingerprint: publish::fingerprint(source),
+            method: case.settings.method.name().to_owned(),
+            settings: case.settings.clone(),
+            decisions: blueprint.decisions.iter().cloned().chain(rope.note.clone()).collect(),
+            target: spec.class,
+            geometry: spec.output(),
+            cache_values_per_token_per_layer: spec.cache_values(),
             source_cache_values_per_token_per_layer: arch.cache_values(),
-            cache_values_per_token: job.cache_values_per_token(),
-            mla_layers: job.mla_layers(),
+            cache_values_per_token: blueprint.cache_values_per_token(arch),
+            mla_layers,
             rope_frequencies: rope.frequencies.clone(),
-            predicted_error: layers.iter().map(|l| l.predicted_error).sum::<f64>() / count,
-            layers,
-            calibration_tokens: windows.iter().map(Vec::len).sum(),
+            calibration_error: error,
+            predicted_error: error,
+            layers: emitted.layers,
+            calibration_tokens: self.windows.iter().map(Vec::len).sum(),
             peak_rss_bytes: peak_rss_bytes(),
             seconds: BTreeMap::new(),
         };
-        for (name, bytes) in extras(&report) {
-            sink.writer.write_file(&name, &bytes)?;
-        }
-        sink.writer.write_file("conversion.json", &pretty(&report.reproducible()))?;
+        publisher.report(&report, extras)?;
         Ok(report)
     }
 }

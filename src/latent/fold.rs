@@ -1,28 +1,28 @@
-//! Folding an orthogonal matrix and the latent norm's gain into an MLA layer's weights.
+//! Folding a rotation of the latent and the gain of its norm into an MLA layer's weights (docs/maths.md, 11).
 //!
 //! An RMSNorm without its gain commutes with an orthogonal `U`: `ms(U^T c) = ms(c)`, so `norm(U^T c) = U^T norm(c)`. Hence
 //!
 //! ```text
-//! kv_a[latent rows] <- U^T W_a          (the bias likewise; the rotated key's rows stay)
+//! kv_a[latent rows] <- U^T W_a          (the bias likewise; the rows of the RoPE key stay)
 //! kv_a_layernorm    <- g                 one number for all coordinates
 //! kv_b              <- W_b diag(gamma / g) U
 //! ```
 //!
-//! is the same function (TPLA, arXiv 2508.15881; algorithms.md 2.2). The published form has `g = 1`. Here `g` is the gain
-//! itself where it is one number already - the neutralised norm of our own conversions (14.1), whose gain lifts the latent
-//! to the scale that low-precision caches want - and otherwise the power of two nearest to the gain's root mean square, so
-//! that what is cached keeps its scale.
+//! is the same function (TPLA, arXiv 2508.15881, where `g = 1`). Here `g` is the gain itself where it is one number already:
+//! in the neutralised norm of our own conversions, whose gain lifts the latent to the scale that low-precision caches want.
+//! Otherwise it is the power of two nearest to the gain's root mean square, so that what is cached keeps its scale.
 
 use ndarray::{Array1, Array2, ArrayView2, s};
 
-use super::Turn;
+use super::LatentTransform;
 use crate::arch::MlaShape;
 use crate::factor::linalg::matmul;
 
-/// The weights of one MLA layer that touch the latent. `r` latent, `d_R` rotated key, `D` hidden.
+/// The weights of one MLA layer that touch the latent, with `r` the width of the latent, `d_R` of the RoPE key, `D` of the
+/// hidden state.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LatentWeights {
-    /// `kv_a_proj_with_mqa`, `[r + d_R, D]`, rows `[latent | rotated key]`.
+    /// `kv_a_proj_with_mqa`, `[r + d_R, D]`, rows `[latent | RoPE key]`.
     pub kv_a: Array2<f64>,
     /// Its bias, `[r + d_R]`.
     pub bias: Option<Array1<f64>>,
@@ -32,14 +32,14 @@ pub struct LatentWeights {
     pub kv_b: Array2<f64>,
 }
 
-/// A norm whose latents have at most this mean square over its epsilon does nothing: scaling coordinates changes what it gives
-/// by less than half of it.
+/// A norm does nothing where the mean square of its latents is at most this part of its epsilon: scaling coordinates changes its
+/// output by less than half of this.
 const NEUTRAL: f64 = 1e-3;
 
 impl LatentWeights {
-    /// Whether the norm of these latents does nothing, whatever the input: there is none, or its epsilon `eps` outweighs what
-    /// inputs behind an RMSNorm with gain `input` `[D]` can give (algorithms.md 14.1). Such an input `x` is shorter than
-    /// `sqrt(D)` before its gain, so that `ms(W x + b) <= (|W diag(input)| sqrt(D) + |b|)^2 / r`; on average over directions
+    /// Whether the norm of these latents does nothing, whatever the input: there is none, or its epsilon `eps` outweighs every
+    /// latent that an RMSNorm with gain `input` `[D]` on the layer's input allows. Such an input `x` is shorter than `sqrt(D)`
+    /// before its gain, so that `ms(W x + b) <= (|W diag(input)| sqrt(D) + |b|)^2 / r`; on average over directions it is
     /// `|W diag(input)|^2 / r`, which is what is compared. An empty `input` bounds nothing.
     pub fn is_neutral(&self, input: &[f32], eps: f64) -> bool {
         if self.gain.is_none() {
@@ -60,8 +60,9 @@ impl LatentWeights {
         (weights + bias) / r as f64 <= NEUTRAL * eps
     }
 
-    /// What weights alone say is read of white latents, `[r, r]`: `sum_h (v_h / k_h) UK_h^T UK_h + UV_h^T O_h^T O_h UV_h` with
-    /// `k_h` and `v_h` the traces, so that each head's scores weigh what its outputs do. `output` is `o_proj` `[D, H d_V]`.
+    /// What the weights alone read of white latents, `[r, r]`: `sum_h (v_h / k_h) UK_h^T UK_h + UV_h^T O_h^T O_h UV_h`, with
+    /// `k_h` and `v_h` the traces of the two terms, so that a head's scores weigh as much as its outputs. `output` is `o_proj`
+    /// `[D, H d_V]`.
     pub fn read_by_weights(&self, shape: &MlaShape, output: ArrayView2<'_, f64>) -> Array2<f64> {
         let (nope, head) = (shape.qk_nope_head_dim, shape.qk_nope_head_dim + shape.v_head_dim);
         let mut out = Array2::zeros((self.rank(), self.rank()));
@@ -87,12 +88,12 @@ impl LatentWeights {
         self.kv_b.ncols()
     }
 
-    /// Fold `turn` and the gain in.
+    /// Rotate the latent by `transform`, and fold that and the gain into the weights around it.
     ///
     /// # Panics
-    /// If `turn` has another width than the latent.
-    pub fn turn(&mut self, turn: &Turn) {
-        if matches!(turn, Turn::None) {
+    /// If `transform` has another width than the latent.
+    pub fn fold(&mut self, transform: &LatentTransform) {
+        if matches!(transform, LatentTransform::Identity) {
             return;
         }
         let r = self.rank();
@@ -104,15 +105,15 @@ impl LatentWeights {
             }
             gain.fill(common);
         }
-        turn.apply_dual(self.kv_b.view_mut());
-        turn.apply(self.kv_a.slice_mut(s![..r, ..]).reversed_axes());
+        transform.apply_dual(self.kv_b.view_mut());
+        transform.apply(self.kv_a.slice_mut(s![..r, ..]).reversed_axes());
         if let Some(bias) = &mut self.bias {
-            turn.apply(bias.slice_mut(s![..r]).insert_axis(ndarray::Axis(0)));
+            transform.apply(bias.slice_mut(s![..r]).insert_axis(ndarray::Axis(0)));
         }
     }
 }
 
-/// Add one head's scores and outputs to what is read of a latent, the scores scaled to weigh what the outputs do.
+/// Add what one head's scores and outputs read of a latent, the scores scaled to weigh as much as the outputs.
 pub(super) fn add_reads(sum: &mut Array2<f64>, keys: &Array2<f64>, values: &Array2<f64>) {
     let (k, v) = (keys.diag().sum(), values.diag().sum());
     if k > 0.0 && v > 0.0 {
@@ -121,7 +122,7 @@ pub(super) fn add_reads(sum: &mut Array2<f64>, keys: &Array2<f64>, values: &Arra
     *sum += values;
 }
 
-/// The one number that stands for a gain: itself where all of it is the same, else the power of two nearest to its root mean
+/// The one number that replaces a gain: its own where all entries are the same, else the power of two nearest to its root mean
 /// square.
 pub fn common_gain(gain: &[f64]) -> f64 {
     let first = gain.first().copied().unwrap_or(1.0);
@@ -172,10 +173,10 @@ mod tests {
             Some(Array1::from_shape_fn(r, |i| 0.1 + (i as f64 * 0.7).sin().abs())),
         ];
         for gain in gains {
-            for turn in [
-                Turn::None,
-                Turn::hadamard(r),
-                Turn::Dense(
+            for transform in [
+                LatentTransform::Identity,
+                LatentTransform::hadamard(r),
+                LatentTransform::Dense(
                     crate::factor::linalg::eigh(
                         &{
                             let a = sample(30, r, 11);
@@ -194,7 +195,7 @@ mod tests {
                     kv_b: sample(rows, r, 2),
                 };
                 let mut after = before.clone();
-                after.turn(&turn);
+                after.fold(&transform);
                 for eps in [1e-6, 1e6] {
                     let (a, b) = (function(&before, &x, eps), function(&after, &x, eps));
                     let scale = a.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
@@ -202,7 +203,7 @@ mod tests {
                     // Three products of inner length 20 or less, each with a rounding per term.
                     assert!(error <= 100.0 * f64::EPSILON * scale.max(1.0), "{error} of {scale}");
                 }
-                if !matches!(turn, Turn::None) {
+                if !matches!(transform, LatentTransform::Identity) {
                     let same = after.gain.as_ref().is_none_or(|g| g.iter().all(|v| *v == g[0]));
                     assert!(same, "one gain for all");
                     assert_ne!(before.kv_b, after.kv_b);

@@ -1,7 +1,7 @@
-//! Fitting what each rank reads of its slice to what the whole latent gives.
+//! Fitting what each rank reads of its slice to what the whole latent gives (docs/maths.md, 12).
 //!
-//! A slice says something about the rest of the latent, and a rank pools by probabilities of its own. Both can be put into the
-//! rank's own rows of `kv_b_proj`, at no cost when it decodes; the model whole, and prompts, stay as they are.
+//! A slice predicts part of the rest of the latent, and a rank pools by probabilities of its own. Both can be corrected in the
+//! rank's own rows of `kv_b_proj`, at no cost when it decodes; prompts, which run through the whole model, do not change.
 //!
 //! Keys. With `C` the covariance of the latents `n` and centred slices, the best linear guess of `n` from `n_t` is
 //! `C_{:,t} C_tt^-1 n_t`, so the rank reads
@@ -10,26 +10,26 @@
 //! UK_t <- UK C_{:,t} C_tt^-1                                                                    (R1)
 //! ```
 //!
-//! in place of its columns of `UK`: they are the same where `C` is diagonal. What all keys of a query share, and so the mean,
-//! is nothing to a softmax.
+//! in place of its columns of `UK`: they are the same where `C` is diagonal. The mean adds the same to all scores of a query,
+//! which a softmax ignores.
 //!
 //! Values. With `z_t` what rank `t` pools with its own probabilities for head `h`, and `o` the head's output in the whole model, on
-//! calibration text behind a prompt,
+//! the calibration text after a prompt,
 //!
 //! ```text
 //! [UV_1 .. UV_T] <- argmin E| o - sum_t UV_t z_t |^2 + lambda |UV - UV_0|^2                     (R2)
 //! ```
 //!
-//! layer by layer, each on the text as the fitted ranks below it decode it. One rank has nothing to fit.
+//! layer by layer, each on the hidden states that the fitted ranks of the layers below decode. One rank has nothing to fit.
 
 use ndarray::{Array2, Axis, s};
 
-use super::turn::turn_of;
+use super::transform::transform_of;
 use super::weights::need_mla;
-use super::{LatentMoments, LatentWeights, Sharing, Transform};
+use super::{LatentMoments, LatentTransform, LatentWeights, Sharing, Transform};
 use crate::arch::{Architecture, MlaShape};
 use crate::calibrate::PooledMoments;
-use crate::convert::ConvertError;
+use crate::error::ConvertError;
 use crate::factor::FactorError;
 use crate::factor::linalg::{matmul, solve_right_spd};
 use crate::observe::{Event, Observer};
@@ -41,7 +41,7 @@ const KEY_RIDGE: f64 = 1e-3;
 /// `lambda` of (R2), relative to the mean square of what is pooled.
 const VALUE_RIDGE: f64 = 1e-2;
 
-/// (R1): keys of `ranks`, which hold slices of `weights`, from the moments of its latents.
+/// (R1): fit the keys of `ranks`, which hold slices of `weights`, to the `moments` of its latents.
 ///
 /// # Errors
 /// [`FactorError`] for moments that are not finite.
@@ -80,7 +80,8 @@ pub fn predict_keys(
     Ok(())
 }
 
-/// (R2): values of `ranks`, by head, from moments of what all ranks pool, side by side, against the whole model's outputs.
+/// (R2): fit the values of `ranks`, head by head, to `moments` of what all ranks pool (side by side) against the whole model's
+/// outputs.
 ///
 /// # Errors
 /// [`FactorError`] for moments that are not finite.
@@ -105,8 +106,8 @@ pub fn refit_values(ranks: &mut [RankTensors], moments: &[PooledMoments], shape:
     Ok(())
 }
 
-/// The ranks of every layer of `source`, its latents turned by `transform`, keys by (R1) and values by (R2). The first half of each
-/// window is a prompt. Phase reported: `refit`.
+/// What the ranks of every layer of `source` hold, its latents rotated by `transform`, keys fitted by (R1) and values by (R2). The
+/// first half of each window is a prompt. Phase reported: `refit`.
 ///
 /// # Errors
 /// A GQA model; [`ConvertError::Runtime`], [`ConvertError::Layer`].
@@ -131,19 +132,19 @@ pub fn refitted_ranks<B: Backend>(
         let (Some(mut weights), Some(own)) = (LatentWeights::of(&tensors.attention), moments.get(index)) else {
             continue;
         };
-        let turn =
-            turn_of(transform, &tensors, &weights, shape, Some(own)).map_err(fault)?.unwrap_or(super::Turn::None);
+        let transform = transform_of(transform, &tensors, &weights, shape, Some(own)).map_err(fault)?;
+        let transform = transform.unwrap_or(LatentTransform::Identity);
         let layer = Layer::new(backend, arch, tensors.clone())?;
-        weights.turn(&turn);
+        weights.fold(&transform);
         if let AttentionTensors::Mla(t) = &mut tensors.attention {
             weights.install(t);
         }
-        let own = own.turned(&turn);
-        let turned = Layer::new(backend, arch, tensors)?;
+        let own = own.transformed(&transform);
+        let rotated = Layer::new(backend, arch, tensors)?;
         let mut ranks = weights.ranks(shape, sharing, Some(&own));
         if sharing.ranks > 1 {
             predict_keys(&mut ranks, &weights, &own, shape, sharing).map_err(fault)?;
-            let on_backend = turned.ranks(ranks.clone(), sharing.shared_rms)?;
+            let on_backend = rotated.ranks(ranks.clone(), sharing.shared_rms)?;
             let (value, width) = (shape.v_head_dim, shape.kv_lora_rank / sharing.ranks);
             let mut pooled = vec![PooledMoments::new(shape.kv_lora_rank, value); arch.heads];
             let mut first = 0;
@@ -151,7 +152,7 @@ pub fn refitted_ranks<B: Backend>(
                 let rows = s![first..first + length, ..];
                 let x = layer.attention_input(whole.slice(rows))?;
                 let heads = layer.attention_heads(x.view(), &[length])?;
-                let parts = turned.pooled_sliced(sliced.slice(rows), prefill, &on_backend)?;
+                let parts = rotated.pooled_sliced(sliced.slice(rows), prefill, &on_backend)?;
                 for (h, moments) in pooled.iter_mut().enumerate() {
                     let of_head: Vec<_> = parts.iter().map(|p| p.slice(s![.., h * width..(h + 1) * width])).collect();
                     if let Ok(features) = ndarray::concatenate(Axis(1), &of_head) {
@@ -164,8 +165,8 @@ pub fn refitted_ranks<B: Backend>(
         }
         layer.forward(&mut whole, &lengths)?;
         model.check_layer(index, whole.view())?;
-        let on_backend = turned.ranks(ranks.clone(), sharing.shared_rms)?;
-        turned.forward_sliced(&mut sliced, &lengths, prefill, &on_backend)?;
+        let on_backend = rotated.ranks(ranks.clone(), sharing.shared_rms)?;
+        rotated.forward_sliced(&mut sliced, &lengths, prefill, &on_backend)?;
         model.check_layer(index, sliced.view())?;
         out.push(ranks);
         let tokens = (whole.nrows() * (index + 1)) as u64;

@@ -1,32 +1,36 @@
-//! `shard`: one weight file per rank of a tensor-parallel group that shares the latents out (algorithms.md 2.4).
+//! `shard`: one weight file per rank of a tensor-parallel group that shares the latents out (docs/maths.md, 12).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::rotate::{ROTATION_FILE, copy, is_fp8, pretty, put, side_files};
+use super::held::{Holding, RankCuts, Slice, SlicedTensor, holdings, roles};
+use super::rotate::ROTATION_FILE;
 use super::slicing::rms_corrections;
 use super::statistics::{LatentMoments, latent_moments, latent_windows};
-use super::weights::{LatentNames, check_slices, need_mla, refused};
-use super::{LatentWeights, Sharing, Transform, refitted_ranks};
-use crate::arch::{Architecture, MlaShape};
-use crate::convert::{CalibrationSettings, ConvertError};
+use super::weights::{check_slices, is_fp8, need_mla, refused};
+use super::{Held, LatentWeights, Sharing, Transform, refitted_ranks};
+use crate::arch::{Architecture, MlaShape, check_tensors};
+use crate::calibrate::CalibrationSettings;
+use crate::error::ConvertError;
 use crate::observe::{Event, Observer};
+use crate::publish::{self, Compute, Config, Place, Publisher};
 use crate::runtime::{Device, DeviceChoice, RankTensors};
-use crate::source::{Dtype, ModelSource, TensorInfo};
-use crate::write::{Leftover, PlannedTensor, ShardPlan, StagedWriter, Staging, StagingOptions};
+use crate::source::ModelSource;
+use crate::target::Emit;
+use crate::write::{Leftover, PlannedTensor, ShardPlan};
 
 /// Version of `tpla.json`.
 pub const SHARDS_SCHEMA: u32 = 1;
 /// What describes the ranks in a sharded folder.
 pub const SHARDS_FILE: &str = "tpla.json";
 
-/// What `shard` shall do.
+/// What `shard` is asked to do.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ShardSettings {
-    /// How latents are shared out.
+    /// How the latents are shared out.
     pub sharing: Sharing,
     /// Whether to calibrate the sizes of slices that are normed by themselves.
     pub calibrate: bool,
@@ -41,27 +45,7 @@ pub struct ShardSettings {
     pub overwrite: bool,
 }
 
-/// How a rank holds a tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Held {
-    /// All of it, on every rank.
-    Whole,
-    /// Rank 0 holds it, the others zeros of its shape: it is added to a sum over the ranks.
-    FirstRank,
-    /// A run of rows.
-    Rows,
-    /// A run of columns.
-    Columns,
-    /// The rows of the rank's slice of the latent, then those of the rotated key.
-    LatentRows,
-    /// The rank's slice of the norm's gain, times its correction.
-    LatentGain,
-    /// The columns of the rank's slice of the latent, those of keys times `logit_scale`, or fitted ones (`refit`).
-    LatentColumns,
-}
-
-/// One rank.
+/// One rank of the group.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RankEntry {
     /// Its number.
@@ -70,7 +54,7 @@ pub struct RankEntry {
     pub file: String,
     /// First coordinate of its slice of the latent.
     pub latent_begin: usize,
-    /// One past the last.
+    /// One past the last coordinate.
     pub latent_end: usize,
     /// Bytes of its weights.
     pub weight_bytes: u64,
@@ -81,7 +65,7 @@ pub struct RankEntry {
 pub struct ShardedLayer {
     /// Layer index.
     pub layer: usize,
-    /// Factor on each rank's gain (`a_t`), folded in; 1 where nothing was measured.
+    /// Factor `a_t` on each rank's gain, folded in; 1 where nothing was measured.
     pub rms_correction: Vec<f64>,
     /// Factor on each rank's scores of its slice, folded in.
     pub logit_scale: Vec<f64>,
@@ -100,7 +84,7 @@ pub struct ShardReport {
     pub source: String,
     /// sha256 of each source weight file's header, by file name.
     pub source_fingerprint: BTreeMap<String, String>,
-    /// What turned the latents, by the source's `rotation.json`; `none` where it has none.
+    /// What rotated the latents, by the source's `rotation.json`; `none` where it has none.
     pub transform: String,
     /// Which directions belong to which slice.
     pub order: String,
@@ -108,7 +92,7 @@ pub struct ShardReport {
     pub settings: ShardSettings,
     /// Latent width of the whole model.
     pub kv_lora_rank: usize,
-    /// Rotated width, cached by every rank.
+    /// Width of the RoPE key, cached by every rank.
     pub qk_rope_head_dim: usize,
     /// Values that a rank caches per token and layer.
     pub cache_values_per_rank: usize,
@@ -126,27 +110,16 @@ pub struct ShardReport {
     pub layers: Vec<ShardedLayer>,
 }
 
-/// A tensor of one rank's file.
-struct Piece {
-    planned: PlannedTensor,
-    cut: Cut,
-}
-
-enum Cut {
-    Whole,
-    Zeros,
-    Rows(Vec<Range<usize>>),
-    Columns(Range<usize>),
-    /// Of the layer's [`RankTensors`].
-    Gain(usize),
-    KvB(usize),
+impl publish::Report for ShardReport {
+    const FILE: &'static str = SHARDS_FILE;
 }
 
 /// Write `source` as one weight file per rank into the folder `output`: `rank-T-of-N.safetensors`, the source's
 /// `config.json` and side files, and `tpla.json`. One folder, so that all ranks appear together, in one rename.
 ///
 /// Attention is shared out by the latent (every rank runs all heads), MLPs and experts by their intermediate width as in
-/// plain tensor parallelism; biases that are added behind a sum are on rank 0 alone. Everything else is whole on every rank.
+/// plain tensor parallelism; biases that are added after a sum are on rank 0 alone. Everything else is whole on every rank.
+/// Phases reported: `calibrate`, `refit`, `shard`.
 ///
 /// # Errors
 /// [`ConvertError`]: a GQA model, ranks that do not divide the latent, FP8 weights, text or files that cannot be used.
@@ -158,118 +131,182 @@ pub fn shard(
     observer: &dyn Observer,
 ) -> Result<ShardReport, ConvertError> {
     let shape = need_mla(source, arch)?;
-    let (rank, sharing) = (shape.kv_lora_rank, settings.sharing);
-    check_slices(rank, sharing.ranks)?;
+    check_tensors(arch, &source.tensors)?;
+    check_slices(shape.kv_lora_rank, settings.sharing.ranks)?;
     if is_fp8(source) {
         return Err(refused(
             "the source is FP8: slices of its weights do not begin where the blocks of its scales do",
             "`gqa2mla rotate` writes such a model in bf16; shard that",
         ));
     }
-    let calibrated = settings.calibrate || settings.refit;
-    let windows = match calibrated {
-        true => latent_windows(source, arch, &settings.calibration, rank)?,
+    let windows = match settings.calibrate || settings.refit {
+        true => latent_windows(source, arch, &settings.calibration, shape.kv_lora_rank)?,
         false => Vec::new(),
     };
-    let held = roles(arch, shape, &sharing);
-    let files: Vec<(String, Vec<Piece>)> = (0..sharing.ranks)
-        .map(|t| {
-            (format!("rank-{t}-of-{}.safetensors", sharing.ranks), pieces(source, arch, shape, settings, &held, t))
-        })
-        .collect();
-    let planned: Vec<(String, Vec<PlannedTensor>)> =
-        files.iter().map(|(f, p)| (f.clone(), p.iter().map(|p| p.planned.clone()).collect())).collect();
-    let plan = ShardPlan::of_files(&planned)?;
-    let options = StagingOptions {
-        overwrite: settings.overwrite,
-        source: Some(source.dir.clone()),
-        needed_bytes: plan.file_bytes(),
-        leftover: Leftover::Refuse,
-    };
-    let ranks = plan.shards().iter().enumerate().map(|(t, s)| {
-        let columns = sharing.columns(rank, t);
-        RankEntry {
-            rank: t,
-            file: s.file.clone(),
-            latent_begin: columns.start,
-            latent_end: columns.end,
-            weight_bytes: s.data_bytes(),
-        }
-    });
-    let ranks: Vec<RankEntry> = ranks.collect();
-    let staging = Staging::create(output, &options)?;
-    let (mut moments, mut refitted) = (None, None);
-    if calibrated {
-        let device = Device::open(settings.device)?;
-        let found = latent_moments(source, arch, &device, &windows, observer)?;
-        if settings.refit {
-            let how = (Transform::None, &sharing);
-            refitted = Some(refitted_ranks(source, arch, &device, (&windows, &found), how, observer)?);
-        }
-        moments = Some(found);
-    }
-    let mut writer = StagedWriter::new(staging, plan);
-    observer.event(Event::Phase { name: "shard", steps: Some(sharing.ranks as u64) });
-    for (t, (_, pieces)) in files.iter().enumerate() {
-        let mut own = OfRank {
-            source,
-            arch,
-            shape,
-            sharing: &sharing,
-            moments: moments.as_deref(),
-            t,
-            at: None,
-            refitted: refitted.as_deref(),
-        };
-        for piece in pieces {
-            write_piece(piece, &mut own, &mut writer)?;
-            observer.event(Event::Written { tensor: piece.planned.name.clone() });
-        }
+    let RankFiles { lists, plan, entries, held } = RankFiles::new(source, arch, shape, settings)?;
+    let place = Place { output, overwrite: settings.overwrite, leftover: Leftover::Refuse, bytes: plan.file_bytes() };
+    let staging = publish::stage(source, &place)?;
+    let measured = Measured::on(source, arch, settings, &windows, observer)?;
+    let mut publisher = Publisher::new(source, staging, plan, observer);
+    observer.event(Event::Phase { name: "shard", steps: Some(settings.sharing.ranks as u64) });
+    for (t, list) in lists.iter().enumerate() {
+        let sharing = &settings.sharing;
+        publisher
+            .write(list, &mut RankLayers { source, arch, shape, sharing, measured: &measured, t, current: None })?;
         observer.event(Event::Step { done: t as u64 + 1, tokens: 0 });
     }
-    source.check_unchanged()?;
-    side_files(source, false, &mut writer)?;
-    let (transform, order) = rotation_of(source, &sharing);
-    let layers = (0..arch.layers).map(|layer| ShardedLayer {
-        layer,
-        rms_correction: match moments.as_ref() {
-            Some(m) if shape.latent_norm && !sharing.shared_rms => rms_corrections(&m[layer], sharing.ranks),
-            _ => vec![1.0; sharing.ranks],
-        },
-        logit_scale: vec![sharing.logit_scale; sharing.ranks],
-    });
+    publisher.side_files(Config::Kept { without: &[] }, &[])?;
+    let (transform, order) = rotation_of(source, &settings.sharing);
     let report = ShardReport {
         schema_version: SHARDS_SCHEMA,
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
         output: output.to_owned(),
         source: source.spec.clone(),
-        source_fingerprint: source.fingerprint().into_iter().map(|f| (f.file, f.header_sha256)).collect(),
+        source_fingerprint: publish::fingerprint(source),
         transform,
         order,
         settings: settings.clone(),
-        kv_lora_rank: rank,
+        kv_lora_rank: shape.kv_lora_rank,
         qk_rope_head_dim: shape.qk_rope_head_dim,
-        cache_values_per_rank: rank / sharing.ranks + shape.qk_rope_head_dim,
+        cache_values_per_rank: shape.kv_lora_rank / settings.sharing.ranks + shape.qk_rope_head_dim,
         cache_values: arch.cache_values(),
         calibration_tokens: windows.iter().map(Vec::len).sum(),
-        ranks,
+        ranks: entries,
         held,
         sums: vec![
             "o_proj: the ranks' outputs are summed".to_owned(),
             "down_proj: the ranks' outputs are summed, where the intermediate width is shared out".to_owned(),
         ],
-        layers: layers.collect(),
+        layers: (0..arch.layers).map(|layer| measured.figures(layer, shape, &settings.sharing)).collect(),
     };
-    let mut document = serde_json::to_value(&report).unwrap_or_default();
-    if let Some(map) = document.as_object_mut() {
-        map.remove("output");
+    publisher.report(&report, &|_| Vec::new())?;
+    Ok(ShardReport { output: publisher.finish()?, ..report })
+}
+
+/// The files of all ranks.
+struct RankFiles {
+    /// Tensors of each rank, in the order in which they are written.
+    lists: Vec<Vec<Emit<SlicedTensor>>>,
+    plan: ShardPlan,
+    /// What the report says of each.
+    entries: Vec<RankEntry>,
+    /// How tensors are held, by role.
+    held: BTreeMap<String, Held>,
+}
+
+impl RankFiles {
+    fn new(
+        source: &ModelSource,
+        arch: &Architecture,
+        shape: &MlaShape,
+        settings: &ShardSettings,
+    ) -> Result<Self, ConvertError> {
+        let sharing = &settings.sharing;
+        let held = roles(arch, shape, sharing);
+        let by_name: BTreeMap<String, Holding> = holdings(arch, shape, &held);
+        let computed = settings.refit || sharing.logit_scale != 1.0;
+        let list = |t| RankCuts { by_name: &by_name, sharing, rank: shape.kv_lora_rank, computed, t }.list(source);
+        let lists: Vec<Vec<Emit<SlicedTensor>>> = (0..sharing.ranks).map(list).collect();
+        let file = |(t, list): (usize, &Vec<Emit<SlicedTensor>>)| {
+            let planned: Vec<PlannedTensor> = list.iter().map(|e| e.planned.clone()).collect();
+            (format!("rank-{t}-of-{}.safetensors", sharing.ranks), planned)
+        };
+        let files: Vec<_> = lists.iter().enumerate().map(file).collect();
+        let plan = ShardPlan::of_files(&files)?;
+        let entries = plan.shards().iter().enumerate().map(|(t, s)| {
+            let columns = sharing.columns(shape.kv_lora_rank, t);
+            RankEntry {
+                rank: t,
+                file: s.file.clone(),
+                latent_begin: columns.start,
+                latent_end: columns.end,
+                weight_bytes: s.data_bytes(),
+            }
+        });
+        let entries = entries.collect();
+        Ok(Self { lists, plan, entries, held })
     }
-    writer.write_file(SHARDS_FILE, &pretty(&document))?;
-    let published = writer.finish()?;
-    if let Some(left) = published.left_behind {
-        observer.event(Event::Warning(format!("could not be removed: {}", left.display())));
+}
+
+/// What was measured on calibration text.
+#[derive(Default)]
+struct Measured {
+    /// Moments of latents, by layer; none without calibration.
+    moments: Vec<LatentMoments>,
+    /// What the ranks hold, by layer and rank, where they were fitted.
+    refitted: Vec<Vec<RankTensors>>,
+}
+
+impl Measured {
+    fn on(
+        source: &ModelSource,
+        arch: &Architecture,
+        settings: &ShardSettings,
+        windows: &[Vec<u32>],
+        observer: &dyn Observer,
+    ) -> Result<Self, ConvertError> {
+        if !settings.calibrate && !settings.refit {
+            return Ok(Self::default());
+        }
+        let device = Device::open(settings.device)?;
+        let moments = latent_moments(source, arch, &device, windows, observer)?;
+        let refitted = if settings.refit {
+            let how = (Transform::None, &settings.sharing);
+            refitted_ranks(source, arch, &device, (windows, &moments), how, observer)?
+        } else {
+            Vec::new()
+        };
+        Ok(Self { moments, refitted })
     }
-    Ok(ShardReport { output: published.path, ..report })
+
+    /// What the report says of `layer`.
+    fn figures(&self, layer: usize, shape: &MlaShape, sharing: &Sharing) -> ShardedLayer {
+        let rms_correction = match self.moments.get(layer) {
+            Some(moments) if shape.latent_norm && !sharing.shared_rms => rms_corrections(moments, sharing.ranks),
+            _ => vec![1.0; sharing.ranks],
+        };
+        ShardedLayer { layer, rms_correction, logit_scale: vec![sharing.logit_scale; sharing.ranks] }
+    }
+}
+
+/// What rank `t` holds of the layers, made as its tensors are written.
+struct RankLayers<'a> {
+    source: &'a ModelSource,
+    arch: &'a Architecture,
+    shape: &'a MlaShape,
+    sharing: &'a Sharing,
+    measured: &'a Measured,
+    /// The rank.
+    t: usize,
+    /// The layer that is being written.
+    current: Option<(usize, RankTensors)>,
+}
+
+impl RankLayers<'_> {
+    fn layer(&mut self, layer: usize) -> Result<&RankTensors, ConvertError> {
+        let measured = self.measured;
+        if let Some(fitted) = measured.refitted.get(layer).and_then(|ranks| ranks.get(self.t)) {
+            return Ok(fitted);
+        }
+        let tensors = match self.current.take() {
+            Some((at, tensors)) if at == layer => tensors,
+            _ => {
+                let weights = LatentWeights::load(self.source, self.arch, layer)?;
+                weights.of_rank(self.shape, self.sharing, measured.moments.get(layer), self.t)
+            }
+        };
+        Ok(&self.current.insert((layer, tensors)).1)
+    }
+}
+
+impl Compute<SlicedTensor> for RankLayers<'_> {
+    fn values(&mut self, key: &SlicedTensor) -> Result<Option<Cow<'_, [f64]>>, ConvertError> {
+        let tensors = self.layer(key.layer)?;
+        Ok(Some(match key.slice {
+            Slice::Gain => tensors.gain.iter().map(|g| f64::from(*g)).collect(),
+            Slice::KvB => tensors.kv_b.iter().map(|v| f64::from(*v)).collect(),
+        }))
+    }
 }
 
 /// Transform and order by the source's `rotation.json`.
@@ -289,185 +326,4 @@ fn rotation_of(source: &ModelSource, sharing: &Sharing) -> (String, String) {
             None => blocks.to_owned(),
         },
     )
-}
-
-/// How the linear layers and norms are held that are not whole on every rank, by role and by what of them.
-fn roles(arch: &Architecture, shape: &MlaShape, sharing: &Sharing) -> BTreeMap<String, Held> {
-    let mut out = BTreeMap::new();
-    let mut hold = |role: &str, held: Held| out.insert(role.to_owned(), held);
-    hold("kv_b.weight", Held::LatentColumns);
-    if !sharing.shared_rms || !shape.latent_norm {
-        hold("kv_a.weight", Held::LatentRows);
-        hold("kv_a.bias", Held::LatentRows);
-        hold("kv_a_norm", Held::LatentGain);
-    }
-    hold("o.bias", Held::FirstRank);
-    let shared_out = |width: usize| width.is_multiple_of(sharing.ranks);
-    let mut mlp = |[gate, up, down]: [&str; 3], width: usize| {
-        if shared_out(width) {
-            hold(&format!("{gate}.weight"), Held::Rows);
-            hold(&format!("{up}.weight"), Held::Rows);
-            hold(&format!("{gate}.bias"), Held::Rows);
-            hold(&format!("{up}.bias"), Held::Rows);
-            hold(&format!("{down}.weight"), Held::Columns);
-            hold(&format!("{down}.bias"), Held::FirstRank);
-        }
-    };
-    mlp(["gate", "up", "down"], arch.intermediate);
-    if let Some(moe) = &arch.moe {
-        mlp(["expert_gate", "expert_up", "expert_down"], moe.width);
-        if let Some(width) = moe.shared_width {
-            mlp(["shared_gate", "shared_up", "shared_down"], width);
-        }
-    }
-    out
-}
-
-/// The tensors of rank `t`, those of wide dtypes first, so that none begins askew.
-fn pieces(
-    source: &ModelSource,
-    arch: &Architecture,
-    shape: &MlaShape,
-    settings: &ShardSettings,
-    held: &BTreeMap<String, Held>,
-    t: usize,
-) -> Vec<Piece> {
-    let sharing = &settings.sharing;
-    let mut by_name: BTreeMap<String, (Held, usize)> = BTreeMap::new();
-    for layer in 0..arch.layers {
-        let names = arch.names.layer(layer);
-        let latent = LatentNames::of(arch, shape, layer);
-        for (role, held) in held {
-            let own: Vec<String> = match role.as_str() {
-                "kv_b.weight" => vec![latent.kv_b.clone()],
-                "kv_a.weight" => vec![latent.kv_a.clone()],
-                "kv_a.bias" => latent.bias.clone().into_iter().collect(),
-                "kv_a_norm" => latent.gain.clone().into_iter().collect(),
-                _ => {
-                    let Some((stem, what)) = role.split_once('.') else { continue };
-                    let experts = arch.moe.as_ref().filter(|_| arch.is_sparse(layer)).map_or(0, |m| m.experts);
-                    match stem.starts_with("expert_") {
-                        true => (0..experts).map(|e| format!("{}.{what}", names.expert(stem, e))).collect(),
-                        false if names.has(stem) => vec![format!("{}.{what}", names.role(stem))],
-                        false => Vec::new(),
-                    }
-                }
-            };
-            by_name.extend(own.into_iter().map(|name| (name, (*held, layer))));
-        }
-    }
-    let rank = shape.kv_lora_rank;
-    let run = |n: usize| n / sharing.ranks * t..n / sharing.ranks * (t + 1);
-    let piece = |(name, info): (&str, &TensorInfo)| {
-        let (mut shape_of, mut dtype) = (info.shape.clone(), info.dtype);
-        let rows = shape_of.first().copied().unwrap_or(0);
-        let cut = match by_name.get(name) {
-            None | Some((Held::Whole, _)) => Cut::Whole,
-            Some((Held::FirstRank, _)) => {
-                if t == 0 {
-                    Cut::Whole
-                } else {
-                    Cut::Zeros
-                }
-            }
-            Some((Held::Rows, _)) => {
-                shape_of[0] = rows / sharing.ranks;
-                Cut::Rows(vec![run(rows)])
-            }
-            Some((Held::Columns, _)) => {
-                let columns = shape_of.get(1).copied().unwrap_or(0);
-                shape_of[1] = columns / sharing.ranks;
-                Cut::Columns(run(columns))
-            }
-            Some((Held::LatentRows, _)) => {
-                shape_of[0] = rank / sharing.ranks + rows - rank;
-                Cut::Rows(vec![sharing.columns(rank, t), rank..rows])
-            }
-            Some((Held::LatentGain, layer)) => {
-                (shape_of[0], dtype) = (rank / sharing.ranks, Dtype::F32);
-                Cut::Gain(*layer)
-            }
-            Some((Held::LatentColumns, layer)) => {
-                shape_of[1] = rank / sharing.ranks;
-                match sharing.logit_scale == 1.0 && !settings.refit {
-                    true => Cut::Columns(sharing.columns(rank, t)),
-                    false => {
-                        dtype = Dtype::F32;
-                        Cut::KvB(*layer)
-                    }
-                }
-            }
-        };
-        Piece { planned: PlannedTensor { name: name.to_owned(), dtype, shape: shape_of }, cut }
-    };
-    let mut out: Vec<Piece> = source.tensors.in_file_order().map(piece).collect();
-    out.sort_by_key(|p| std::cmp::Reverse(p.planned.dtype.size()));
-    out
-}
-
-/// What one rank holds of the layer at work.
-struct OfRank<'a> {
-    source: &'a ModelSource,
-    arch: &'a Architecture,
-    shape: &'a MlaShape,
-    sharing: &'a Sharing,
-    /// By layer.
-    moments: Option<&'a [LatentMoments]>,
-    /// The rank.
-    t: usize,
-    at: Option<(usize, RankTensors)>,
-    /// By layer and rank, where they were fitted.
-    refitted: Option<&'a [Vec<RankTensors>]>,
-}
-
-impl OfRank<'_> {
-    fn layer(&mut self, layer: usize) -> Result<&RankTensors, ConvertError> {
-        if let Some(fitted) = self.refitted.and_then(|r| r.get(layer)?.get(self.t)) {
-            return Ok(&self.at.insert((layer, fitted.clone())).1);
-        }
-        let tensors = match self.at.take() {
-            Some((at, tensors)) if at == layer => tensors,
-            _ => {
-                let weights = LatentWeights::load(self.source, self.arch, layer)?;
-                weights.of_rank(self.shape, self.sharing, self.moments.map(|m| &m[layer]), self.t)
-            }
-        };
-        Ok(&self.at.insert((layer, tensors)).1)
-    }
-}
-
-fn write_piece(piece: &Piece, own: &mut OfRank<'_>, writer: &mut StagedWriter) -> Result<(), ConvertError> {
-    let (Piece { planned, cut }, source) = (piece, own.source);
-    let name = &planned.name;
-    match cut {
-        Cut::Whole => copy(source, name, writer),
-        Cut::Zeros => {
-            let bytes = planned.shape.iter().product::<usize>() * planned.dtype.size();
-            Ok(writer.write_tensor(name, &vec![0; bytes])?)
-        }
-        Cut::Rows(runs) => {
-            let mut bytes = Vec::new();
-            for rows in runs {
-                bytes.extend_from_slice(&source.tensors.rows(name, Some(rows.clone()))?.bytes);
-            }
-            Ok(writer.write_tensor(name, &bytes)?)
-        }
-        Cut::Columns(columns) => {
-            let view = source.tensors.view(name)?;
-            let size = view.dtype.size();
-            let width = view.shape.get(1).copied().unwrap_or(0) * size;
-            let (from, to) = (columns.start * size, columns.end * size);
-            let bytes: Vec<u8> =
-                view.bytes.chunks_exact(width.max(1)).flat_map(|row| &row[from..to]).copied().collect();
-            Ok(writer.write_tensor(name, &bytes)?)
-        }
-        Cut::Gain(layer) => {
-            let values: Vec<f64> = own.layer(*layer)?.gain.iter().map(|g| f64::from(*g)).collect();
-            put(writer, planned, &values)
-        }
-        Cut::KvB(layer) => {
-            let values: Vec<f64> = own.layer(*layer)?.kv_b.iter().map(|v| f64::from(*v)).collect();
-            put(writer, planned, &values)
-        }
-    }
 }

@@ -1,15 +1,15 @@
-//! What each of `T` ranks holds of a layer (algorithms.md 2.3, 2.4).
+//! What each of `T` ranks holds of a layer (docs/maths.md, 12).
 
 use std::ops::Range;
 
 use ndarray::{Array1, Array2, Axis, s};
 use serde::Serialize;
 
-use super::{LatentMoments, LatentWeights, Turn};
+use super::{LatentMoments, LatentTransform, LatentWeights};
 use crate::arch::MlaShape;
 use crate::runtime::{AttentionTensors, MlaTensors, RankTensors};
 
-/// How latents are shared out.
+/// How the latents of a model are shared out over the ranks of a tensor-parallel group.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Sharing {
     /// Ranks `T`; it divides the latent.
@@ -28,10 +28,10 @@ impl Sharing {
     }
 }
 
-/// Factors `a_t` that give a slice normed by its own root mean square the size it has when normed by the whole's.
+/// The factors `a_t` that make a slice normed by its own root mean square as large as one normed by the whole latent's.
 ///
-/// With `nu = E|n|^2 / r` (1 for a norm at work, 0 for one that its epsilon dominates) and `rho_t` the slice's mean square
-/// relative to the whole's, the two differ by `a_t^2 = 1 - nu + nu rho_t` (algorithms.md 2.3a has `nu = 1`).
+/// `a_t^2 = 1 - nu + nu rho_t`, with `nu = E|n|^2 / r` (1 for a norm at work, 0 for one that its epsilon dominates) and
+/// `rho_t` the mean square of the slice relative to that of the whole.
 pub fn rms_corrections(moments: &LatentMoments, ranks: usize) -> Vec<f64> {
     let energy = moments.second.diag();
     let (r, nu) = (energy.len(), energy.mean().unwrap_or(0.0));
@@ -45,22 +45,22 @@ pub fn rms_corrections(moments: &LatentMoments, ranks: usize) -> Vec<f64> {
 }
 
 impl LatentMoments {
-    /// The moments of latents that `turn` turned.
-    pub fn turned(&self, turn: &Turn) -> Self {
+    /// The moments of the same latents, rotated by `transform`.
+    pub fn transformed(&self, transform: &LatentTransform) -> Self {
         let mut mean = self.mean.clone().insert_axis(Axis(0));
-        turn.apply(mean.view_mut());
+        transform.apply(mean.view_mut());
         let both = |m: &Array2<f64>| {
             let mut m = m.clone();
-            turn.apply(m.view_mut());
+            transform.apply(m.view_mut());
             let mut m = m.reversed_axes().as_standard_layout().into_owned();
-            turn.apply(m.view_mut());
+            transform.apply(m.view_mut());
             m
         };
         let reads = {
             let mut m = self.reads.clone();
-            turn.apply_dual(m.view_mut());
+            transform.apply_dual(m.view_mut());
             let mut m = m.reversed_axes().as_standard_layout().into_owned();
-            turn.apply_dual(m.view_mut());
+            transform.apply_dual(m.view_mut());
             m
         };
         Self { mean: mean.remove_axis(Axis(0)), second: both(&self.second), covariance: both(&self.covariance), reads }
@@ -68,7 +68,7 @@ impl LatentMoments {
 }
 
 impl LatentWeights {
-    /// Of a layer as the runtime holds it; `None` for a GQA layer.
+    /// The weights of a layer as the runtime holds it; `None` for a GQA layer.
     pub fn of(tensors: &AttentionTensors) -> Option<Self> {
         let AttentionTensors::Mla(t) = tensors else { return None };
         let wide = |v: &[f32]| Array1::from_iter(v.iter().map(|x| f64::from(*x)));
@@ -89,8 +89,8 @@ impl LatentWeights {
         t.kv_b.weight = self.kv_b.mapv(|x| x as f32);
     }
 
-    /// What the ranks hold. `moments` are those of these weights' latents; without them a slice that is normed by itself
-    /// keeps the size that gives it.
+    /// What the ranks hold. `moments` are those of these weights' latents; without them a slice that is normed by itself is not
+    /// corrected in size.
     ///
     /// # Panics
     /// If the ranks do not divide the latent.
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn turned_moments_are_those_of_turned_latents() {
+    fn moments_rotate_as_their_latents_do() {
         let n = sample(50, 8, 3);
         let of = |n: &Array2<f64>| LatentMoments {
             mean: n.mean_axis(Axis(0)).unwrap(),
@@ -226,10 +226,10 @@ mod tests {
             covariance: matmul(&n.t(), n) / 50.0,
             reads: matmul(&n.t(), n),
         };
-        let turn = Turn::hadamard(8);
-        let mut turned = n.clone();
-        turn.apply(turned.view_mut());
-        let (a, b) = (of(&n).turned(&turn), of(&turned));
+        let transform = LatentTransform::hadamard(8);
+        let mut rotated = n.clone();
+        transform.apply(rotated.view_mut());
+        let (a, b) = (of(&n).transformed(&transform), of(&rotated));
         assert!((&a.second - &b.second).iter().chain((&a.mean - &b.mean).iter()).all(|d| d.abs() < 1e-12));
     }
 }

@@ -4,10 +4,23 @@ use ndarray::{Array1, Array2};
 
 use super::LatentWeights;
 use crate::arch::{Architecture, Attention, MlaShape, Part, StoredPart};
-use crate::convert::ConvertError;
-use crate::source::{ModelSource, scan_non_finite};
+use crate::error::ConvertError;
+use crate::source::{Dtype, ModelSource, scan_non_finite};
 
-/// Names of the tensors that touch the latent of one layer.
+/// A tensor around the latent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LatentTensor {
+    /// `kv_a_proj_with_mqa`.
+    KvA,
+    /// Its bias.
+    Bias,
+    /// `kv_a_layernorm`.
+    Gain,
+    /// `kv_b_proj`.
+    KvB,
+}
+
+/// Names of the tensors around the latent of one layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct LatentNames {
     pub kv_a: String,
@@ -28,8 +41,15 @@ impl LatentNames {
     }
 
     /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = &String> {
-        [Some(&self.kv_a), self.bias.as_ref(), self.gain.as_ref(), Some(&self.kv_b)].into_iter().flatten()
+    pub fn iter(&self) -> impl Iterator<Item = (LatentTensor, &str)> {
+        [
+            (LatentTensor::KvA, Some(&self.kv_a)),
+            (LatentTensor::Bias, self.bias.as_ref()),
+            (LatentTensor::Gain, self.gain.as_ref()),
+            (LatentTensor::KvB, Some(&self.kv_b)),
+        ]
+        .into_iter()
+        .filter_map(|(tensor, name)| Some((tensor, name?.as_str())))
     }
 }
 
@@ -55,6 +75,11 @@ pub(super) fn refused(message: impl Into<String>, hint: impl Into<String>) -> Co
     ConvertError::Refused { message: message.into(), hint: Some(hint.into()) }
 }
 
+/// Whether some weights of a model are FP8.
+pub(super) fn is_fp8(source: &ModelSource) -> bool {
+    source.tensors.iter().any(|(_, t)| t.dtype == Dtype::F8E4M3)
+}
+
 /// Refuse a number of slices that does not divide the latent.
 ///
 /// # Errors
@@ -78,13 +103,13 @@ impl LatentWeights {
     pub fn load(source: &ModelSource, arch: &Architecture, layer: usize) -> Result<Self, ConvertError> {
         let shape = need_mla(source, arch)?;
         let names = LatentNames::of(arch, shape, layer);
-        for name in names.iter() {
-            if let Some(found) = scan_non_finite(&source.tensors, name)? {
+        for (_, name) in names.iter() {
+            if let Some(fault) = scan_non_finite(&source.tensors, name)? {
                 return Err(ConvertError::NotFinite {
-                    name: name.clone(),
-                    count: found.count,
-                    index: found.first_index,
-                    value: found.value,
+                    name: name.to_owned(),
+                    count: fault.count,
+                    index: fault.first_index,
+                    value: fault.value,
                 });
             }
         }

@@ -1,137 +1,53 @@
 //! Conversion methods: which maths, in what order, for one layer.
 //!
-//! A method turns an [`AttentionSource`] and the layer's statistics into an [`MlaLayer`]: target-neutral, f64, with every
-//! fold except the target's own (norm scales, score scale, epsilon alignment), which [`crate::target`] adds.
+//! A method turns an [`AttentionSource`] and the layer's statistics into an [`MlaLayer`](crate::mla::MlaLayer):
+//! target-neutral, f64, with every fold except the target's own (norm scales, score scale, epsilon alignment), which
+//! [`crate::target`] adds. Each method is a folder with one implementation of [`Method`], its settings, and the options that
+//! set them; [`METHODS`] lists them, and nothing outside this folder knows one by name.
 
 pub mod attention_aware;
 pub mod care;
 pub mod exact;
+mod method;
 pub mod mha2mla;
+mod mla_layers;
+pub mod options;
 pub mod partial_rope;
+mod registry;
+pub mod setting_options;
+mod settings;
 pub mod transmla;
+mod weight_methods;
+pub mod widths;
 pub mod x_ecomla;
 
-use ndarray::{Array1, Array2};
+use ndarray::Array1;
 
-use crate::arch::{AttentionSource, Rope, RopeLayout};
-use crate::factor::FactorError;
-use crate::runtime::Rotation;
+use crate::arch::AttentionSource;
 
-/// One layer of multi-head latent attention, before a target's conventions.
-///
-/// For query head `h`, with `x` the normed input of a token and `c = latent x` its cached latent:
-///
-/// ```text
-/// score(m, n) = score_scale ( <q_nope_h(x_m), k_up_h c_n> + <R_m q_rope_h(x_m), R_n k_rope(x_n)> )
-/// output_h(m) = v_up_h sum_n p_mn c_n,      attention output = wo [output_1; ...; output_H] + wo_bias
-/// ```
-///
-/// Rotated pair `p` is rows `(2p, 2p + 1)` and turns by `rope_freq[p]` radians per token.
-#[derive(Debug, Clone)]
-pub struct MlaLayer {
-    /// Query heads `H`.
-    pub heads: usize,
-    /// Query path.
-    pub query: Query,
-    /// Latent down-projection `[r, D]`, without bias: a constant in the keys cancels in the softmax, a constant in the
-    /// values passes through it and belongs to `wo_bias`.
-    pub latent: Array2<f64>,
-    /// Shared rotated key `[d_R, D]`.
-    pub k_rope: Array2<f64>,
-    /// `[d_R]`.
-    pub k_rope_bias: Option<Array1<f64>>,
-    /// Key up-projection `[H d_N, r]`.
-    pub k_up: Array2<f64>,
-    /// Value up-projection `[H d_V, r]`.
-    pub v_up: Array2<f64>,
-    /// Output projection `[D, H d_V]`.
-    pub wo: Array2<f64>,
-    /// `[D]`.
-    pub wo_bias: Option<Array1<f64>>,
-    /// Radians per token of each rotated pair, `[d_R / 2]`.
-    pub rope_freq: Vec<f64>,
-    /// What multiplies a score before the softmax.
-    pub score_scale: f64,
+pub use crate::mla::Split;
+pub use method::{
+    Candidates, Case, Choice, Cost, Entry, LayerInput, LayerOutput, LayerReport, LayerTokens, Made, Make, Method,
+    SourceStream, Streams, Survey, SurveyResult, TextNeed, Work,
+};
+pub use mla_layers::{LayerCount, MlaLayers};
+pub use registry::{DEMONSTRATED, METHODS, MethodChoice};
+pub use settings::{Budget, ConvertSettings};
+
+/// Windows on which methods without refits measure their error.
+const MEASURED_WINDOWS: usize = 8;
+/// Layers that are converted on trial, at most, evenly spread.
+const TRIAL_LAYERS: usize = 8;
+
+/// Layers that are converted on trial, of `layers`.
+fn trial_layers(layers: usize) -> Vec<usize> {
+    let count = layers.min(TRIAL_LAYERS);
+    (0..count).map(|i| (2 * i + 1) * layers / (2 * count)).collect()
 }
 
-/// Query projection of an [`MlaLayer`].
-#[derive(Debug, Clone)]
-pub struct Query {
-    /// Shared query latent `[r_q, D]`, or `None` for a direct projection.
-    pub down: Option<Array2<f64>>,
-    /// `[H d_N, D]`, or `[H d_N, r_q]` behind a latent.
-    pub nope: Array2<f64>,
-    /// `[H d_N]`.
-    pub nope_bias: Option<Array1<f64>>,
-    /// `[H d_R, D]`, or `[H d_R, r_q]` behind a latent.
-    pub rope: Array2<f64>,
-    /// `[H d_R]`.
-    pub rope_bias: Option<Array1<f64>>,
-}
-
-impl MlaLayer {
-    /// Hidden size `D`.
-    pub fn hidden(&self) -> usize {
-        self.wo.nrows()
-    }
-
-    /// Latent width `r`.
-    pub fn rank(&self) -> usize {
-        self.latent.nrows()
-    }
-
-    /// `d_N`.
-    pub fn nope_dim(&self) -> usize {
-        self.k_up.nrows() / self.heads
-    }
-
-    /// `d_R`.
-    pub fn rope_dim(&self) -> usize {
-        self.k_rope.nrows()
-    }
-
-    /// `d_V`.
-    pub fn value_dim(&self) -> usize {
-        self.v_up.nrows() / self.heads
-    }
-
-    /// Rotations of the rotated pairs at positions `0..positions`.
-    pub fn rotation(&self, positions: usize) -> Rotation {
-        let rope = Rope {
-            inv_freq: self.rope_freq.clone(),
-            amplitude: 1.0,
-            layout: RopeLayout::Interleaved,
-            theta: 0.0,
-            kind: String::new(),
-            long: None,
-        };
-        Rotation::new(&rope, 0..positions)
-    }
-
-    /// Whether any projection needs a bias.
-    pub fn has_bias(&self) -> bool {
-        self.query.nope_bias.is_some()
-            || self.query.rope_bias.is_some()
-            || self.k_rope_bias.is_some()
-            || self.wo_bias.is_some()
-    }
-}
-
-/// Errors of a conversion method.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum MethodError {
-    /// A factorisation failed.
-    #[error(transparent)]
-    Factor(#[from] FactorError),
-    /// A setting the method cannot meet on this model.
-    #[error("{message}{}", hint.as_ref().map(|h| format!("\n\nhint: {h}")).unwrap_or_default())]
-    Setting {
-        /// What was asked and what is possible.
-        message: String,
-        /// What to do.
-        hint: Option<String>,
-    },
+/// Index of the least error, the first of equals.
+fn least(errors: &[f64]) -> usize {
+    (0..errors.len()).fold(0, |best, i| if errors[i] < errors[best] { i } else { best })
 }
 
 /// The output bias that carries the value bias: `b_o + sum_h W_o,h b_v,gamma(h)` (softmax weights sum to one).

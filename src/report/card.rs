@@ -4,7 +4,7 @@ use minijinja::{Environment, UndefinedBehavior, Value, context, syntax::SyntaxCo
 
 use super::table::Table;
 use super::{Verification, units};
-use crate::convert::{ConversionReport, Method, TargetKind};
+use crate::convert::ConversionReport;
 
 const TEMPLATE: &str = include_str!("card.md.j2");
 
@@ -21,7 +21,7 @@ pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verificat
     }
     let source_total = report.source_cache_values_per_token_per_layer * report.layers.len().max(1);
     let ratio = report.cache_values_per_token as f64 / source_total as f64;
-    let exact = report.method == Method::Exact.name();
+    let method = &report.settings.method;
     let values = context! {
         // Only a hub id names a base model; a folder's path is nobody's business.
         base_model => hub_id(&report.source).map(yaml),
@@ -29,9 +29,10 @@ pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verificat
         source => inline(hub_id(&report.source).unwrap_or_else(|| short_name(&report.source))),
         revision => report.source_revision.as_deref().map(inline),
         method => inline(&report.method),
-        exact => exact,
-        from_weights => Method::ALL.iter().any(|m| m.name() == report.method && m.from_weights()),
-        remote => report.target == TargetKind::HfRemote,
+        exact => !method.compresses(),
+        from_weights => method.factorises_weights_alone(),
+        remote => report.target.brings_code(),
+        code => report.target.files().iter().map(|(name, _)| inline(name)).collect::<Vec<_>>().join(", "),
         command => fenced(command),
         tool_version => inline(&report.tool_version),
         geometry => geometry(report).markdown(),
@@ -40,7 +41,7 @@ pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verificat
         converted => report.mla_layers.len(),
         source_cache => report.source_cache_values_per_token_per_layer,
         percent => units::percent(ratio),
-        predicted_error => units::percent(report.predicted_error),
+        calibration_error => units::percent(report.calibration_error),
         calibration_tokens => report.calibration_tokens,
         decisions => report.decisions.iter().map(|d| inline(d)).collect::<Vec<_>>(),
         verdict => verdict.map_or(Value::from(()), |v| Value::from(measured(v).markdown())),
@@ -130,9 +131,10 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::convert::{ConvertSettings, PlannedGeometry};
+    use crate::methods::{ConvertSettings, MethodChoice};
+    use crate::mla::Geometry;
 
-    fn report(method: Method, source: &str) -> ConversionReport {
+    fn report(method: &MethodChoice, source: &str) -> ConversionReport {
         ConversionReport {
             schema_version: 1,
             tool_version: "0.0.0".into(),
@@ -141,10 +143,10 @@ mod tests {
             source_revision: None,
             source_fingerprint: BTreeMap::new(),
             method: method.name().into(),
-            settings: ConvertSettings::default(),
-            target: TargetKind::DeepseekV3,
+            settings: ConvertSettings { method: method.clone(), ..ConvertSettings::default() },
+            target: crate::target::classes::deepseek_v3::TARGET,
             decisions: vec!["split 128 + 64 `searched`".into()],
-            geometry: PlannedGeometry {
+            geometry: Geometry {
                 kv_lora_rank: 128,
                 q_lora_rank: None,
                 qk_nope_head_dim: 64,
@@ -157,6 +159,7 @@ mod tests {
             mla_layers: Vec::new(),
             rope_frequencies: vec![1.0],
             layers: Vec::new(),
+            calibration_error: 0.05,
             predicted_error: 0.05,
             calibration_tokens: 32768,
             peak_rss_bytes: 1,
@@ -167,7 +170,7 @@ mod tests {
     #[test]
     fn every_branch_of_the_template_renders() {
         let verdict = crate::report::verification::tests::verification(Default::default());
-        for method in Method::ALL {
+        for method in &MethodChoice::all() {
             for source in ["org/some-model@main", "/data/some-model/"] {
                 for v in [None, Some(&verdict)] {
                     let mut r = report(method, source);
@@ -186,7 +189,7 @@ mod tests {
 
     #[test]
     fn names_cannot_break_out_of_the_card() {
-        let hostile = report(Method::Exact, "a\n---\nlicense: mit\n`<script>`");
+        let hostile = report(&MethodChoice::default(), "a\n---\nlicense: mit\n`<script>`");
         let text = card(&hostile, "gqa2mla convert x\n```\n# free", None);
         assert!(!text.contains("\nlicense: mit"), "{text}");
         assert!(!text.contains("<script>"));

@@ -5,9 +5,10 @@ use serde::Serialize;
 use super::SCHEMA_VERSION;
 use super::engines::{EngineVerdict, Facts, judge};
 use crate::arch::{Architecture, Attention, GqaShape, MlpKind};
-use crate::convert::{PlannedGeometry, RopeGrid};
+use crate::methods::MethodChoice;
+use crate::mla::Geometry;
 use crate::source::Dtype;
-use crate::target::choose;
+use crate::target::{RopeGrid, choose};
 
 /// Bytes of one cached value: engines hold the cache in bf16 unless told otherwise.
 const CACHE_VALUE_BYTES: u64 = 2;
@@ -79,7 +80,7 @@ pub struct InspectedModel {
 pub struct InspectedMla {
     /// The widths.
     #[serde(flatten)]
-    pub geometry: PlannedGeometry,
+    pub geometry: Geometry,
     /// Epsilon of the latent norms.
     pub latent_eps: f64,
 }
@@ -164,7 +165,7 @@ pub struct TargetOption {
     pub rope_grid: &'static str,
     /// Widths. The split is that of thumb: `convert` searches it by predicted error.
     #[serde(flatten)]
-    pub geometry: PlannedGeometry,
+    pub geometry: Geometry,
     /// `r + d_R`.
     pub cache_values_per_token_per_layer: usize,
     /// Of the source's cache.
@@ -255,7 +256,7 @@ fn targets(arch: &Architecture) -> Vec<TargetOption> {
     let mut out = Vec::new();
     let (target, exact_target) = (choose(arch, true).0, choose(arch, false).0);
     for (budget, rank, rope) in budgets(gqa) {
-        let geometry = PlannedGeometry {
+        let geometry = Geometry {
             kv_lora_rank: rank,
             q_lora_rank: None,
             qk_nope_head_dim: gqa.head_dim,
@@ -268,7 +269,7 @@ fn targets(arch: &Architecture) -> Vec<TargetOption> {
         out.push(option(budget, "free", Facts::planned(geometry, RopeGrid::Free, target)));
     }
     let turned = gqa.kv_heads * gqa.rotary_dim;
-    let exact = PlannedGeometry {
+    let exact = Geometry {
         kv_lora_rank: 2 * gqa.kv_heads * gqa.head_dim - turned,
         // Biases on q need the query latent with its constant row.
         q_lora_rank: gqa.qkv_bias.then_some(arch.hidden + 1),
@@ -280,7 +281,9 @@ fn targets(arch: &Architecture) -> Vec<TargetOption> {
     let grid = if gqa.kv_heads == 1 && stock_grid_possible(arch, gqa) { RopeGrid::Stock } else { RopeGrid::Free };
     let mut candidate = Facts::planned(exact, grid, exact_target);
     candidate.bias = gqa.qkv_bias || gqa.out_bias;
-    out.push(option("exact".to_owned(), if grid == RopeGrid::Free { "free" } else { "stock" }, candidate));
+    let lossless = MethodChoice::all().into_iter().find(|method| !method.compresses());
+    let name = lossless.map(|method| method.name().to_owned()).unwrap_or_default();
+    out.push(option(name, if grid == RopeGrid::Free { "free" } else { "stock" }, candidate));
     out
 }
 

@@ -51,6 +51,9 @@ pub struct MethodFigures {
     pub perplexity: f64,
     /// `ln(perplexity / ppl_source)`, nats per token.
     pub excess_nats: f64,
+    /// Mean error of a layer's attention output on the calibration text.
+    pub calibration_error: f64,
+    /// The same under its first name, until `schema_version` 2.
     pub predicted_error: f64,
     /// Wall seconds of the conversion.
     pub seconds: f64,
@@ -130,6 +133,7 @@ mod tests {
             cache_percent: cache as f64 / 3.84,
             perplexity: ppl,
             excess_nats: (ppl / 10.0).ln(),
+            calibration_error: 0.1,
             predicted_error: 0.1,
             seconds: 1.0,
         };

@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use super::engines::{EngineVerdict, Loads};
 use super::table::Table;
 use super::{Evaluation, InspectedModel, Verification, kv_table, units};
-use crate::convert::{ConversionReport, Plan, PlannedGeometry};
+use crate::convert::{ConversionReport, Plan};
+use crate::mla::Geometry;
 
 /// Models side by side, then the budgets of each.
 pub fn inspect(models: &[InspectedModel], width: usize) -> String {
@@ -174,7 +175,7 @@ fn mark(e: &EngineVerdict, reasons: &mut Vec<&'static str>) -> String {
     format!("{} [{}]", e.loads.word(), numbers.join(","))
 }
 
-fn widths(g: &PlannedGeometry) -> String {
+fn widths(g: &Geometry) -> String {
     let q = g.q_lora_rank.map_or_else(String::new, |q| format!(", query latent {q}"));
     format!(
         "latent {} + rope {}, per head nope {} and value {}{q}",
@@ -238,14 +239,14 @@ pub fn conversion(r: &ConversionReport, width: usize) -> String {
     t.row(["geometry", &widths(&r.geometry)]);
     let (new, old) = (r.cache_values_per_token_per_layer, r.source_cache_values_per_token_per_layer);
     t.row(["cache", &cache(new, old, r.mla_layers.len(), r.layers.len())]);
-    if let Some(worst) = r.layers.iter().max_by(|a, b| a.predicted_error.total_cmp(&b.predicted_error)) {
-        let mean = units::percent(r.predicted_error);
-        let most = units::percent(worst.predicted_error);
+    if let Some(worst) = r.layers.iter().max_by(|a, b| a.calibration_error.total_cmp(&b.calibration_error)) {
+        let mean = units::percent(r.calibration_error);
+        let most = units::percent(worst.calibration_error);
         t.row([
-            "predicted error",
+            "calibration error",
             &format!("{mean} of a layer's attention output, at most {most} (layer {})", worst.layer),
         ]);
-        let errors: Vec<f64> = r.layers.iter().map(|l| l.predicted_error).collect();
+        let errors: Vec<f64> = r.layers.iter().map(|l| l.calibration_error).collect();
         t.row(["by layer", &bars(&errors)]);
     }
     if r.calibration_tokens > 0 {

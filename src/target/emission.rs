@@ -1,51 +1,12 @@
-//! What is written, in order, and where each tensor comes from.
+//! What a conversion writes, in order, and where each tensor comes from.
 
 use crate::arch::{Architecture, Part, QkNormScope};
-use crate::convert::TargetKind;
 use crate::source::Dtype;
 use crate::write::PlannedTensor;
 
 use super::fp8;
+use super::origin::{Emit, Origin};
 use super::spec::TargetSpec;
-
-/// A tensor of the output.
-#[derive(Debug, Clone)]
-pub struct Emit {
-    /// Name, dtype and shape.
-    pub planned: PlannedTensor,
-    /// Where its values come from.
-    pub from: Origin,
-}
-
-/// Where the values of an output tensor come from.
-#[derive(Debug, Clone)]
-pub enum Origin {
-    /// Rows of a source weight, times a factor, plus an offset: bit for bit where the factor is 1, the offset 0 and the
-    /// dtype the stored one.
-    Source {
-        /// Which rows.
-        part: Part,
-        /// Factor.
-        scale: f64,
-        /// Added after it.
-        offset: f64,
-    },
-    /// Tensor `i` of [`TargetSpec::attention_tensors`].
-    Attention(usize),
-    /// A norm's gain spread over other places: entry `i` is that of the source's entry `places[i]`, or 1.
-    Spread {
-        /// The source's gain.
-        part: Part,
-        /// Where each entry comes from.
-        places: Vec<Option<usize>>,
-        /// Added to the stored gain.
-        offset: f64,
-    },
-    /// Zeros: an expert that adds nothing.
-    Zero,
-    /// The block scales of the tensor before.
-    Scales,
-}
 
 /// Everything that is written.
 #[derive(Debug, Clone, Default)]
@@ -54,7 +15,7 @@ pub struct Emission {
     pub first: Vec<Emit>,
     /// Each layer's.
     pub layers: Vec<Vec<Emit>>,
-    /// Behind the layers.
+    /// After the layers.
     pub last: Vec<Emit>,
 }
 
@@ -63,11 +24,11 @@ impl Emission {
     pub fn new(arch: &Architecture, spec: &TargetSpec, stored: &dyn Fn(&str) -> Dtype) -> Self {
         let names = &arch.names;
         let m = &arch.multipliers;
-        let remote = spec.kind == TargetKind::HfRemote;
+        let own_multipliers = spec.class.has_multipliers();
         let list = || List { spec, stored, out: Vec::new() };
         let (v, d) = (arch.vocab, arch.hidden);
         let mut first = list();
-        let scale = spec.stream_scale * if remote { 1.0 } else { m.embedding };
+        let scale = spec.stream_scale(arch) * if own_multipliers { 1.0 } else { m.embedding };
         first.source("model.embed_tokens.weight", Part::whole(names.embed.as_str()), vec![v, d], scale, 0.0);
         let layers = (0..arch.layers).map(|layer| {
             let mut out = list();
@@ -76,7 +37,7 @@ impl Emission {
         });
         let layers = layers.collect();
         let mut last = list();
-        let scale = if remote { 1.0 } else { m.logits };
+        let scale = if own_multipliers { 1.0 } else { m.logits };
         // The head is linear in the normed state, so a factor on logits may as well be in the gain.
         let offset = arch.norm_offset * scale;
         last.source("model.norm.weight", Part::whole(names.final_norm.as_str()), vec![d], scale, offset);
@@ -106,13 +67,13 @@ impl List<'_> {
     fn source(&mut self, name: &str, part: Part, shape: Vec<usize>, scale: f64, offset: f64) {
         let exact = offset == 0.0 && scale.log2().fract() == 0.0;
         let own = match (self.stored)(&part.name) {
-            Dtype::F8E4M3 => self.spec.base,
+            Dtype::F8E4M3 => self.spec.storage.base(),
             own => own,
         };
         let dtype = match (scale == 1.0 && offset == 0.0, exact) {
-            (true, _) if self.spec.keep_dtypes => own,
-            (_, true) => self.spec.base,
-            _ => self.spec.rounded(),
+            (true, _) if self.spec.storage.keeps_stored() => own,
+            (_, true) => self.spec.storage.base(),
+            _ => self.spec.storage.inexact(),
         };
         self.push(name.to_owned(), dtype, shape, Origin::Source { part, scale, offset });
     }
@@ -125,14 +86,14 @@ impl List<'_> {
             self.kept_attention(arch, layer, &to);
         } else {
             for (i, planned) in self.spec.planned_attention(arch, layer).into_iter().enumerate() {
-                self.push(planned.name, planned.dtype, planned.shape, Origin::Attention(i));
+                self.push(planned.name, planned.dtype, planned.shape, Origin::Computed(i));
             }
         }
-        if self.spec.qk_norm && !self.spec.keeps(layer) {
+        if self.spec.head_norms && !self.spec.keeps(layer) {
             self.head_norms(arch, layer, &to);
         }
         self.norm(arch, layer, "attention_out_norm", &format!("{to}attention_out_layernorm.weight"));
-        let down = self.spec.stream_scale * arch.multipliers.residual;
+        let down = self.spec.stream_scale(arch) * arch.multipliers.residual;
         match &arch.moe {
             Some(_) if arch.is_sparse(layer) => self.experts(arch, layer, &to, down),
             _ => {
@@ -159,7 +120,7 @@ impl List<'_> {
     fn kept_attention(&mut self, arch: &Architecture, layer: usize, to: &str) {
         let Some(shape) = arch.gqa() else { return };
         let (q, kv, d) = (arch.heads * shape.head_dim, shape.kv_heads * shape.head_dim, arch.hidden);
-        let down = self.spec.stream_scale * arch.multipliers.residual;
+        let down = self.spec.stream_scale(arch) * arch.multipliers.residual;
         for (role, shape, bias, scale) in [
             ("q", [q, d], shape.qkv_bias, 1.0),
             ("k", [kv, d], shape.qkv_bias, 1.0),
@@ -204,7 +165,6 @@ impl List<'_> {
                 self.source(&format!("{to}mlp.experts.{e}.{name}.weight"), part, shape, scale, 0.0);
             }
         }
-        let stock = self.spec.kind != TargetKind::HfRemote;
         for (role, name, scale) in
             [("shared_gate", "gate_proj", 1.0), ("shared_up", "up_proj", 1.0), ("shared_down", "down_proj", down)]
         {
@@ -213,7 +173,9 @@ impl List<'_> {
             match moe.shared_width {
                 Some(width) => self.source(&name, arch.weight(layer, role), shape(width), scale, 0.0),
                 // Stock loaders expect one expert that sees every token.
-                None if stock => self.push(name, self.spec.base, shape(i), Origin::Zero),
+                None if self.spec.class.needs_shared_expert() => {
+                    self.push(name, self.spec.storage.base(), shape(i), Origin::Zero)
+                }
                 None => {}
             }
         }
@@ -242,16 +204,16 @@ impl List<'_> {
         };
         for (role, places) in [("q_norm", queries), ("k_norm", keys)] {
             let part = Part::whole(arch.names.layer(layer).role(role));
-            let dtype = if arch.norm_offset == 0.0 { (self.stored)(&part.name) } else { self.spec.rounded() };
+            let dtype = if arch.norm_offset == 0.0 { (self.stored)(&part.name) } else { self.spec.storage.inexact() };
             let shape = vec![places.len()];
             let from = Origin::Spread { part, places, offset: arch.norm_offset };
             self.push(format!("{to}self_attn.{role}.weight"), dtype, shape, from);
         }
     }
 
-    /// With the linear layers in FP8 and their scales behind them, where that was asked for.
+    /// With the linear layers in FP8 and their scales after them, where that was asked for.
     fn finish(self) -> Vec<Emit> {
-        if !self.spec.fp8 {
+        if !self.spec.storage.is_fp8() {
             return self.out;
         }
         let mut out = Vec::with_capacity(2 * self.out.len());

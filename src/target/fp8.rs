@@ -1,6 +1,7 @@
-//! FP8 weights as DeepSeek-V3 stores them: e4m3 values, one f32 scale per block of 128 x 128 (algorithms.md 6.2).
+//! FP8 weights as DeepSeek-V3 stores them: e4m3 values, one f32 scale per block of 128 x 128 (docs/targets.md, section 8).
 
 use rayon::prelude::*;
+use serde_json::{Value, json};
 
 pub use crate::arch::BLOCK;
 use crate::arch::SCALE_SUFFIX;
@@ -15,6 +16,13 @@ pub fn is_quantised(name: &str) -> bool {
     name.strip_suffix(".weight")
         .and_then(|stem| stem.rsplit('.').next())
         .is_some_and(|last| linear.contains(&last) || mlp.contains(&last))
+}
+
+/// `quantization_config` of a model whose linear layers are stored so.
+pub fn config() -> Value {
+    json!({
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]
+    })
 }
 
 /// Name of the scales of a weight.

@@ -1,19 +1,40 @@
 //! From a target-neutral layer to the tensors and config of a class.
+//!
+//! A class is a file in [`classes`] with one implementation of [`Class`]; [`classes::CLASSES`] lists them. Everything else here
+//! asks the class for its properties and knows none by name.
 
+mod attention;
+mod choices;
+mod class;
+pub mod classes;
 mod config;
 mod emission;
-mod fit;
+mod fitting;
 pub mod fp8;
+mod neutral;
+mod origin;
 pub mod pad;
+mod portable;
+mod registry;
 mod rope;
+mod select;
 mod spec;
+mod storage;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
-pub use emission::{Emission, Emit, Origin};
-pub use fit::{choose, obstacles};
+pub use attention::{AttentionTensor, Holds};
+pub use choices::{OutputDtype, Padding, Profile, RopeGrid};
+pub use class::{Caveat, Class, ClassFile, ConfigInput};
+pub use emission::Emission;
+pub use fitting::{Fitted, fit};
+pub use neutral::{LATENT_EPS, LatentNorm};
+pub use origin::{Cut, Emit, Origin};
+pub use portable::check_portable;
+pub use registry::{Target, TargetChoice};
 pub use rope::{RopeConfig, rope_config};
-pub use spec::{LATENT_EPS, TargetSpec};
+pub use select::{Wanted, choose, select};
+pub use spec::TargetSpec;
+pub use storage::Storage;
 pub use tensor::{OutTensor, encode};
-
-/// File of the generic class that `--target hf-remote` writes beside the weights, and its text.
-pub const REMOTE_FILE: (&str, &str) = ("modeling_gqa2mla.py", include_str!("remote/modeling_gqa2mla.py"));

@@ -4,8 +4,7 @@
 use ndarray::{Array1, Array2, s};
 
 use crate::arch::base_power;
-use crate::convert::PlannedGeometry;
-use crate::methods::MlaLayer;
+use crate::mla::{Geometry, MlaLayer};
 
 /// Head shapes `(nope, rope, v)` of vLLM's prefill kernels that a dense GQA model can be padded to, smallest first.
 const HEADS: [(usize, usize, usize); 3] = [(64, 64, 128), (128, 64, 128), (192, 64, 256)];
@@ -14,12 +13,12 @@ const LATENTS: [usize; 2] = [256, 512];
 
 /// The smallest kernel shape that holds `g`, or `None` where none does. On a stock grid the padded rotated width has to hold
 /// the narrower one's frequencies.
-pub fn kernel_shape(g: &PlannedGeometry, stock_grid: bool) -> Option<PlannedGeometry> {
+pub fn kernel_shape(g: &Geometry, stock_grid: bool) -> Option<Geometry> {
     let (nope, rope, v) = HEADS
         .into_iter()
         .find(|(n, r, v)| g.qk_nope_head_dim <= *n && g.qk_rope_head_dim <= *r && g.v_head_dim <= *v)?;
     let rank = LATENTS.into_iter().find(|r| g.kv_lora_rank <= *r)?;
-    (!stock_grid || rope.is_multiple_of(g.qk_rope_head_dim)).then_some(PlannedGeometry {
+    (!stock_grid || rope.is_multiple_of(g.qk_rope_head_dim)).then_some(Geometry {
         kv_lora_rank: rank,
         qk_nope_head_dim: nope,
         qk_rope_head_dim: rope,
@@ -34,11 +33,11 @@ fn slot(p: usize, from: usize, to: usize) -> usize {
     if to.is_multiple_of(from) { p * (to / from) } else { p }
 }
 
-/// `mla` with the widths of `to`. Pairs that are added turn as the plain grid of base `theta` has it.
-pub fn pad(mla: &MlaLayer, to: &PlannedGeometry, theta: f64) -> MlaLayer {
+/// `mla` with the widths of `to`. Pairs that are added have the frequencies of the plain grid of base `theta`.
+pub fn pad(mla: &MlaLayer, to: &Geometry, theta: f64) -> MlaLayer {
     let heads = mla.heads;
     let (nope, rope, value) = (mla.nope_dim(), mla.rope_dim(), mla.value_dim());
-    let turned = |i: usize| 2 * slot(i / 2, rope, to.qk_rope_head_dim) + i % 2;
+    let rotated = |i: usize| 2 * slot(i / 2, rope, to.qk_rope_head_dim) + i % 2;
     let plain = |i: usize| i;
     let rank = to.kv_lora_rank;
     let widen = |m: &Array2<f64>| {
@@ -52,7 +51,7 @@ pub fn pad(mla: &MlaLayer, to: &PlannedGeometry, theta: f64) -> MlaLayer {
     let rope_freq = frequencies(&mla.rope_freq, to.qk_rope_head_dim, theta);
     let mut out = mla.clone();
     out.query.nope = rows(&mla.query.nope, heads, nope, to.qk_nope_head_dim, plain);
-    out.query.rope = rows(&mla.query.rope, heads, rope, to.qk_rope_head_dim, turned);
+    out.query.rope = rows(&mla.query.rope, heads, rope, to.qk_rope_head_dim, rotated);
     let entries = |b: &Option<Array1<f64>>, from: usize, width: usize, place: &dyn Fn(usize) -> usize, heads: usize| {
         b.as_ref().map(|b| {
             let mut out = Array1::zeros(heads * width);
@@ -63,9 +62,9 @@ pub fn pad(mla: &MlaLayer, to: &PlannedGeometry, theta: f64) -> MlaLayer {
         })
     };
     out.query.nope_bias = entries(&mla.query.nope_bias, nope.max(1), to.qk_nope_head_dim, &plain, heads);
-    out.query.rope_bias = entries(&mla.query.rope_bias, rope, to.qk_rope_head_dim, &turned, heads);
-    out.k_rope = rows(&mla.k_rope, 1, rope, to.qk_rope_head_dim, turned);
-    out.k_rope_bias = entries(&mla.k_rope_bias, rope, to.qk_rope_head_dim, &turned, 1);
+    out.query.rope_bias = entries(&mla.query.rope_bias, rope, to.qk_rope_head_dim, &rotated, heads);
+    out.k_rope = rows(&mla.k_rope, 1, rope, to.qk_rope_head_dim, rotated);
+    out.k_rope_bias = entries(&mla.k_rope_bias, rope, to.qk_rope_head_dim, &rotated, 1);
     out.k_up = widen(&rows(&mla.k_up, heads, nope, to.qk_nope_head_dim, plain));
     out.v_up = widen(&rows(&mla.v_up, heads, value, to.v_head_dim, plain));
     out.latent = latent;
@@ -100,7 +99,7 @@ mod tests {
 
     #[test]
     fn shapes_grow_to_the_next_kernel() {
-        let g = |r, n, d, v| PlannedGeometry {
+        let g = |r, n, d, v| Geometry {
             kv_lora_rank: r,
             q_lora_rank: None,
             qk_nope_head_dim: n,

@@ -29,7 +29,7 @@ fn no_amplitude(map: &mut Map<String, Value>) {
     map.insert("apply_yarn_scaling".to_owned(), json!(false));
 }
 
-/// YaRN's ramp fitted to other frequencies (algorithms.md 14.6).
+/// YaRN's ramp fitted to other frequencies (docs/targets.md, section 5).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct YarnFit {
     /// `beta_fast`, rotations over the original context above which a pair is kept.
@@ -89,10 +89,12 @@ impl YarnFit {
 }
 
 /// The simplest config whose frequencies are bit for bit `frequencies` (f32 values, radians per token): the default grid,
-/// the source's own scaling, or LongRoPE factors `1 / (f theta^(2p/d_R))`, which express any frequencies (T4).
+/// the source's own scaling, or LongRoPE factors `1 / (f theta^(2p/d_R))`, which express any frequencies (docs/targets.md,
+/// section 5).
 ///
 /// `source` is the source's `rope_scaling` object, if it has one. An attention factor is never emitted: the source's is
-/// folded into the queries. `portable` prefers a scheme that every engine has to exact frequencies. `long` is what the slots turn by past the original context, where that differs.
+/// folded into the queries. `portable` prefers a scheme that every engine has to exact frequencies. `long`: frequencies of the
+/// slots past the original context, where those differ.
 pub fn rope_config(
     frequencies: &[f64],
     long: Option<LongRope>,
@@ -182,7 +184,7 @@ fn with_betas(map: &mut Map<String, Value>, fit: &YarnFit) {
 /// since two roundings lie between.
 fn factor(frequency: f64, power: f32) -> f32 {
     if frequency < 1e-30 {
-        // A pair that does not turn: so slowly that no context is long enough to tell.
+        // A pair that does not rotate: this one does so slowly that no context is long enough to tell.
         return 1e30 / power.max(1.0);
     }
     let guess = (1.0 / (frequency * f64::from(power))) as f32;
@@ -222,7 +224,7 @@ mod tests {
     fn the_fitted_ramp_is_the_known_one() {
         let (_, wanted) = llama3();
         let fit = fit_yarn(&wanted, 5e5, 8.0, 8192.0).unwrap();
-        // Ramp 14..17, 34% in the worst pair, 7265 tokens to a radian (algorithms.md 14.6).
+        // Ramp 14..17, 34% in the worst pair, 7265 tokens to a radian (docs/targets.md, section 5).
         assert!((fit.worst_relative - 0.34).abs() < 0.01, "{fit:?}");
         assert!((1.0 / fit.worst_absolute / 7265.0 - 1.0).abs() < 0.01, "{fit:?}");
         // What an engine makes of the betas is what was fitted.

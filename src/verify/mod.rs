@@ -5,6 +5,7 @@
 //! figures do not depend on the number of threads.
 
 mod compare;
+mod defaults;
 mod error;
 mod perplexity;
 mod rows;
@@ -14,6 +15,7 @@ mod windows;
 mod xkv;
 
 pub use compare::{Comparison, compare};
+pub use defaults::{CACHED_VS_FULL, default_thresholds};
 pub use error::VerifyError;
 pub use perplexity::{Evaluation, perplexity};
 pub use sliced::{SharedOut, SlicedComparison, SlicedFigures, compare_sliced};

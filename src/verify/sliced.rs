@@ -9,7 +9,7 @@ use super::error::same_vocabulary;
 use super::perplexity::{BLOCK, Evaluation};
 use super::rows::{RowPair, next_tokens};
 use super::{Comparison, VerifyError};
-use crate::latent::{LatentMoments, LatentWeights, Sharing, Transform, turn_of};
+use crate::latent::{LatentMoments, LatentWeights, Sharing, Transform, transform_of};
 use crate::observe::{Event, Observer};
 use crate::runtime::{AttentionTensors, Backend, Layer, LayerTensors, Model, RankTensors, RuntimeError};
 use crate::source::ModelSource;
@@ -220,15 +220,15 @@ impl Streams {
                     let Some(mut weights) = LatentWeights::of(&tensors.attention) else { continue };
                     let own = moments.and_then(|m| m.get(index));
                     let fault = |error| VerifyError::Turning { layer: index, error };
-                    let turn = turn_of(case.transform, &tensors, &weights, shape, own).map_err(fault)?;
-                    let Some(turn) = turn else { return Err(VerifyError::NoMoments) };
-                    weights.turn(&turn);
+                    let transform = transform_of(case.transform, &tensors, &weights, shape, own).map_err(fault)?;
+                    let Some(transform) = transform else { return Err(VerifyError::NoMoments) };
+                    weights.fold(&transform);
                     let mut tensors = tensors.clone();
                     if let AttentionTensors::Mla(t) = &mut tensors.attention {
                         weights.install(t);
                     }
                     let layer = Layer::new(backend, arch, tensors).map_err(run)?;
-                    turned = Some((case.transform, layer, weights, own.map(|m| m.turned(&turn))));
+                    turned = Some((case.transform, layer, weights, own.map(|m| m.transformed(&transform))));
                 }
                 let Some((_, layer, weights, moments)) = &turned else { continue };
                 let ranks = match case.refitted.as_ref().and_then(|r| r.get(index)) {

@@ -34,6 +34,12 @@ pub enum WriteError {
         needed: u64,
     },
 
+    /// A journal whose plan has other files than this program would write.
+    #[error(
+        "the journal of the unfinished run plans other weight files than this program\n\nhint: begin anew with --restart"
+    )]
+    ForeignPlan,
+
     /// The output path has no last component (`/`, `..`).
     #[error("`{}` cannot be an output folder\n\nhint: give the path of a folder to create", path.display())]
     BadOutput {

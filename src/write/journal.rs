@@ -18,7 +18,7 @@ use crate::source::sha256;
 /// Name of the journal in a staging folder.
 pub(super) const JOURNAL: &str = "journal";
 /// Version of the journal's format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Largest journal read: a line takes some kilobytes per layer and shard.
 const MAX_JOURNAL_BYTES: u64 = 256 << 20;
 

@@ -6,6 +6,7 @@
 //! staging folder tells a later run how far this one came.
 
 mod error;
+pub(crate) mod exact_json;
 mod journal;
 mod leftover;
 mod lock;

@@ -3,19 +3,20 @@
 use std::path::Path;
 
 use gqa2mla::arch::{Architecture, Family, check_tensors, language_config};
-use gqa2mla::convert::{CalibrationSettings, ConvertSettings, Method, OutputDtype, TargetKind, convert};
+use gqa2mla::convert::{CalibrationSettings, ConvertSettings, OutputDtype, convert};
 use gqa2mla::observe::Silent;
 use gqa2mla::source::{ModelSource, OpenOptions};
+use gqa2mla::target::classes::deepseek_v3;
 use gqa2mla::target::fp8;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
 use crate::common::golden::golden_tokens;
 use crate::common::judge::{ROUNDING, converted, worst_window};
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 
 fn exact() -> ConvertSettings {
-    ConvertSettings { method: Method::Exact, ..ConvertSettings::default() }
+    ConvertSettings { method: method("exact"), ..ConvertSettings::default() }
 }
 
 /// A fixture under another config and other tensor names and bytes.
@@ -146,7 +147,7 @@ fn norms_of_heads_become_linear_maps_or_are_refused() {
         ..ConvertSettings::default()
     };
     let report = converted(&from, &to, &settings).expect("converts");
-    assert_eq!(report.target, TargetKind::DeepseekV3);
+    assert_eq!(report.target, deepseek_v3::TARGET);
     assert!(report.decisions.iter().any(|d| d.contains("linear maps")), "{:?}", report.decisions);
     assert!(report.layers.iter().all(|l| l.notes.iter().any(|n| n.contains("R2 per head"))), "{:?}", report.layers);
     let windows: Vec<Vec<u32>> = vec![(0..60).map(|i| (i * 13 % vocab) as u32).collect()];

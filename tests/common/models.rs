@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use gqa2mla::arch::{Architecture, check_tensors};
+use gqa2mla::methods::MethodChoice;
 use gqa2mla::observe::Silent;
 use gqa2mla::source::{ModelSource, OpenOptions};
 
@@ -17,4 +18,9 @@ pub fn open(dir: &Path) -> (ModelSource, Architecture) {
     let arch = Architecture::from_config(&source.config).expect("is understood");
     check_tensors(&arch, &source.tensors).expect("config and tensors agree");
     (source, arch)
+}
+
+/// A method at its defaults.
+pub fn method(name: &str) -> MethodChoice {
+    MethodChoice::named(name).expect("a method of that name")
 }

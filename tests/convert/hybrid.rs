@@ -5,22 +5,24 @@ use std::path::Path;
 
 use gqa2mla::arch::Architecture;
 use gqa2mla::convert::{
-    CalibrationSettings, ConvertSettings, LayerCount, Method, MlaLayers, OutputDtype, Profile, TargetKind,
-    WeightSettings, convert, plan,
+    CalibrationSettings, ConvertSettings, LayerCount, MethodChoice, MlaLayers, OutputDtype, Profile, convert, plan,
 };
+use gqa2mla::methods::mha2mla::Mha2mla;
+use gqa2mla::methods::x_ecomla::XEcomla;
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, Model, Resident, Session};
+use gqa2mla::target::classes::{deepseek_v3, remote};
 use gqa2mla::write::{Leftover, verify_manifest};
 
 use super::StopAt;
 use crate::common::copies::copy_folder;
 use crate::common::judge::{ROUNDING, converted, side_by_side};
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 
-fn settings(method: Method, layers: MlaLayers) -> ConvertSettings {
+fn settings(method: impl Into<MethodChoice>, layers: MlaLayers) -> ConvertSettings {
     let calibration = CalibrationSettings { samples: 8, seq_len: 64, ..CalibrationSettings::default() };
     ConvertSettings {
-        method,
+        method: method.into(),
         calibration,
         mla_layers: Some(layers),
         dtype: Some(OutputDtype::F32),
@@ -46,12 +48,12 @@ fn a_hybrid_whose_mla_layers_lose_nothing_is_its_source() {
     // Bytes that the small vocabulary has.
     let text = dir.path().join("text.txt");
     fs_err::write(&text, "THE RIVER BENDS TWICE BEFORE 1900 AND 1950. ".repeat(40)).expect("written");
-    let mut s = settings(Method::Mha2mla, list(&[1]));
+    let mut s = settings(method("mha2mla"), list(&[1]));
     s.calibration.files = vec![text];
     (s.kv_lora_rank, s.qk_rope_head_dim, s.force) = (Some(40), Some(24), true);
     let report = converted(&from, &to, &s).expect("converts");
     assert!(report.layers[0].kept && !report.layers[1].kept);
-    assert!(report.layers[1].predicted_error < 1e-6, "{:?}", report.layers);
+    assert!(report.layers[1].calibration_error < 1e-6, "{:?}", report.layers);
     let c = side_by_side(&from, &to, &tokens());
     assert!(c.max_abs_dlogit < ROUNDING && c.cached_vs_full_max_abs_dlogit < ROUNDING, "{c:?}");
 }
@@ -59,10 +61,11 @@ fn a_hybrid_whose_mla_layers_lose_nothing_is_its_source() {
 #[test]
 fn kept_layers_are_the_sources_bit_for_bit_and_cache_what_they_cached() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    for method in Method::ALL.into_iter().filter(|m| *m != Method::Exact) {
+    for method in MethodChoice::all().into_iter().filter(|m| m.compresses()) {
         let to = dir.path().join(method.name());
-        let report = converted(&fixture("pico-trained"), &to, &settings(method, list(&[0, 3]))).expect("converts");
-        assert_eq!(report.target, TargetKind::HfRemote);
+        let report =
+            converted(&fixture("pico-trained"), &to, &settings(method.clone(), list(&[0, 3]))).expect("converts");
+        assert_eq!(report.target, remote::TARGET);
         assert_eq!(report.mla_layers, [0, 3]);
         assert_eq!(report.cache_values_per_token, 2 * report.cache_values_per_token_per_layer + 2 * 128);
         let ((source, _), (made, arch)) = (open(&fixture("pico-trained")), open(&to));
@@ -86,39 +89,37 @@ fn kept_layers_are_the_sources_bit_for_bit_and_cache_what_they_cached() {
 #[test]
 fn chosen_layers_are_written_as_if_they_had_been_named() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let auto = settings(Method::XEcomla, MlaLayers::Auto(LayerCount::Count(2)));
+    let auto = settings(method("x-ecomla"), MlaLayers::Auto(LayerCount::Count(2)));
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
     let chosen = converted(&fixture("pico-trained"), &a, &auto).expect("converts").mla_layers;
     assert_eq!(chosen.len(), 2);
     let (source, arch) = open(&fixture("pico-trained"));
     let planned = plan(&source, &arch, &auto, false, &Silent).expect("plans");
     assert_eq!(planned.mla_layers, chosen);
-    converted(&fixture("pico-trained"), &b, &settings(Method::XEcomla, list(&chosen))).expect("converts");
+    converted(&fixture("pico-trained"), &b, &settings(method("x-ecomla"), list(&chosen))).expect("converts");
     let bytes = |dir: &Path, file: &str| fs_err::read(dir.join(file)).expect("readable");
     for file in ["model.safetensors", "config.json"] {
         assert!(bytes(&a, file) == bytes(&b, file), "{file}");
     }
     // Half of the layers where no number is given, all where all are named.
-    let half = settings(Method::XEcomla, "auto".parse().expect("a choice"));
+    let half = settings(method("x-ecomla"), "auto".parse().expect("a choice"));
     assert_eq!(plan(&source, &arch, &half, false, &Silent).expect("plans").mla_layers.len(), 2);
-    let all = plan(&source, &arch, &settings(Method::XEcomla, list(&[0, 1, 2, 3])), false, &Silent).expect("plans");
+    let all = plan(&source, &arch, &settings(method("x-ecomla"), list(&[0, 1, 2, 3])), false, &Silent).expect("plans");
     assert_eq!(all.mla_layers, [0, 1, 2, 3]);
 }
 
 #[test]
 fn a_stopped_run_goes_on_with_the_layers_and_ranks_that_were_found() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let energy = WeightSettings { kv_energy: Some(0.7), q_energy: Some(0.9), ..WeightSettings::default() };
-    let norm = WeightSettings {
-        partial_rope: Some(gqa2mla::methods::partial_rope::PartialRope::TwoNorm),
-        ..WeightSettings::default()
-    };
+    let energy = XEcomla { kv_energy: Some(0.7), q_energy: Some(0.9), ..XEcomla::default() };
+    let norm =
+        Mha2mla { partial_rope: Some(gqa2mla::methods::partial_rope::PartialRope::TwoNorm), ..Mha2mla::default() };
     let auto = MlaLayers::Auto(LayerCount::Count(3));
     let cases = [
-        ConvertSettings { weights: energy, mla_layers: None, ..settings(Method::XEcomla, auto.clone()) },
-        ConvertSettings { weights: energy, ..settings(Method::XEcomla, auto.clone()) },
-        ConvertSettings { weights: norm, ..settings(Method::Mha2mla, auto.clone()) },
-        settings(Method::AttentionAware, auto),
+        ConvertSettings { mla_layers: None, ..settings(energy, auto.clone()) },
+        settings(energy, auto.clone()),
+        settings(norm, auto.clone()),
+        settings(method("attention-aware"), auto),
     ];
     for (n, s) in cases.iter().enumerate() {
         let whole = dir.path().join(format!("whole-{n}"));
@@ -144,13 +145,13 @@ fn a_stopped_run_goes_on_with_the_layers_and_ranks_that_were_found() {
 fn what_cannot_be_is_said_and_nothing_is_written() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let to = dir.path().join("out");
-    let x = Method::XEcomla;
+    let x = XEcomla::default();
     let cases = [
         ("names 4, the model has layers 0 to 3", settings(x, list(&[0, 4]))),
         ("names 2-9, the model has layers 0 to 3", settings(x, MlaLayers::List(vec![(2, 9)]))),
         ("more layers than the model's 4", settings(x, MlaLayers::Auto(LayerCount::Count(5)))),
-        ("compresses no layer", settings(Method::Exact, list(&[0]))),
-        ("one kind of attention", ConvertSettings { target: TargetKind::DeepseekV3, ..settings(x, list(&[0])) }),
+        ("takes no --mla-layers", settings(method("exact"), list(&[0]))),
+        ("one kind of attention", ConvertSettings { target: deepseek_v3::TARGET.into(), ..settings(x, list(&[0])) }),
         ("portable profile", ConvertSettings { profile: Some(Profile::Portable), ..settings(x, list(&[0])) }),
     ];
     for (expected, s) in cases {
@@ -178,7 +179,7 @@ fn what_needs_a_latent_in_every_layer_refuses_hybrids() {
     use gqa2mla::runtime::DeviceChoice;
     let dir = tempfile::tempdir().expect("a temporary folder");
     let (from, to) = (dir.path().join("hybrid"), dir.path().join("out"));
-    converted(&fixture("pico-trained"), &from, &settings(Method::XEcomla, list(&[0, 2]))).expect("converts");
+    converted(&fixture("pico-trained"), &from, &settings(method("x-ecomla"), list(&[0, 2]))).expect("converts");
     let (source, arch) = open(&from);
     let turned = RotateSettings {
         transform: Transform::Hadamard,

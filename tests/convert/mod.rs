@@ -1,5 +1,6 @@
 //! Whole conversions on the fixtures.
 
+mod bytes;
 mod hybrid;
 mod output;
 mod refusals;
@@ -7,12 +8,12 @@ mod resume;
 
 use std::panic::resume_unwind;
 
-use gqa2mla::convert::{CalibrationSettings, ConvertSettings, Method};
+use gqa2mla::convert::{CalibrationSettings, ConvertSettings, MethodChoice};
 use gqa2mla::observe::{Event, Observer};
 
-fn settings(method: Method) -> ConvertSettings {
+fn settings(method: impl Into<MethodChoice>) -> ConvertSettings {
     let calibration = CalibrationSettings { samples: 48, seq_len: 128, ..CalibrationSettings::default() };
-    ConvertSettings { method, calibration, ..ConvertSettings::default() }
+    ConvertSettings { method: method.into(), calibration, ..ConvertSettings::default() }
 }
 
 /// Stops the run, as a signal does, once `done` layers are finished.

@@ -2,16 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use gqa2mla::convert::{Budget, ConvertSettings, FreqFold, Method, OutputDtype, RopeGrid, convert, plan};
+use gqa2mla::convert::{Budget, ConvertSettings, MethodChoice, OutputDtype, RopeGrid, convert, plan};
+use gqa2mla::methods::attention_aware::AttentionAware;
+use gqa2mla::methods::transmla::{FreqFold, Rorope};
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, Model};
 
 use super::settings;
 use crate::common::judge::{converted, heldout};
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 
 #[test]
-fn the_predicted_error_is_the_measured_one() {
+fn the_calibration_error_is_the_error_on_other_text() {
     // TransMLA refits nothing, so each layer's error on other text is that of the calibration text, up to what separates
     // two samples of text.
     let dir = tempfile::tempdir().expect("a temporary folder");
@@ -19,9 +21,8 @@ fn the_predicted_error_is_the_measured_one() {
     let s = ConvertSettings {
         qk_rope_head_dim: Some(16),
         kv_lora_rank: Some(48),
-        freqfold: FreqFold::Fixed(1),
         dtype: Some(OutputDtype::F32),
-        ..settings(Method::Transmla)
+        ..settings(Rorope { freqfold: FreqFold::Fixed(1), ..Rorope::default() })
     };
     let report = converted(&fixture("pico-trained"), &to, &s).expect("converts");
     let ((source, sa), (made, ca)) = (open(&fixture("pico-trained")), open(&to));
@@ -36,7 +37,7 @@ fn the_predicted_error_is_the_measured_one() {
         // The converted stream is scaled by sqrt(1e-6 / eps): undo it to compare.
         let got = b.attention_output(x.view(), &lengths).expect("runs") * (sa.norm_eps / 1e-6).sqrt() as f32;
         let error = gqa2mla::calibrate::relative_error(got.view(), want.view());
-        predicted += report.layers[layer].predicted_error;
+        predicted += report.layers[layer].calibration_error;
         measured += error;
         a.forward(&mut hidden, &lengths).expect("runs");
     }
@@ -48,9 +49,8 @@ fn the_same_inputs_give_the_same_bytes_at_any_thread_count() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let s = ConvertSettings {
         kv_budget: Some(Budget::Percent(50.0)),
-        refine: 2,
         max_shard_bytes: 300_000,
-        ..settings(Method::AttentionAware)
+        ..settings(AttentionAware { refine: 2, ..AttentionAware::default() })
     };
     let mut manifests = BTreeMap::new();
     for threads in [1, 2, 5] {
@@ -72,7 +72,7 @@ fn the_stock_grid_needs_neither_biases_nor_free_frequencies() {
         qk_rope_head_dim: Some(16),
         kv_lora_rank: Some(48),
         rope_grid: Some(RopeGrid::Stock),
-        ..settings(Method::AttentionAware)
+        ..settings(method("attention-aware"))
     };
     converted(&fixture("pico-trained"), &to, &s).expect("converts");
     let (source, arch) = open(&to);
@@ -84,8 +84,8 @@ fn the_stock_grid_needs_neither_biases_nor_free_frequencies() {
 
 #[test]
 fn plan_tells_what_convert_writes() {
-    for method in Method::ALL {
-        let s = settings(method);
+    for method in MethodChoice::all() {
+        let s = settings(method.clone());
         let (source, arch) = open(&fixture("pico-trained"));
         let planned = plan(&source, &arch, &s, true, &Silent).expect("plans");
         let dir = tempfile::tempdir().expect("a temporary folder");
@@ -97,6 +97,6 @@ fn plan_tells_what_convert_writes() {
         names.sort();
         let found: Vec<_> = written.tensors.iter().map(|(n, t)| (n, t.dtype.name(), t.shape.clone())).collect();
         assert_eq!(names, found, "{method}");
-        assert_eq!(planned.predicted_error.is_some(), method != Method::Exact);
+        assert_eq!(planned.predicted_error.is_some(), method.compresses());
     }
 }

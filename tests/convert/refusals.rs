@@ -1,19 +1,21 @@
 //! What a conversion refuses, by name and before it writes, and what is odd and converts.
 
 use gqa2mla::arch::Architecture;
-use gqa2mla::convert::{Budget, ConvertSettings, FreqFold, Method};
+use gqa2mla::convert::{Budget, ConvertSettings};
+
+use gqa2mla::methods::transmla::{FreqFold, Rorope};
 
 use super::settings;
 use crate::common::copies::{changed, copy_folder};
 use crate::common::judge::{converted, heldout, side_by_side};
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 
 #[test]
 fn what_cannot_be_right_is_refused_and_nothing_is_written() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let to = dir.path().join("out");
     let aware = |f: &dyn Fn(&mut ConvertSettings)| {
-        let mut s = settings(Method::AttentionAware);
+        let mut s = settings(method("attention-aware"));
         f(&mut s);
         s
     };
@@ -23,22 +25,21 @@ fn what_cannot_be_right_is_refused_and_nothing_is_written() {
         ("cannot be made", aware(&|s| (s.qk_rope_head_dim, s.kv_lora_rank) = (Some(16), Some(4000)))),
         ("no split", aware(&|s| s.kv_budget = Some(Budget::Values(2)))),
         (
-            "leave one of the three out|asks for",
+            "give at most two of the three",
             aware(&|s| {
                 (s.qk_rope_head_dim, s.kv_lora_rank, s.kv_budget) = (Some(16), Some(16), Some(Budget::Values(40)));
             }),
         ),
         ("calib-seq-len", aware(&|s| s.calibration.seq_len = 1)),
-        ("q_lora_rank 9999", ConvertSettings { q_lora_rank: Some(9999), ..settings(Method::Transmla) }),
+        ("q_lora_rank 9999", ConvertSettings { q_lora_rank: Some(9999), ..settings(method("transmla")) }),
         ("samples 0", aware(&|s| s.calibration.samples = 0)),
         ("too short", aware(&|s| (s.calibration.samples, s.calibration.seq_len) = (1, 16))),
-        ("takes no rank", ConvertSettings { kv_lora_rank: Some(8), ..settings(Method::Exact) }),
+        ("takes no --kv-budget", ConvertSettings { kv_lora_rank: Some(8), ..settings(method("exact")) }),
         (
             "freqfold 3",
             ConvertSettings {
-                freqfold: FreqFold::Fixed(3),
                 kv_budget: Some(Budget::Percent(50.0)),
-                ..settings(Method::Transmla)
+                ..settings(Rorope { freqfold: FreqFold::Fixed(3), ..Rorope::default() })
             },
         ),
     ];
@@ -54,11 +55,11 @@ fn degenerate_layers_convert_by_every_method() {
     for zeroed in
         ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "input_layernorm.weight"]
     {
-        for method in [Method::AttentionAware, Method::Care, Method::Transmla] {
+        for method in [method("attention-aware"), method("care"), method("transmla")] {
             let dir = tempfile::tempdir().expect("a temporary folder");
             let from = changed("pico-trained", dir.path(), |_| (), &[&format!("model.layers.0.{zeroed}")]);
             let to = dir.path().join("out");
-            let s = ConvertSettings { kv_budget: Some(Budget::Percent(50.0)), ..settings(method) };
+            let s = ConvertSettings { kv_budget: Some(Budget::Percent(50.0)), ..settings(method.clone()) };
             converted(&from, &to, &s).unwrap_or_else(|e| panic!("{method}, {zeroed}: {e}"));
             let c = side_by_side(&from, &to, &heldout(64, 2));
             assert!(c.ppl_converted.is_finite(), "{method}, {zeroed}");
@@ -105,7 +106,7 @@ fn a_poisoned_weight_is_named_before_anything_is_written() {
     let mut bytes = fs_err::read(&path).expect("readable");
     bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
     fs_err::write(&path, bytes).expect("written");
-    let error = converted(&from, &to, &settings(Method::Exact)).expect_err("refused");
+    let error = converted(&from, &to, &settings(method("exact"))).expect_err("refused");
     assert!(error.contains("model.layers.1.self_attn.v_proj.weight") && error.contains("[0, 5]"), "{error}");
     assert!(!to.exists());
 }

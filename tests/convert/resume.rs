@@ -7,26 +7,28 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use gqa2mla::arch::Architecture;
-use gqa2mla::convert::{Budget, CalibrationSettings, ConvertError, ConvertSettings, Method, convert, plan};
+use gqa2mla::convert::{Budget, CalibrationSettings, ConvertError, ConvertSettings, MethodChoice, convert, plan};
+use gqa2mla::methods::attention_aware::AttentionAware;
 use gqa2mla::observe::{Event, Observer, Silent};
 use gqa2mla::source::{ModelSource, OpenOptions};
 use gqa2mla::write::{Leftover, WriteError, verify_manifest};
 
 use super::StopAt;
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 use crate::common::random::split_mix;
 
 fn trained() -> PathBuf {
     fixture("pico-trained")
 }
 
-fn settings(method: Method) -> ConvertSettings {
+fn settings(method: impl Into<MethodChoice>) -> ConvertSettings {
+    let method = method.into();
     ConvertSettings {
-        method,
-        kv_budget: (method != Method::Exact).then_some(Budget::Percent(50.0)),
+        kv_budget: method.compresses().then_some(Budget::Percent(50.0)),
         // Several shards, so that marks lie in and between them.
         max_shard_bytes: 300_000,
         calibration: CalibrationSettings { samples: 8, seq_len: 64, ..CalibrationSettings::default() },
+        method,
         ..ConvertSettings::default()
     }
 }
@@ -69,9 +71,9 @@ fn is_alone(to: &Path) -> bool {
 
 #[test]
 fn whatever_the_method_and_the_layer_the_bytes_are_the_same() {
-    for method in Method::ALL {
+    for method in MethodChoice::all() {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        let s = settings(method);
+        let s = settings(method.clone());
         let whole = dir.path().join("whole/out");
         fs_err::create_dir(dir.path().join("whole")).expect("made");
         run(&trained(), &whole, &s, &Silent).expect("converts");
@@ -90,7 +92,7 @@ fn whatever_the_method_and_the_layer_the_bytes_are_the_same() {
 #[test]
 fn a_run_may_be_stopped_behind_every_layer() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let s = ConvertSettings { refine: 2, ..settings(Method::AttentionAware) };
+    let s = settings(AttentionAware { refine: 2, ..AttentionAware::default() });
     let whole = dir.path().join("whole");
     run(&trained(), &whole, &s, &Silent).expect("converts");
     fs_err::create_dir(dir.path().join("b")).expect("made");
@@ -107,8 +109,8 @@ fn a_run_may_be_stopped_behind_every_layer() {
 #[test]
 fn states_that_wait_on_the_disk_change_nothing() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    for method in [Method::AttentionAware, Method::Care] {
-        let s = settings(method);
+    for method in [method("attention-aware"), method("care")] {
+        let s = settings(method.clone());
         let whole = dir.path().join(format!("{method}-whole"));
         run(&trained(), &whole, &s, &Silent).expect("converts");
         let source = ModelSource::open(&trained().display().to_string(), &OpenOptions::default(), &Silent);
@@ -145,7 +147,7 @@ fn flip(path: &Path, at: usize) {
 #[test]
 fn what_was_damaged_meanwhile_is_noticed_and_made_again() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let s = settings(Method::AttentionAware);
+    let s = settings(method("attention-aware"));
     let whole = dir.path().join("whole");
     run(&trained(), &whole, &s, &Silent).expect("converts");
     type Damage = (&'static str, &'static dyn Fn(&Path));
@@ -209,7 +211,7 @@ fn another_run_is_not_taken_for_this_one() {
     for entry in fs_err::read_dir(trained()).expect("readable").flatten() {
         fs_err::copy(entry.path(), from.join(entry.file_name())).expect("copied");
     }
-    let s = settings(Method::Care);
+    let s = settings(method("care"));
     let to = dir.path().join("out");
     let result = catch_unwind(AssertUnwindSafe(|| run(&from, &to, &s, &StopAt(2))));
     assert!(result.is_err());
@@ -229,7 +231,7 @@ fn another_run_is_not_taken_for_this_one() {
         }
         other => panic!("{field}: {other:?}"),
     };
-    refused(&ConvertSettings { method: Method::Transmla, ..s.clone() }, "setting `method`");
+    refused(&ConvertSettings { method: method("transmla"), ..s.clone() }, "setting `method`");
     refused(&ConvertSettings { kv_budget: Some(Budget::Values(48)), ..s.clone() }, "setting `kv_budget");
     let mut other = s.clone();
     other.calibration.seed = 1;
@@ -269,7 +271,7 @@ fn a_failure_that_would_come_again_leaves_nothing() {
     }
     let to = dir.path().join("out");
     let error =
-        run(&from, &to, &settings(Method::Exact), &Meddle(from.join("model.safetensors"))).expect_err("changed");
+        run(&from, &to, &settings(method("exact")), &Meddle(from.join("model.safetensors"))).expect_err("changed");
     assert!(error.to_string().contains("changed while it was in use"), "{error}");
     assert!(!to.exists() && leftover(&to).is_none());
 }

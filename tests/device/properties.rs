@@ -6,7 +6,7 @@
 use std::io::Write as _;
 
 use gqa2mla::arch::{Activation, Architecture, Rope, RopeLayout};
-use gqa2mla::convert::{CalibrationSettings, ConvertSettings, Method, convert};
+use gqa2mla::convert::{CalibrationSettings, ConvertSettings, convert};
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{
     AttentionShape, Backend, Cpu, DeviceChoice, HeadColumns, HeadPart, Model, Resident, Rotation, Session, SessionSize,
@@ -15,7 +15,7 @@ use gqa2mla::runtime::{
 use ndarray::{Array2, s};
 
 use crate::common::logits::{golden_fixtures, tolerance};
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 
 /// A device, or a line that tests which need it were skipped. Where the variable is set it has to be there.
 pub fn or_skip<B>(found: Option<&'static B>, what: &str, required: &str) -> Option<&'static B> {
@@ -233,10 +233,11 @@ pub fn a_conversion_calibrated_there_is_that_of_the_cpu_to_rounding(choice: Devi
     let dir = tempfile::tempdir().unwrap();
     let errors = [DeviceChoice::Cpu, choice].map(|device| {
         let calibration = CalibrationSettings { samples: 16, seq_len: 64, ..CalibrationSettings::default() };
-        let settings = ConvertSettings { method: Method::Transmla, device, calibration, ..ConvertSettings::default() };
+        let settings =
+            ConvertSettings { method: method("transmla"), device, calibration, ..ConvertSettings::default() };
         let output = dir.path().join(device.to_string().replace(':', "-"));
         let report = convert(&source, &arch, &settings, &output, &|_| Vec::new(), &Silent).unwrap();
-        report.layers.iter().map(|l| l.predicted_error).collect::<Vec<_>>()
+        report.layers.iter().map(|l| l.calibration_error).collect::<Vec<_>>()
     });
     for (cpu, there) in errors[0].iter().zip(&errors[1]) {
         // Smooth functions of sums that agree to some 1e-6.

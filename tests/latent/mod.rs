@@ -6,7 +6,7 @@ mod shard;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use gqa2mla::convert::{CalibrationSettings, ConvertSettings, TargetKind};
+use gqa2mla::convert::{CalibrationSettings, ConvertSettings, Target};
 use gqa2mla::latent::{RotateSettings, RotationReport, ShardReport, ShardSettings, Sharing, Transform, rotate, shard};
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::DeviceChoice;
@@ -50,9 +50,9 @@ fn shard_to(from: &Path, to: &Path, sharing: Sharing) -> Result<ShardReport, Str
 }
 
 /// The trained fixture at half its cache, written for `target`.
-fn converted(to: &Path, target: TargetKind) {
+fn converted(to: &Path, target: Target) {
     let calibration = CalibrationSettings { samples: 32, seq_len: 128, ..CalibrationSettings::default() };
-    let settings = ConvertSettings { target, calibration, ..ConvertSettings::default() };
+    let settings = ConvertSettings { target: target.into(), calibration, ..ConvertSettings::default() };
     judge::converted(&fixture("pico-trained"), to, &settings).expect("converts");
 }
 

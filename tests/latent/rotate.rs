@@ -1,7 +1,8 @@
 //! Rotated latents (`scripts/check_rotation.py` loads rotations in stock transformers).
 
-use gqa2mla::convert::{OutputDtype, TargetKind};
+use gqa2mla::convert::OutputDtype;
 use gqa2mla::latent::{RotateSettings, Sharing, Transform};
+use gqa2mla::target::classes::{deepseek_v3, minicpm3, remote};
 use gqa2mla::write::verify_manifest;
 
 use super::{NATIVE, converted, settings, shard_to, tensor_bytes, turn};
@@ -34,7 +35,7 @@ fn native_models_compute_the_same_with_turned_latents() {
 
 #[test]
 fn conversions_compute_the_same_with_turned_latents() {
-    for target in [TargetKind::DeepseekV3, TargetKind::Minicpm3, TargetKind::HfRemote] {
+    for target in [deepseek_v3::TARGET, minicpm3::TARGET, remote::TARGET] {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let from = dir.path().join("mla");
         converted(&from, target);
@@ -52,7 +53,7 @@ fn conversions_compute_the_same_with_turned_latents() {
                     assert!((layer.slice_energy.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{layer:?}");
                 }
             }
-            assert_eq!(to.join("modeling_gqa2mla.py").exists(), target == TargetKind::HfRemote);
+            assert_eq!(to.join("modeling_gqa2mla.py").exists(), target == remote::TARGET);
         }
     }
 }

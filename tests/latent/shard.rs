@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
-use gqa2mla::convert::{CalibrationSettings, TargetKind};
+use gqa2mla::convert::CalibrationSettings;
 use gqa2mla::latent::{
     LatentWeights, ShardSettings, Sharing, Transform, latent_moments, latent_windows, refitted_ranks, shard,
 };
 use gqa2mla::observe::Silent;
 use gqa2mla::runtime::{Cpu, DeviceChoice, LayerTensors, Model};
+use gqa2mla::target::classes::deepseek_v3;
 use gqa2mla::verify::{SharedOut, SlicedComparison, compare_sliced};
 use gqa2mla::write::verify_manifest;
 use safetensors::SafeTensors;
@@ -158,7 +159,7 @@ fn rank_files_hold_what_the_runtime_runs_and_add_up_to_the_model() {
 fn fitted_rank_files_hold_what_verify_runs_and_one_rank_has_nothing_to_fit() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let (mla, from) = (dir.path().join("mla"), dir.path().join("turned"));
-    converted(&mla, TargetKind::DeepseekV3);
+    converted(&mla, deepseek_v3::TARGET);
     turn(&mla, &from, &settings(Transform::Hadamard, 2)).expect("turns");
     let (source, arch) = open(&from);
     let calibration = CalibrationSettings { samples: 24, seq_len: 128, ..CalibrationSettings::default() };

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::Ordering;
 
-use gqa2mla::convert::{CalibrationSettings, ConvertSettings, Method, convert, plan};
+use gqa2mla::convert::{CalibrationSettings, ConvertSettings, MethodChoice, convert, plan};
 use gqa2mla::observe::Silent;
 use serde_json::{Value, json};
 
 use super::peak::{HELD, PEAK, alone};
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 use crate::common::products;
 
 /// Shape of a model in the layout of Llama.
@@ -82,13 +82,13 @@ fn checkpoint(dir: &Path, s: Shape) -> u64 {
     total
 }
 
-fn settings(method: Method) -> ConvertSettings {
+fn settings(method: MethodChoice) -> ConvertSettings {
     ConvertSettings {
-        method,
-        kv_lora_rank: (method != Method::Exact).then_some(64),
-        qk_rope_head_dim: (method != Method::Exact).then_some(32),
+        kv_lora_rank: method.compresses().then_some(64),
+        qk_rope_head_dim: method.compresses().then_some(32),
         calibration: CalibrationSettings { samples: 8, seq_len: 128, ..CalibrationSettings::default() },
         force: true,
+        method,
         ..ConvertSettings::default()
     }
 }
@@ -109,9 +109,9 @@ fn peak(shape: Shape, settings: &ConvertSettings) -> (u64, u64) {
 #[test]
 fn the_heap_does_not_grow_with_the_layers() {
     let _alone = alone();
-    for method in [Method::Exact, Method::Care, Method::AttentionAware] {
-        let mut s = settings(method);
-        if method == Method::AttentionAware {
+    for method in [method("exact"), method("care"), method("attention-aware")] {
+        let mut s = settings(method.clone());
+        if method.mixes_window_lengths() {
             // What runs beside the factorisation makes the peak a matter of time: it only has to stay within the plan. One
             // byte less allows for nothing beside it.
             let (many, planned) = peak(Shape { layers: 12, ..SMALL }, &s);
@@ -133,7 +133,7 @@ fn large_tensors_are_not_held() {
     let _alone = alone();
     // An embedding and an output head of 512 MB each.
     let shape = Shape { vocab: 1 << 19, hidden: 512, ..SMALL };
-    let (heap, _) = peak(shape, &settings(Method::Exact));
+    let (heap, _) = peak(shape, &settings(method("exact")));
     println!("exact, tensors of 512 MB: heap {heap}");
     assert!(heap < 200_000_000, "{heap}");
 }

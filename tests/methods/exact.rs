@@ -1,12 +1,12 @@
 //! Method `exact`: the source's attention in an MLA container.
 
-use gqa2mla::convert::{ConvertSettings, Method, OutputDtype};
+use gqa2mla::convert::{ConvertSettings, OutputDtype};
 
 use super::settings;
 use crate::common::copies::changed;
 use crate::common::golden::golden_tokens;
 use crate::common::judge::{ROUNDING, converted, side_by_side};
-use crate::common::models::fixture;
+use crate::common::models::{fixture, method};
 
 #[test]
 fn exact_loses_nothing_on_any_family() {
@@ -14,7 +14,7 @@ fn exact_loses_nothing_on_any_family() {
         for dtype in [None, Some(OutputDtype::F32)] {
             let dir = tempfile::tempdir().expect("a temporary folder");
             let to = dir.path().join("out");
-            let report = converted(&fixture(name), &to, &ConvertSettings { dtype, ..settings(Method::Exact) });
+            let report = converted(&fixture(name), &to, &ConvertSettings { dtype, ..settings(method("exact")) });
             let report = report.unwrap_or_else(|e| panic!("{name}: {e}"));
             assert_eq!(report.cache_values_per_token_per_layer, report.source_cache_values_per_token_per_layer);
             let tokens = golden_tokens(&fixture(name));
@@ -35,7 +35,7 @@ fn exact_stays_exact_where_the_source_scales_its_scores() {
     let yarn = serde_json::json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128 });
     let from = changed("pico-trained", dir.path(), |c| drop(c.insert("rope_scaling".into(), yarn.clone())), &[]);
     let to = dir.path().join("out");
-    converted(&from, &to, &settings(Method::Exact)).expect("converts");
+    converted(&from, &to, &settings(method("exact"))).expect("converts");
     let c = side_by_side(&from, &to, &golden_tokens(&fixture("pico-trained")));
     assert!(c.max_abs_dlogit < ROUNDING && c.top1_agreement == 1.0, "{c:?}");
 }

@@ -2,21 +2,22 @@
 
 mod attention_aware;
 mod exact;
+mod forward;
 mod mha2mla;
 mod source_layer;
 mod weight_svd;
 mod x_ecomla;
 
-use gqa2mla::convert::{CalibrationSettings, ConversionReport, ConvertSettings, Method};
+use gqa2mla::convert::{CalibrationSettings, ConversionReport, ConvertSettings, MethodChoice};
 use gqa2mla::verify::Comparison;
 
 use crate::common::judge::{converted, heldout, side_by_side};
 use crate::common::models::fixture;
 
 /// A method at its defaults, calibrated on little.
-fn settings(method: Method) -> ConvertSettings {
+fn settings(method: impl Into<MethodChoice>) -> ConvertSettings {
     let calibration = CalibrationSettings { samples: 48, seq_len: 128, ..CalibrationSettings::default() };
-    ConvertSettings { method, calibration, ..ConvertSettings::default() }
+    ConvertSettings { method: method.into(), calibration, ..ConvertSettings::default() }
 }
 
 /// Trained pico at a budget, and how it does on held-out text.

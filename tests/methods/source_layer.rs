@@ -1,8 +1,8 @@
 //! One layer of attention by its definition, in f64: what layers of methods that factorise weights are held against.
 
 use gqa2mla::arch::AttentionSource;
-use gqa2mla::calibrate::{LatentAttention, output_projection};
-use gqa2mla::methods::MlaLayer;
+use gqa2mla::mla::MlaLayer;
+use gqa2mla::mla::{LatentAttention, output_projection};
 use ndarray::{Array1, Array2, s};
 
 use crate::common::random::split_mix;

@@ -1,27 +1,36 @@
 //! Both methods that factorise weights, X-EcoMLA and MHA2MLA, on whole models.
 
-use gqa2mla::convert::{Budget, CalibrationSettings, ConvertSettings, Method, OutputDtype, TargetKind, WeightSettings};
-use gqa2mla::methods::mha2mla::SvdKind;
+use gqa2mla::convert::{Budget, CalibrationSettings, ConvertSettings, MethodChoice, OutputDtype, Target};
+use gqa2mla::methods::mha2mla::Mha2mla;
 use gqa2mla::methods::partial_rope::PartialRope;
+use gqa2mla::methods::x_ecomla::XEcomla;
+use gqa2mla::target::classes::{deepseek_v3, remote};
 
 use crate::common::copies::copy_folder;
 use crate::common::judge::{converted, heldout, side_by_side};
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 
-pub fn settings(method: Method) -> ConvertSettings {
+pub fn settings(method: impl Into<MethodChoice>) -> ConvertSettings {
     let calibration = CalibrationSettings { samples: 4, seq_len: 128, ..CalibrationSettings::default() };
-    ConvertSettings { method, calibration, dtype: Some(OutputDtype::F32), force: true, ..ConvertSettings::default() }
+    ConvertSettings {
+        method: method.into(),
+        calibration,
+        dtype: Some(OutputDtype::F32),
+        force: true,
+        ..ConvertSettings::default()
+    }
 }
 
 #[test]
 fn every_rule_writes_a_model_whose_slots_turn_as_the_source() {
     let (_, source) = open(&fixture("pico-trained"));
-    for method in [Method::XEcomla, Method::Mha2mla] {
-        for rule in PartialRope::ALL {
+    for rule in PartialRope::ALL {
+        let partial_rope = Some(rule);
+        let (x, m) = (XEcomla { partial_rope, ..XEcomla::default() }, Mha2mla { partial_rope, ..Mha2mla::default() });
+        for method in [MethodChoice::from(x), MethodChoice::from(m)] {
             let dir = tempfile::tempdir().expect("a temporary folder");
             let to = dir.path().join("out");
-            let weights = WeightSettings { partial_rope: Some(rule), ..Default::default() };
-            let s = ConvertSettings { kv_budget: Some(Budget::Percent(50.0)), weights, ..settings(method) };
+            let s = ConvertSettings { kv_budget: Some(Budget::Percent(50.0)), ..settings(method.clone()) };
             let report = converted(&fixture("pico-trained"), &to, &s).expect("converts");
             assert_eq!(report.cache_values_per_token_per_layer, 64);
             for f in &report.rope_frequencies {
@@ -41,11 +50,11 @@ fn every_rule_writes_a_model_whose_slots_turn_as_the_source() {
 fn biases_and_norms_and_partial_rotation_are_carried() {
     // Random weights: what counts is that the written model is the one that was measured.
     for (name, method) in [
-        ("pico-qwen2", Method::XEcomla),
-        ("pico-qwen2", Method::Mha2mla),
-        ("pico-qwen3", Method::XEcomla),
-        ("pico-phi3", Method::Mha2mla),
-        ("pico-phi3", Method::XEcomla),
+        ("pico-qwen2", method("x-ecomla")),
+        ("pico-qwen2", method("mha2mla")),
+        ("pico-qwen3", method("x-ecomla")),
+        ("pico-phi3", method("mha2mla")),
+        ("pico-phi3", method("x-ecomla")),
     ] {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let (stock, remote) = (dir.path().join("stock"), dir.path().join("remote"));
@@ -55,13 +64,13 @@ fn biases_and_norms_and_partial_rotation_are_carried() {
         // Bytes that the small vocabularies have.
         let text = dir.path().join("text.txt");
         fs_err::write(&text, "THE RIVER BENDS TWICE BEFORE 1900 AND 1950. ".repeat(60)).expect("written");
-        let s = |target| {
-            let mut s = ConvertSettings { target, ..settings(method) };
+        let s = |target: Target| {
+            let mut s = ConvertSettings { target: target.into(), ..settings(method.clone()) };
             s.calibration.files = vec![text.clone()];
             s
         };
-        converted(&from, &stock, &s(TargetKind::DeepseekV3)).unwrap_or_else(|e| panic!("{name}: {e}"));
-        converted(&from, &remote, &s(TargetKind::HfRemote)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        converted(&from, &stock, &s(deepseek_v3::TARGET)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        converted(&from, &remote, &s(remote::TARGET)).unwrap_or_else(|e| panic!("{name}: {e}"));
         let tokens: Vec<u32> = (0..40).map(|i| i * 5 % 60).collect();
         let c = side_by_side(&stock, &remote, &[tokens]);
         assert!(c.max_abs_dlogit < 2e-4, "{name}, {method}: {c:?}");
@@ -72,31 +81,30 @@ fn biases_and_norms_and_partial_rotation_are_carried() {
 fn what_is_impossible_is_said_and_nothing_is_written() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let to = dir.path().join("out");
-    let with = |method: Method, f: &dyn Fn(&mut ConvertSettings)| {
+    let with = |method: MethodChoice, f: &dyn Fn(&mut ConvertSettings)| {
         let mut s = ConvertSettings { force: false, ..settings(method) };
         f(&mut s);
         s
     };
-    let (x, m) = (Method::XEcomla, Method::Mha2mla);
+    let x = |f: &dyn Fn(&mut ConvertSettings)| with(XEcomla::default().into(), f);
+    let m = |f: &dyn Fn(&mut ConvertSettings)| with(Mha2mla::default().into(), f);
+    let energies = |kv_energy, q_energy| XEcomla { kv_energy, q_energy, ..XEcomla::default() }.into();
     let cases: Vec<(&str, ConvertSettings)> = vec![
-        ("--kv-energy 1.5 is no share", with(x, &|s| s.weights.kv_energy = Some(1.5))),
-        ("--q-energy 0 is no share", with(x, &|s| s.weights.q_energy = Some(0.0))),
-        ("--kv-energy NaN is no share", with(x, &|s| s.weights.kv_energy = Some(f64::NAN))),
-        ("finds the ranks", with(x, &|s| (s.weights.kv_energy, s.kv_lora_rank) = (Some(0.9), Some(64)))),
-        ("finds the ranks", with(x, &|s| (s.weights.q_energy, s.q_lora_rank) = (Some(0.9), Some(64)))),
-        ("rank 128 at most", with(x, &|s| (s.kv_lora_rank, s.qk_rope_head_dim) = (Some(129), Some(8)))),
-        ("rank 112 at most", with(m, &|s| (s.kv_lora_rank, s.qk_rope_head_dim) = (Some(113), Some(16)))),
-        ("q_lora_rank 129 is larger", with(x, &|s| s.q_lora_rank = Some(129))),
-        ("--q-lora-rank", with(m, &|s| s.q_lora_rank = Some(64))),
-        ("--published-layout", with(m, &|s| s.weights.published_layout = true)),
-        ("--svd", with(x, &|s| s.weights.svd = SvdKind::Split)),
-        ("qk_rope_head_dim 12 cannot", with(m, &|s| s.qk_rope_head_dim = Some(12))),
-        ("qk_rope_head_dim 16 cannot", with(x, &|s| s.qk_rope_head_dim = Some(16))),
-        ("nothing is saved", with(x, &|s| s.weights.kv_energy = Some(1.0))),
+        ("--kv-energy 1.5 is no share", with(energies(Some(1.5), None), &|_| ())),
+        ("--q-energy 0 is no share", with(energies(None, Some(0.0)), &|_| ())),
+        ("--kv-energy NaN is no share", with(energies(Some(f64::NAN), None), &|_| ())),
+        ("finds the ranks", with(energies(Some(0.9), None), &|s| s.kv_lora_rank = Some(64))),
+        ("finds the ranks", with(energies(None, Some(0.9)), &|s| s.q_lora_rank = Some(64))),
+        ("rank 128 at most", x(&|s| (s.kv_lora_rank, s.qk_rope_head_dim) = (Some(129), Some(8)))),
+        ("rank 112 at most", m(&|s| (s.kv_lora_rank, s.qk_rope_head_dim) = (Some(113), Some(16)))),
+        ("q_lora_rank 129 is larger", x(&|s| s.q_lora_rank = Some(129))),
+        ("--q-lora-rank", m(&|s| s.q_lora_rank = Some(64))),
+        ("qk_rope_head_dim 12 cannot", m(&|s| s.qk_rope_head_dim = Some(12))),
+        ("qk_rope_head_dim 16 cannot", x(&|s| s.qk_rope_head_dim = Some(16))),
+        ("nothing is saved", with(energies(Some(1.0), None), &|_| ())),
         (
             "stock grid",
-            with(x, &|s| {
-                s.weights.partial_rope = Some(PartialRope::High);
+            with(XEcomla { partial_rope: Some(PartialRope::High), ..XEcomla::default() }.into(), &|s| {
                 s.profile = Some(gqa2mla::convert::Profile::Portable);
             }),
         ),

@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use gqa2mla::arch::load_attention_source;
-use gqa2mla::convert::{ConvertSettings, Method, TargetKind, WeightSettings};
+use gqa2mla::convert::{ConvertSettings, Target};
 use gqa2mla::factor::svd::svd;
 use gqa2mla::methods::partial_rope::Slot;
-use gqa2mla::methods::x_ecomla::{self, Ranks};
+use gqa2mla::methods::x_ecomla::{self, Ranks, XEcomla};
+use gqa2mla::target::classes::{deepseek_v3, remote};
 use ndarray::{Array2, Axis, concatenate, s};
 use serde_json::Value;
 
@@ -90,14 +91,14 @@ fn ranks_are_those_of_the_published_rule() {
 #[test]
 fn ranks_by_energy_differ_by_layer_and_are_padded_at_no_change() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let at = |target: TargetKind, divisor: usize, to: &Path| {
-        let weights =
-            WeightSettings { kv_energy: Some(0.8), q_energy: Some(0.9), rank_divisor: divisor, ..Default::default() };
-        converted(&fixture("pico-trained"), to, &ConvertSettings { target, weights, ..settings(Method::XEcomla) })
+    let at = |target: Target, divisor: usize, to: &Path| {
+        let method =
+            XEcomla { kv_energy: Some(0.8), q_energy: Some(0.9), rank_divisor: Some(divisor), ..XEcomla::default() };
+        converted(&fixture("pico-trained"), to, &ConvertSettings { target: target.into(), ..settings(method) })
     };
     let (stock, remote) = (dir.path().join("stock"), dir.path().join("remote"));
-    let report = at(TargetKind::DeepseekV3, 1, &stock).expect("converts");
-    at(TargetKind::HfRemote, 1, &remote).expect("converts");
+    let report = at(deepseek_v3::TARGET, 1, &stock).expect("converts");
+    at(remote::TARGET, 1, &remote).expect("converts");
     let ranks: Vec<usize> = report.layers.iter().filter_map(|l| l.kv_rank).collect();
     assert_eq!(ranks.len(), 4);
     assert!(ranks.iter().any(|r| *r != ranks[0]), "{ranks:?}");
@@ -117,7 +118,7 @@ fn ranks_by_energy_differ_by_layer_and_are_padded_at_no_change() {
     // Norms over the padded latent, of the stock class, and none, of ours: the same function.
     let c = side_by_side(&stock, &remote, &heldout(64, 2));
     assert!(c.max_abs_dlogit < 2e-4 && c.cached_vs_full_max_abs_dlogit < 2e-4, "{c:?}");
-    let rounded = at(TargetKind::DeepseekV3, 8, &dir.path().join("eight")).expect("converts");
+    let rounded = at(deepseek_v3::TARGET, 8, &dir.path().join("eight")).expect("converts");
     assert!(rounded.layers.iter().zip(&ranks).all(|(l, r)| l.kv_rank == Some(r.next_multiple_of(8))));
 }
 
@@ -125,10 +126,10 @@ fn ranks_by_energy_differ_by_layer_and_are_padded_at_no_change() {
 fn right_positions_are_no_worse_than_the_published_ones() {
     for (rope, rank) in [(8, 56), (8, 100)] {
         let base =
-            ConvertSettings { qk_rope_head_dim: Some(rope), kv_lora_rank: Some(rank), ..settings(Method::XEcomla) };
+            ConvertSettings { qk_rope_head_dim: Some(rope), kv_lora_rank: Some(rank), ..settings(XEcomla::default()) };
         let ours = excess(&base);
-        let weights = WeightSettings { published_layout: true, ..Default::default() };
-        let published = excess(&ConvertSettings { weights, ..base });
+        let method = XEcomla { published_layout: true, ..XEcomla::default() };
+        let published = excess(&ConvertSettings { method: method.into(), ..base });
         assert!(ours <= published, "{rope}+{rank}: {ours} ours, {published} published");
     }
 }

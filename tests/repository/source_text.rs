@@ -73,7 +73,7 @@ pub fn collect(dir: &Path, out: &mut Vec<PathBuf>) {
     }
 }
 
-/// Words, `::` and single marks. A literal becomes one token `"`.
+/// Words, `::` and single marks. A plain string becomes one token, `"` and its text; any other literal the token `"`.
 pub fn tokens(text: &str) -> Vec<Token> {
     let chars: Vec<char> = text.chars().collect();
     let word = |c: char| c.is_alphanumeric() || c == '_';
@@ -87,7 +87,7 @@ pub fn tokens(text: &str) -> Vec<Token> {
             '/' if next == '*' => at = behind_comment(&chars, at),
             '"' => {
                 at = behind_string(&chars, at + 1);
-                token = Some("\"".to_owned());
+                token = Some(chars[start..at.saturating_sub(1).min(chars.len())].iter().collect());
             }
             // A lifetime has no second quote behind its first letter.
             '\'' if next == '\\' || chars.get(at + 2) == Some(&'\'') => {
@@ -228,6 +228,9 @@ use crate::only_in_tests;
 mod faults;
 fn last() { r#type(); }
 "##;
+    let strings: Vec<Token> = tokens("f(\"one\", \"\", \"t\\\"wo\")");
+    let strings: Vec<&str> = strings.iter().map(|t| t.text.as_str()).filter(|t| t.starts_with('"')).collect();
+    assert_eq!(strings, ["\"one", "\"", "\"t\\\"wo"]);
     let file = SourceFile::new("src/a/b.rs", text);
     let texts: Vec<&str> = file.tokens.iter().map(|t| t.text.as_str()).collect();
     assert!(!texts.contains(&"crate") && !texts.contains(&"tests"), "{texts:?}");

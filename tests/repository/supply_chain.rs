@@ -206,7 +206,7 @@ fn unsafe_code_says_why_it_is_sound() {
         "src/cli/devices.rs",
         "src/cli/interrupt.rs",
         "src/cli/pages.rs",
-        "src/convert/memory.rs",
+        "src/plan/memory.rs",
         "src/factor/linalg.rs",
     ];
     let new: Vec<_> = of.iter().filter(|f| !known.contains(&f.as_str()) && !f.starts_with("src/runtime/")).collect();

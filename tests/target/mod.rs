@@ -1,21 +1,20 @@
 //! Every target class: what it holds, what it refuses, and what it writes.
 
-use gqa2mla::convert::{CalibrationSettings, ConvertSettings, Method, OutputDtype, Padding, Profile, TargetKind};
+use gqa2mla::convert::{CalibrationSettings, ConvertSettings, OutputDtype, Padding, Profile, Target, TargetChoice};
 use gqa2mla::report::engines::{Facts, Loads, judge};
 use gqa2mla::source::Dtype;
+use gqa2mla::target::classes::{deepseek_v2, deepseek_v3, minicpm3, remote, youtu};
 use gqa2mla::target::fp8;
 
 use crate::common::golden::golden_tokens;
 use crate::common::judge::{ROUNDING, converted, worst_window};
-use crate::common::models::{fixture, open};
+use crate::common::models::{fixture, method, open};
 
-const DENSE: [TargetKind; 5] =
-    [TargetKind::DeepseekV3, TargetKind::DeepseekV2, TargetKind::Youtu, TargetKind::Minicpm3, TargetKind::HfRemote];
-const STOCK: [TargetKind; 4] =
-    [TargetKind::DeepseekV3, TargetKind::DeepseekV2, TargetKind::Youtu, TargetKind::Minicpm3];
+const DENSE: [Target; 5] = [deepseek_v3::TARGET, deepseek_v2::TARGET, youtu::TARGET, minicpm3::TARGET, remote::TARGET];
+const STOCK: [Target; 4] = [deepseek_v3::TARGET, deepseek_v2::TARGET, youtu::TARGET, minicpm3::TARGET];
 
-fn exact(target: TargetKind) -> ConvertSettings {
-    ConvertSettings { method: Method::Exact, target, ..ConvertSettings::default() }
+fn exact(target: impl Into<TargetChoice>) -> ConvertSettings {
+    ConvertSettings { method: method("exact"), target: target.into(), ..ConvertSettings::default() }
 }
 
 fn aware() -> ConvertSettings {
@@ -25,19 +24,19 @@ fn aware() -> ConvertSettings {
 
 #[test]
 fn exact_loses_nothing_in_any_target_that_holds_the_source() {
-    let cases: [(&str, &[TargetKind]); 12] = [
+    let cases: [(&str, &[Target]); 12] = [
         ("pico-llama", &DENSE),
         ("pico-llama3", &DENSE),
         ("pico-qwen2", &DENSE),
         ("pico-phi3", &DENSE),
         ("pico-phi3-long", &DENSE),
         ("pico-granite", &DENSE),
-        ("pico-qwen3", &[TargetKind::HfRemote]),
-        ("pico-gemma2", &[TargetKind::HfRemote]),
-        ("pico-olmo2", &[TargetKind::HfRemote]),
-        ("pico-mixtral", &[TargetKind::HfRemote, TargetKind::DeepseekV2]),
-        ("pico-qwen2-moe", &[TargetKind::HfRemote]),
-        ("pico-qwen3-moe", &[TargetKind::HfRemote]),
+        ("pico-qwen3", &[remote::TARGET]),
+        ("pico-gemma2", &[remote::TARGET]),
+        ("pico-olmo2", &[remote::TARGET]),
+        ("pico-mixtral", &[remote::TARGET, deepseek_v2::TARGET]),
+        ("pico-qwen2-moe", &[remote::TARGET]),
+        ("pico-qwen3-moe", &[remote::TARGET]),
     ];
     for (name, targets) in cases {
         for target in DENSE {
@@ -49,7 +48,7 @@ fn exact_loses_nothing_in_any_target_that_holds_the_source() {
                     let c = worst_window(&fixture(name), &to, &golden_tokens(&fixture(name)));
                     assert!(c.max_abs_dlogit < ROUNDING, "{name} {target:?}: {c:?}");
                     assert!(c.cached_vs_full_max_abs_dlogit < ROUNDING, "{name} {target:?}: {c:?}");
-                    assert_eq!(to.join("modeling_gqa2mla.py").exists(), target == TargetKind::HfRemote);
+                    assert_eq!(to.join("modeling_gqa2mla.py").exists(), target == remote::TARGET);
                 }
                 (true, Err(e)) => panic!("{name} {target:?}: {e}"),
                 (false, Ok(_)) => panic!("{name} {target:?} was taken"),
@@ -62,7 +61,7 @@ fn exact_loses_nothing_in_any_target_that_holds_the_source() {
         // What `auto` picks holds the source, and transformers' verdict on it is not a no.
         let dir = tempfile::tempdir().expect("a temporary folder");
         let to = dir.path().join("out");
-        let report = converted(&fixture(name), &to, &exact(TargetKind::Auto)).expect("auto finds a target");
+        let report = converted(&fixture(name), &to, &exact(TargetChoice::Auto)).expect("auto finds a target");
         assert!(targets.contains(&report.target), "{name}: {:?}", report.target);
         let (source, _) = open(&to);
         let facts = Facts::read(&source.config, Some(&source.tensors)).expect("an MLA folder");
@@ -75,7 +74,7 @@ fn exact_loses_nothing_in_any_target_that_holds_the_source() {
 fn experts_are_copied_bit_for_bit() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let to = dir.path().join("out");
-    converted(&fixture("pico-mixtral"), &to, &exact(TargetKind::HfRemote)).expect("converts");
+    converted(&fixture("pico-mixtral"), &to, &exact(remote::TARGET)).expect("converts");
     let ((a, _), (b, _)) = (open(&fixture("pico-mixtral")), open(&to));
     for (from, into) in
         [("gate", "gate"), ("experts.3.w1", "experts.3.gate_proj"), ("experts.0.w2", "experts.0.down_proj")]
@@ -92,7 +91,7 @@ fn padding_to_kernels_changes_nothing_but_widths() {
     for (i, base) in [
         aware(),
         ConvertSettings { profile: Some(Profile::Portable), qk_rope_head_dim: Some(16), ..aware() },
-        exact(TargetKind::Auto),
+        exact(TargetChoice::Auto),
     ]
     .into_iter()
     .enumerate()
@@ -124,14 +123,14 @@ fn the_portable_profile_is_what_every_engine_runs() {
     let error = converted(
         &fixture("pico-qwen2"),
         &dir.path().join("no"),
-        &ConvertSettings { method: Method::Exact, ..s.clone() },
+        &ConvertSettings { method: method("exact"), ..s.clone() },
     );
     let error = error.expect_err("exact takes no widths, or the profile no biases");
     assert!(error.contains("hint:"), "{error}");
     let error = converted(
         &fixture("pico-qwen2"),
         &dir.path().join("no"),
-        &ConvertSettings { profile: Some(Profile::Portable), ..exact(TargetKind::Auto) },
+        &ConvertSettings { profile: Some(Profile::Portable), ..exact(TargetChoice::Auto) },
     );
     assert!(error.expect_err("biases").contains("biases"), "biases are named");
 }
@@ -160,13 +159,13 @@ fn fp8_is_within_the_format_s_error_and_reads_back() {
 #[test]
 fn stock_targets_refuse_f16_with_the_reason() {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let half = |target| ConvertSettings { dtype: Some(OutputDtype::F16), ..exact(target) };
+    let half = |target: Target| ConvertSettings { dtype: Some(OutputDtype::F16), ..exact(target) };
     for target in STOCK {
         let error = converted(&fixture("pico-llama"), &dir.path().join("no"), &half(target)).expect_err("f16");
         assert!(error.contains("2^-20") && error.contains("hf-remote"), "{error}");
     }
     let to = dir.path().join("out");
-    converted(&fixture("pico-llama"), &to, &half(TargetKind::HfRemote)).expect("the generic class norms no latent");
+    converted(&fixture("pico-llama"), &to, &half(remote::TARGET)).expect("the generic class norms no latent");
     let c = worst_window(&fixture("pico-llama"), &to, &golden_tokens(&fixture("pico-llama")));
     // Eleven bits in every weight of two layers.
     assert!(c.max_abs_dlogit < 0.05, "{c:?}");

@@ -3,8 +3,9 @@
 use serde_json::Value;
 
 use crate::arch::{Architecture, Attention, RopeLayout};
-use crate::convert::{PlannedGeometry, RopeGrid, TargetKind};
+use crate::mla::Geometry;
 use crate::source::TensorDirectory;
+use crate::target::{RopeGrid, Target};
 
 /// Why a folder cannot be judged.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +45,7 @@ pub struct Facts {
     /// Whether the config points to code of its own.
     pub own_code: bool,
     /// Widths of the attention.
-    pub geometry: PlannedGeometry,
+    pub geometry: Geometry,
     /// `hidden_size`.
     pub hidden: usize,
     /// `num_attention_heads`.
@@ -135,7 +136,7 @@ impl CandidateRope {
 
 impl Facts {
     /// A dense DeepSeek-V3 model of these widths with nothing that any engine minds.
-    fn plain(geometry: PlannedGeometry) -> Self {
+    fn plain(geometry: Geometry) -> Self {
         Self {
             model_type: "deepseek_v3".into(),
             own_code: false,
@@ -173,21 +174,15 @@ impl Facts {
 
     /// What a conversion to `geometry` on `grid` writes for `target`: the free grid carries frequencies as LongRoPE factors
     /// and constants as biases, the stock grid has neither.
-    pub fn planned(geometry: PlannedGeometry, grid: RopeGrid, target: TargetKind) -> Self {
+    pub fn planned(geometry: Geometry, grid: RopeGrid, target: Target) -> Self {
         let free = grid == RopeGrid::Free;
-        let remote = target == TargetKind::HfRemote;
-        let model_type = match target {
-            TargetKind::Auto => TargetKind::DeepseekV3.name(),
-            TargetKind::HfRemote => "gqa2mla",
-            kind => kind.name(),
-        };
         Self {
-            model_type: model_type.into(),
-            own_code: remote,
+            model_type: target.model_type().into(),
+            own_code: target.brings_code(),
             bias: free,
             rope: if free { CandidateRope::LongRope } else { CandidateRope::Default },
             rope_name: if free { "longrope" } else { "default" }.into(),
-            interleaved: target != TargetKind::Minicpm3,
+            interleaved: target.interleaves_pairs(),
             ..Self::plain(geometry)
         }
     }
@@ -195,7 +190,7 @@ impl Facts {
     /// What an MLA model that this tool reads is; `None` for a GQA model.
     pub fn of_model(arch: &Architecture) -> Option<Self> {
         let Attention::Mla(mla) = &arch.attention else { return None };
-        let geometry = PlannedGeometry {
+        let geometry = Geometry {
             kv_lora_rank: mla.kv_lora_rank,
             q_lora_rank: mla.q_lora_rank,
             qk_nope_head_dim: mla.qk_nope_head_dim,
@@ -234,7 +229,7 @@ impl Facts {
         };
         let text = |key: &str, default: &str| get(key).and_then(Value::as_str).unwrap_or(default).to_owned();
         let flag = |key: &str| get(key).and_then(Value::as_bool).unwrap_or(false);
-        let geometry = PlannedGeometry {
+        let geometry = Geometry {
             kv_lora_rank: number("kv_lora_rank")?,
             q_lora_rank: get("q_lora_rank").and_then(Value::as_u64).map(|n| n as usize),
             qk_nope_head_dim: number("qk_nope_head_dim")?,

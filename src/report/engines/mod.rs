@@ -83,16 +83,11 @@ pub fn default_path(engine: &str, facts: &Facts) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::convert::{PlannedGeometry, RopeGrid, TargetKind};
+    use crate::convert::{Geometry, RopeGrid};
+    use crate::target::classes::deepseek_v3::TARGET;
 
-    fn shape(r: usize, nope: usize, rope: usize, v: usize) -> PlannedGeometry {
-        PlannedGeometry {
-            kv_lora_rank: r,
-            q_lora_rank: None,
-            qk_nope_head_dim: nope,
-            qk_rope_head_dim: rope,
-            v_head_dim: v,
-        }
+    fn shape(r: usize, nope: usize, rope: usize, v: usize) -> Geometry {
+        Geometry { kv_lora_rank: r, q_lora_rank: None, qk_nope_head_dim: nope, qk_rope_head_dim: rope, v_head_dim: v }
     }
 
     fn verdict(c: &Facts, engine: &str) -> Loads {
@@ -101,7 +96,7 @@ mod tests {
 
     #[test]
     fn deepseeks_own_shape_loads_everywhere() {
-        let c = Facts::planned(shape(512, 128, 64, 128), RopeGrid::Stock, TargetKind::DeepseekV3);
+        let c = Facts::planned(shape(512, 128, 64, 128), RopeGrid::Stock, TARGET);
         for engine in ["transformers", "vLLM", "vLLM (--model-impl transformers)", "SGLang", "MLX-LM"] {
             assert_eq!(verdict(&c, engine), Loads::Yes, "{engine}");
         }
@@ -111,7 +106,7 @@ mod tests {
 
     #[test]
     fn free_frequencies_and_biases_load_where_transformers_code_runs() {
-        let c = Facts::planned(shape(512, 128, 64, 128), RopeGrid::Free, TargetKind::DeepseekV3);
+        let c = Facts::planned(shape(512, 128, 64, 128), RopeGrid::Free, TARGET);
         assert_eq!(verdict(&c, "transformers"), Loads::Yes);
         assert_eq!(verdict(&c, "vLLM (--model-impl transformers)"), Loads::Yes);
         for engine in ["vLLM", "SGLang", "llama.cpp", "MLX-LM"] {
@@ -121,7 +116,7 @@ mod tests {
 
     #[test]
     fn a_no_comes_with_everything_that_forbids() {
-        let c = Facts::planned(shape(128, 64, 64, 64), RopeGrid::Free, TargetKind::DeepseekV3);
+        let c = Facts::planned(shape(128, 64, 64, 64), RopeGrid::Free, TARGET);
         let vllm = judge(&c).into_iter().find(|v| v.engine == "vLLM").expect("vLLM");
         assert_eq!((vllm.loads, vllm.reasons.len()), (Loads::No, 2));
         assert_eq!(vllm.reasons.len(), vllm.changes.len());

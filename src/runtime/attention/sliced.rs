@@ -1,4 +1,4 @@
-//! Latent attention as `T` ranks decode it: TPLA (arXiv 2508.15881; algorithms.md 2.3).
+//! Latent attention as `T` ranks decode it: TPLA (arXiv 2508.15881; docs/maths.md, section 12).
 //!
 //! Rank `t` caches the coordinates `S_t` of the latent and, like every rank, the rotated key. It attends for all heads by
 //! its slice alone, with a softmax of its own, and the ranks' outputs are summed, which is the one all-reduce of a layer:

@@ -1,0 +1,199 @@
+//! Latents of the output: two linear maps with a norm between them that a class may apply and that must not act.
+//!
+//! The form in which the norm is made the identity is a decision of the plan ([`LatentNorm`], in the spec). Everything else sees
+//! only what it makes of a latent's two maps ([`Carried`]).
+
+use ndarray::{Array1, Array2, s};
+use serde::{Deserialize, Serialize};
+
+use super::Target;
+use crate::factor::norm::{NormScales, neutral_scales, rms_bound};
+
+/// Epsilon of the latent norms, and so of every norm of the output: transformers fixes it, other engines read `rms_norm_eps`.
+pub const LATENT_EPS: f64 = 1e-6;
+
+/// How the norm that a class applies to latents is neutralised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LatentNorm {
+    /// Rows of the latent are so small that the norm's epsilon dominates (docs/maths.md, section 5).
+    TinyRows,
+}
+
+impl LatentNorm {
+    /// The form for a class; `None` for one that norms no latents.
+    pub fn of(class: Target) -> Option<Self> {
+        class.norms_latents().then_some(Self::TinyRows)
+    }
+
+    /// Why the form does not survive f16; `None`: it does.
+    pub fn f16_obstacle(self) -> Option<&'static str> {
+        match self {
+            Self::TinyRows => {
+                Some("its latent norm is neutralised by weights scaled to 2^-20, which f16 rounds to zero")
+            }
+        }
+    }
+
+    /// Epsilon that every norm of the output has to have.
+    pub fn eps(self) -> f64 {
+        match self {
+            Self::TinyRows => LATENT_EPS,
+        }
+    }
+
+    /// Factor on the residual stream that makes up for another epsilon of the source (docs/maths.md, (5.6)).
+    pub fn stream_scale(self, source_eps: f64) -> f64 {
+        let eps = self.eps();
+        // An epsilon that is the same up to how it was printed needs no scaling.
+        if (source_eps / eps - 1.0).abs() < 1e-6 { 1.0 } else { (eps / source_eps).sqrt() }
+    }
+}
+
+/// Two linear maps with a latent between them: `up down x + constant`, for normed inputs `x`.
+pub(super) struct Latent<'a> {
+    /// `[n, D]`.
+    pub down: &'a Array2<f64>,
+    /// `[m, n]`.
+    pub up: Array2<f64>,
+    /// `[m]`; a constant coordinate of the latent carries it.
+    pub constant: Option<Array1<f64>>,
+    /// Coordinates in the output: `n`, one for the constant, and zeros.
+    pub width: usize,
+    /// Weight of the norm that `x` comes from, `[D]`; it bounds what the latent norm can meet.
+    pub gain: &'a [f64],
+    /// Which of the maps keeps its digits: the factor that no power of two holds goes to the other.
+    pub plain: Plain,
+}
+
+/// One of the maps of a [`Latent`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Plain {
+    /// To the latent.
+    Down,
+    /// From it.
+    Up,
+}
+
+/// A latent as it is stored: `up (weight * norm(down x + bias))` is what [`Latent`] says.
+pub(super) struct Carried {
+    /// `[width, D]`.
+    pub down: Array2<f64>,
+    /// `[width]`; zeros but for a constant coordinate.
+    pub bias: Array1<f64>,
+    /// Weight of the norm, `[width]`; of no meaning where there is none.
+    pub weight: Vec<f64>,
+    /// `[m, width]`.
+    pub up: Array2<f64>,
+}
+
+impl Latent<'_> {
+    /// The maps as they are stored for a norm of form `norm`, or for none.
+    pub fn carry(self, norm: Option<LatentNorm>) -> Carried {
+        let scales = match norm {
+            None => NormScales { down: 1.0, weight: 1.0, up: 1.0 },
+            Some(LatentNorm::TinyRows) => {
+                let one = self.constant.as_ref().map(|_| Array1::from_elem(1, 1.0));
+                neutral_scales(rms_bound(self.down, self.gain, one.as_ref()), LATENT_EPS)
+            }
+        };
+        let (down_scale, up_scale) = match self.plain {
+            Plain::Down => (scales.down, scales.up),
+            Plain::Up => (scales.down * scales.up, 1.0),
+        };
+        let (inner, hidden) = self.down.dim();
+        let mut down = Array2::zeros((self.width, hidden));
+        down.slice_mut(s![..inner, ..]).assign(&(self.down * down_scale));
+        let mut up = self.up;
+        if up_scale != 1.0 {
+            up *= up_scale;
+        }
+        let mut bias = Array1::zeros(self.width);
+        if self.width > inner {
+            let narrow = up;
+            up = Array2::zeros((narrow.nrows(), self.width));
+            up.slice_mut(s![.., ..inner]).assign(&narrow);
+            if let Some(constant) = &self.constant {
+                bias[inner] = down_scale;
+                up.column_mut(inner).assign(&(constant * up_scale));
+            }
+        }
+        Carried { down, bias, weight: vec![scales.weight; self.width], up }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::uniform;
+
+    fn random(shape: (usize, usize), state: &mut u64) -> Array2<f64> {
+        Array2::from_shape_fn(shape, |_| uniform(state) - 0.5)
+    }
+
+    /// What a class computes, with an RMSNorm of epsilon `eps` between the maps or without one.
+    fn computed(carried: &Carried, x: &Array1<f64>, eps: Option<f64>) -> Array1<f64> {
+        let mut latent = carried.down.dot(x) + &carried.bias;
+        if let Some(eps) = eps {
+            let mean_square = latent.iter().map(|v| v * v).sum::<f64>() / latent.len() as f64;
+            latent /= (mean_square + eps).sqrt();
+            latent *= &Array1::from(carried.weight.clone());
+        }
+        carried.up.dot(&latent)
+    }
+
+    #[test]
+    fn a_neutral_norm_changes_nothing_for_any_input() {
+        let mut state = 7;
+        let (n, m, d) = (6, 9, 16);
+        for norm in [None, Some(LatentNorm::TinyRows)] {
+            for (plain, constant) in [(Plain::Down, false), (Plain::Up, false), (Plain::Up, true), (Plain::Down, true)]
+            {
+                let down = random((n, d), &mut state);
+                let gain: Vec<f64> = (0..d).map(|_| 4.0 * uniform(&mut state)).collect();
+                let up = random((m, n), &mut state);
+                let carried_constant = constant.then(|| random((1, m), &mut state).row(0).to_owned());
+                let latent = Latent {
+                    down: &down,
+                    up: up.clone(),
+                    constant: carried_constant.clone(),
+                    width: n + 10 * usize::from(constant),
+                    gain: &gain,
+                    plain,
+                };
+                let carried = latent.carry(norm);
+                for _ in 0..20 {
+                    // Any normed input: a vector of mean square one, times the gain.
+                    let mut x = random((1, d), &mut state).row(0).to_owned();
+                    x *= (d as f64 / x.dot(&x)).sqrt();
+                    x *= &Array1::from(gain.clone());
+                    let mut wanted = up.dot(&down.dot(&x));
+                    if let Some(constant) = &carried_constant {
+                        wanted += constant;
+                    }
+                    let got = computed(&carried, &x, norm.map(LatentNorm::eps));
+                    let largest = wanted.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+                    let error = (&got - &wanted).iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+                    assert!(
+                        error <= 2.0_f64.powi(-23) * largest,
+                        "{norm:?} {plain:?} {constant}: {error} of {largest}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_map_that_is_to_stay_plain_keeps_its_digits() {
+        let mut state = 3;
+        let (down, up) = (random((4, 8), &mut state), random((5, 4), &mut state));
+        let carried = |plain| {
+            let latent = Latent { down: &down, up: up.clone(), constant: None, width: 4, gain: &[1.0; 8], plain };
+            latent.carry(Some(LatentNorm::TinyRows))
+        };
+        assert_eq!(carried(Plain::Up).up, up);
+        let rows = carried(Plain::Down).down;
+        let factor = rows[[0, 0]] / down[[0, 0]];
+        assert!(factor.log2().fract() == 0.0 && rows == &down * factor);
+    }
+}

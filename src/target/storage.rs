@@ -1,0 +1,180 @@
+//! In which dtypes the output is stored.
+
+use serde::{Deserialize, Serialize};
+
+use super::neutral::LatentNorm;
+use super::{OutputDtype, Target};
+use crate::error::ConvertError;
+use crate::source::Dtype;
+
+/// In which dtypes the output is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// Tensors that are copied keep the source's dtype.
+    AsSource {
+        /// Of what is computed.
+        #[serde(with = "dtype_by_name")]
+        base: Dtype,
+        /// Of what is computed and what `base` would round.
+        #[serde(with = "dtype_by_name")]
+        inexact: Dtype,
+    },
+    /// Every tensor is rounded to this one.
+    Rounded(#[serde(with = "dtype_by_name")] Dtype),
+    /// Linear layers in blocks of FP8, the rest in bf16.
+    Fp8,
+}
+
+impl Storage {
+    /// What is written for a class, and a decision to report. `asked`: by the user; `own`: the dtype of most weights of the
+    /// source; `exact`: whether the method loses nothing.
+    ///
+    /// # Errors
+    /// A dtype that the class cannot be written in.
+    pub fn choose(
+        asked: Option<OutputDtype>,
+        own: Dtype,
+        class: Target,
+        exact: bool,
+    ) -> Result<(Self, Option<&'static str>), ConvertError> {
+        match asked {
+            Some(dtype) => Ok((Self::asked(dtype, class)?, None)),
+            None => Ok(Self::as_source(own, class, exact)),
+        }
+    }
+
+    fn asked(dtype: OutputDtype, class: Target) -> Result<Self, ConvertError> {
+        match dtype {
+            OutputDtype::Bf16 => Ok(Self::Rounded(Dtype::Bf16)),
+            OutputDtype::F32 => Ok(Self::Rounded(Dtype::F32)),
+            OutputDtype::F16 => match f16_obstacle(class) {
+                None => Ok(Self::Rounded(Dtype::F16)),
+                Some(why) => Err(ConvertError::refused(
+                    format!("`--dtype f16` with the target `{class}`: {why}"),
+                    match Target::first(|other| !other.norms_latents()) {
+                        Some(other) => format!("use `--dtype bf16`, or `--target {other}`, which norms no latent"),
+                        None => "use `--dtype bf16`".to_owned(),
+                    },
+                )),
+            },
+            OutputDtype::Fp8 => match class.fp8_obstacle() {
+                None => Ok(Self::Fp8),
+                Some(why) => Err(ConvertError::refused(
+                    format!("`--dtype fp8` with the target `{class}`: {why}"),
+                    "use `--dtype bf16`, or a stock target",
+                )),
+            },
+        }
+    }
+
+    fn as_source(own: Dtype, class: Target, exact: bool) -> (Self, Option<&'static str>) {
+        let rounding = |base: Dtype| Self::AsSource { base, inexact: base };
+        match own {
+            Dtype::Bf16 if exact => (
+                Self::AsSource { base: Dtype::Bf16, inexact: Dtype::F32 },
+                Some(
+                    "tensors that a fold would round in bf16 are written in f32, the others as they are (`--dtype bf16` rounds them)",
+                ),
+            ),
+            Dtype::F16 if f16_obstacle(class).is_none() => {
+                let inexact = if exact { Dtype::F32 } else { Dtype::F16 };
+                (Self::AsSource { base: Dtype::F16, inexact }, None)
+            }
+            Dtype::F16 => (
+                rounding(Dtype::F32),
+                Some(
+                    "the source is f16, in which the neutralised latent norm underflows: converted tensors are written in f32",
+                ),
+            ),
+            Dtype::F8E4M3 => (
+                rounding(Dtype::Bf16),
+                Some("the source is FP8: weights are written in bf16 (`--dtype fp8` quantises them again)"),
+            ),
+            Dtype::Bf16 => (rounding(Dtype::Bf16), None),
+            _ => (rounding(Dtype::F32), None),
+        }
+    }
+
+    /// Dtype of what is computed and rounded.
+    pub fn base(self) -> Dtype {
+        match self {
+            Self::AsSource { base, .. } | Self::Rounded(base) => base,
+            Self::Fp8 => Dtype::Bf16,
+        }
+    }
+
+    /// Dtype of a tensor that [`Storage::base`] would round.
+    pub fn inexact(self) -> Dtype {
+        match self {
+            Self::AsSource { inexact, .. } => inexact,
+            Self::Rounded(_) | Self::Fp8 => self.base(),
+        }
+    }
+
+    /// Whether tensors that are copied keep the source's dtype.
+    pub fn keeps_stored(self) -> bool {
+        matches!(self, Self::AsSource { .. })
+    }
+
+    /// Whether linear layers are written in FP8.
+    pub fn is_fp8(self) -> bool {
+        self == Self::Fp8
+    }
+}
+
+/// Why a class cannot be written in f16; `None`: it can.
+fn f16_obstacle(class: Target) -> Option<&'static str> {
+    LatentNorm::of(class).and_then(LatentNorm::f16_obstacle)
+}
+
+/// A dtype as its name in a safetensors header.
+mod dtype_by_name {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use crate::source::Dtype;
+
+    pub fn serialize<S: Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(dtype.name())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        Dtype::from_name(&name).ok_or_else(|| D::Error::custom(format!("unknown dtype `{name}`")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::target::classes::CLASSES;
+
+    #[test]
+    fn a_journal_gives_the_same_storage_back() {
+        let all =
+            [Storage::AsSource { base: Dtype::Bf16, inexact: Dtype::F32 }, Storage::Rounded(Dtype::F16), Storage::Fp8];
+        for storage in all {
+            let json = serde_json::to_string(&storage).expect("serialises");
+            assert_eq!(serde_json::from_str::<Storage>(&json).expect("reads"), storage, "{json}");
+        }
+        assert!(serde_json::from_str::<Storage>(r#"{"rounded":"F99"}"#).is_err());
+    }
+
+    #[test]
+    fn a_class_that_norms_latents_is_never_written_in_f16() {
+        for class in CLASSES.iter().copied() {
+            for exact in [false, true] {
+                let asked = Storage::choose(Some(OutputDtype::F16), Dtype::F32, class, exact);
+                let (own, decision) = Storage::choose(None, Dtype::F16, class, exact).expect("always possible");
+                let possible = !class.norms_latents();
+                assert_eq!(asked.is_ok(), possible, "{class}");
+                assert_eq!(own.base() == Dtype::F16, possible, "{class}");
+                assert_eq!(decision.is_none(), possible, "{class}");
+                if let Err(e) = asked {
+                    let said = e.to_string();
+                    assert!(said.contains(class.name()) && said.contains("hint: use `--dtype bf16`, or"), "{said}");
+                }
+            }
+        }
+    }
+}
