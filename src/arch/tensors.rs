@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::weights::{BLOCK, SCALE_SUFFIX};
 use super::{ArchError, Architecture, Attention, Family, MlaShape, MlpKind, QkNormScope};
-use crate::source::{Dtype, TensorDirectory};
+use crate::source::{Dtype, DtypeExt, TensorDirectory};
 
 /// Tensor names of a model, resolved from its family.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -325,7 +325,7 @@ pub fn check_tensors(arch: &Architecture, tensors: &TensorDirectory) -> Result<(
             Some(t) if &t.shape != shape => {
                 lines.push(format!("tensor `{name}`: expected {shape:?}, found {:?}", t.shape));
             }
-            Some(t) if t.dtype == Dtype::F8E4M3 && shape.len() == 2 => {
+            Some(t) if t.dtype == Dtype::F8_E4M3 && shape.len() == 2 => {
                 let scales = format!("{name}{SCALE_SUFFIX}");
                 let blocks: Vec<usize> = shape.iter().map(|n| n.div_ceil(BLOCK)).collect();
                 match tensors.get(&scales) {
@@ -346,7 +346,7 @@ pub fn check_tensors(arch: &Architecture, tensors: &TensorDirectory) -> Result<(
             continue;
         }
         let scaled = name.strip_suffix(SCALE_SUFFIX).and_then(|of| tensors.get(of));
-        if scaled.is_some_and(|t| t.dtype == Dtype::F8E4M3) {
+        if scaled.is_some_and(|t| t.dtype == Dtype::F8_E4M3) {
             continue;
         }
         if arch.tied_head && name == arch.names.head {

@@ -199,7 +199,7 @@ pub(super) fn describe(
             _ => job.grid,
         },
         bias: job.spec.bias,
-        tensors: tensors.into_iter().map(|t| (t.name, t.dtype.name().to_owned(), t.shape)).collect(),
+        tensors: tensors.into_iter().map(|t| (t.name, t.dtype.to_string(), t.shape)).collect(),
         shards: shards.shards().iter().map(|s| (s.file.clone(), s.file_bytes())).collect(),
         output_bytes: shards.file_bytes() + job.source.files.iter().map(|f| f.size).sum::<u64>(),
         peak_memory_bytes: memory.peak(spill),

@@ -3,7 +3,7 @@
 use crate::arch::{ArchError, Architecture, GqaShape, check_tensors};
 use crate::methods::partial_rope::PartialRope;
 use crate::methods::{exact, transmla};
-use crate::source::{Dtype, ModelSource, scan_non_finite};
+use crate::source::{Dtype, DtypeExt, ModelSource, scan_non_finite};
 use crate::target::fp8::BLOCK;
 use crate::target::{self, Emission, TargetSpec};
 use crate::write::PlannedTensor;
@@ -441,7 +441,7 @@ fn dtypes(
     let exact = settings.method == Method::Exact;
     let remote = kind == TargetKind::HfRemote;
     match settings.dtype {
-        Some(OutputDtype::Bf16) => return Ok((Dtype::Bf16, false)),
+        Some(OutputDtype::Bf16) => return Ok((Dtype::BF16, false)),
         Some(OutputDtype::F32) => return Ok((Dtype::F32, false)),
         Some(OutputDtype::F16) if remote => return Ok((Dtype::F16, false)),
         Some(OutputDtype::F16) => {
@@ -460,21 +460,21 @@ fn dtypes(
                 "use `--dtype bf16`, or a stock target",
             ));
         }
-        Some(OutputDtype::Fp8) => return Ok((Dtype::Bf16, false)),
+        Some(OutputDtype::Fp8) => return Ok((Dtype::BF16, false)),
         None => {}
     }
-    // The dtype most weight bytes have.
+    // The dtype most weight bytes have, a float type where two have as many.
     let mut bytes = std::collections::BTreeMap::new();
     for (_, t) in source.tensors.iter() {
         *bytes.entry(t.dtype).or_insert(0_u64) += t.bytes();
     }
-    let own = bytes.into_iter().max_by_key(|(_, n)| *n).map_or(Dtype::F32, |(d, _)| d);
+    let own = bytes.into_iter().max_by_key(|(d, n)| (*n, d.is_float())).map_or(Dtype::F32, |(d, _)| d);
     Ok(match own {
-        Dtype::Bf16 if exact => {
+        Dtype::BF16 if exact => {
             decisions.push(
                 "tensors that a fold would round in bf16 are written in f32, the others as they are (`--dtype bf16` rounds them)".into(),
             );
-            (Dtype::Bf16, true)
+            (Dtype::BF16, true)
         }
         Dtype::F16 if remote => (Dtype::F16, exact),
         Dtype::F16 => {
@@ -483,12 +483,12 @@ fn dtypes(
             );
             (Dtype::F32, false)
         }
-        Dtype::F8E4M3 => {
+        Dtype::F8_E4M3 => {
             decisions
                 .push("the source is FP8: weights are written in bf16 (`--dtype fp8` quantises them again)".into());
-            (Dtype::Bf16, false)
+            (Dtype::BF16, false)
         }
-        Dtype::Bf16 => (Dtype::Bf16, false),
+        Dtype::BF16 => (Dtype::BF16, false),
         _ => (Dtype::F32, false),
     })
 }

@@ -16,7 +16,7 @@ use crate::arch::Architecture;
 use crate::calibrate::{CalibrationText, calibration_text, read_texts};
 use crate::observe::{Event, Observer};
 use crate::runtime::Device;
-use crate::source::ModelSource;
+use crate::source::{DtypeExt, ModelSource};
 use crate::target::REMOTE_FILE;
 use crate::write::{Leftover, ShardPlan, StagedWriter, Staging, StagingOptions};
 
@@ -141,7 +141,7 @@ pub fn convert(
         needed_bytes: job
             .planned_tensors()
             .iter()
-            .map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64)
+            .map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.byte_size() as u64)
             .sum::<u64>()
             .saturating_sub(source.tensors.hole_bytes()),
         leftover: settings.leftover,

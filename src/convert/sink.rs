@@ -3,7 +3,7 @@
 use super::{ConvertError, Job};
 use crate::arch::{Part, StoredPart};
 use crate::observe::{Event, Observer};
-use crate::source::{Dtype, TensorView};
+use crate::source::{Dtype, DtypeExt, TensorView};
 use crate::target::{Emit, Origin, OutTensor, encode, fp8};
 use crate::write::{StagedWriter, WriteError};
 
@@ -24,7 +24,7 @@ impl Sink<'_> {
     pub fn emit(&mut self, list: &[Emit], attention: &[OutTensor]) -> Result<(), ConvertError> {
         for emit in list {
             let planned = &emit.planned;
-            let next = self.writer.next_tensor().map(|t| t.name.clone());
+            let next = self.writer.next_tensor().map(|(name, _)| name.to_owned());
             if next.as_ref() != Some(&planned.name) {
                 return Err(WriteError::OutOfOrder { expected: next, found: planned.name.clone() }.into());
             }
@@ -55,7 +55,7 @@ impl Sink<'_> {
     /// Write values in the planned dtype.
     fn put(&mut self, emit: &Emit, values: &[f64]) -> Result<(), ConvertError> {
         let (name, dtype) = (&emit.planned.name, emit.planned.dtype);
-        if dtype != Dtype::F8E4M3 {
+        if dtype != Dtype::F8_E4M3 {
             return Ok(self.writer.write_tensor(name, &finite(name, values, dtype)?)?);
         }
         if values.iter().any(|v| !v.is_finite()) {
@@ -73,7 +73,7 @@ impl Sink<'_> {
     fn stored(&mut self, emit: &Emit, part: &Part, scale: f64, offset: f64) -> Result<(), ConvertError> {
         let tensors = &self.job.source.tensors;
         let info = tensors.get(&part.name).filter(|t| t.bytes() > 0);
-        let whole = |dtype: Dtype| dtype == Dtype::F8E4M3;
+        let whole = |dtype: Dtype| dtype == Dtype::F8_E4M3;
         let (name, dtype) = (&emit.planned.name, emit.planned.dtype);
         let Some(info) = info.filter(|t| !whole(t.dtype) && !whole(dtype)) else {
             // An empty tensor has no piece that would end it.
@@ -87,7 +87,7 @@ impl Sink<'_> {
             if dtype == stored && scale == 1.0 && offset == 0.0 {
                 return Ok(writer.write_piece(name, piece)?);
             }
-            let shape = [piece.len() / stored.size()];
+            let shape = [piece.len() / stored.byte_size()];
             let mut values = TensorView { name, dtype: stored, shape: &shape, bytes: piece.into() }.to_f64();
             values.iter_mut().for_each(|v| *v = *v * scale + offset);
             Ok(writer.write_piece(name, &finite(name, &values, dtype)?)?)

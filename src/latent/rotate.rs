@@ -314,7 +314,7 @@ fn shares(energies: &[f64], slices: usize) -> Vec<f64> {
 }
 
 pub(super) fn is_fp8(source: &ModelSource) -> bool {
-    source.tensors.iter().any(|(_, t)| t.dtype == Dtype::F8E4M3)
+    source.tensors.iter().any(|(_, t)| t.dtype == Dtype::F8_E4M3)
 }
 
 /// Dtype of the tensors that change. Turning mixes values of every size, which no narrow dtype holds.
@@ -339,9 +339,9 @@ fn folded_dtype(
         );
     }
     match settings.dtype {
-        None if fp8 => Ok(Dtype::Bf16),
+        None if fp8 => Ok(Dtype::BF16),
         None => {
-            let narrow = source.tensors.iter().any(|(_, t)| matches!(t.dtype, Dtype::Bf16 | Dtype::F16));
+            let narrow = source.tensors.iter().any(|(_, t)| matches!(t.dtype, Dtype::BF16 | Dtype::F16));
             if narrow {
                 decisions.push(
                     "the tensors that turn are written in f32, all others bit for bit as they are (`--dtype bf16` rounds \
@@ -352,7 +352,7 @@ fn folded_dtype(
             Ok(Dtype::F32)
         }
         Some(OutputDtype::F32) => Ok(Dtype::F32),
-        Some(OutputDtype::Bf16) => Ok(Dtype::Bf16),
+        Some(OutputDtype::Bf16) => Ok(Dtype::BF16),
         Some(other) => Err(refused(
             format!("`--dtype {}`: turned tensors are written in bf16 or f32", other.name()),
             "f16 would round neutralised latents to zero, and FP8 scales would have to be made anew",
@@ -410,16 +410,16 @@ fn emission(
         let Some(info) = source.tensors.get(name) else { continue };
         let widened = transform != Transform::None;
         let scale_of = name.strip_suffix(SCALE_SUFFIX).and_then(|of| source.tensors.get(of));
-        if widened && scale_of.is_some_and(|t| t.dtype == Dtype::F8E4M3) {
+        if widened && scale_of.is_some_and(|t| t.dtype == Dtype::F8_E4M3) {
             continue;
         }
         let from = latent.get(name).copied().unwrap_or(match info.dtype {
-            Dtype::F8E4M3 if widened => From::Widen,
+            Dtype::F8_E4M3 if widened => From::Widen,
             _ => From::Copy,
         });
         let dtype = match from {
             From::Copy => info.dtype,
-            From::Widen => Dtype::Bf16,
+            From::Widen => Dtype::BF16,
             // One number, exact in any dtype: its own, or a power of two.
             From::Latent(_, Role::Gain) => info.dtype,
             From::Latent(..) => dtype,

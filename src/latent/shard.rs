@@ -15,7 +15,7 @@ use crate::arch::{Architecture, MlaShape};
 use crate::convert::{CalibrationSettings, ConvertError};
 use crate::observe::{Event, Observer};
 use crate::runtime::{Device, DeviceChoice, RankTensors};
-use crate::source::{Dtype, ModelSource, TensorInfo};
+use crate::source::{Dtype, DtypeExt, ModelSource, StoredTensor, TensorView};
 use crate::write::{Leftover, PlannedTensor, ShardPlan, StagedWriter, Staging, StagingOptions};
 
 /// Version of `tpla.json`.
@@ -358,7 +358,7 @@ fn pieces(
     }
     let rank = shape.kv_lora_rank;
     let run = |n: usize| n / sharing.ranks * t..n / sharing.ranks * (t + 1);
-    let piece = |(name, info): (&str, &TensorInfo)| {
+    let piece = |(name, info): (&str, &StoredTensor)| {
         let (mut shape_of, mut dtype) = (info.shape.clone(), info.dtype);
         let rows = shape_of.first().copied().unwrap_or(0);
         let cut = match by_name.get(name) {
@@ -401,7 +401,7 @@ fn pieces(
         Piece { planned: PlannedTensor { name: name.to_owned(), dtype, shape: shape_of }, cut }
     };
     let mut out: Vec<Piece> = source.tensors.in_file_order().map(piece).collect();
-    out.sort_by_key(|p| std::cmp::Reverse(p.planned.dtype.size()));
+    out.sort_by_key(|p| std::cmp::Reverse(p.planned.dtype.byte_size()));
     out
 }
 
@@ -442,7 +442,7 @@ fn write_piece(piece: &Piece, own: &mut OfRank<'_>, writer: &mut StagedWriter) -
     match cut {
         Cut::Whole => copy(source, name, writer),
         Cut::Zeros => {
-            let bytes = planned.shape.iter().product::<usize>() * planned.dtype.size();
+            let bytes = planned.shape.iter().product::<usize>() * planned.dtype.byte_size();
             Ok(writer.write_tensor(name, &vec![0; bytes])?)
         }
         Cut::Rows(runs) => {
@@ -450,16 +450,18 @@ fn write_piece(piece: &Piece, own: &mut OfRank<'_>, writer: &mut StagedWriter) -
             for rows in runs {
                 bytes.extend_from_slice(&source.tensors.rows(name, Some(rows.clone()))?.bytes);
             }
-            Ok(writer.write_tensor(name, &bytes)?)
+            let dtype = source.tensors.get(name).map_or(planned.dtype, |t| t.dtype);
+            Ok(writer.write_view(name, &TensorView { name, dtype, shape: &planned.shape, bytes: bytes.into() })?)
         }
         Cut::Columns(columns) => {
             let view = source.tensors.view(name)?;
-            let size = view.dtype.size();
+            let size = view.dtype.byte_size();
             let width = view.shape.get(1).copied().unwrap_or(0) * size;
             let (from, to) = (columns.start * size, columns.end * size);
             let bytes: Vec<u8> =
                 view.bytes.chunks_exact(width.max(1)).flat_map(|row| &row[from..to]).copied().collect();
-            Ok(writer.write_tensor(name, &bytes)?)
+            let shape = [view.shape.first().copied().unwrap_or(0), columns.len()];
+            Ok(writer.write_view(name, &TensorView { name, dtype: view.dtype, shape: &shape, bytes: bytes.into() })?)
         }
         Cut::Gain(layer) => {
             let values: Vec<f64> = own.layer(*layer)?.gain.iter().map(|g| f64::from(*g)).collect();

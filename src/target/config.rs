@@ -79,7 +79,7 @@ impl Made<'_> {
             "use_cache": true,
             "initializer_range": 0.02,
             "torch_dtype": match spec.base {
-                Dtype::Bf16 => "bfloat16",
+                Dtype::BF16 => "bfloat16",
                 Dtype::F16 => "float16",
                 _ => "float32",
             },

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::arch::{Architecture, Attention, RopeLayout};
 use crate::convert::{PlannedGeometry, RopeGrid, TargetKind};
-use crate::source::TensorDirectory;
+use crate::source::{DtypeExt, TensorDirectory};
 
 /// Why a folder cannot be judged.
 #[derive(Debug, thiserror::Error)]
