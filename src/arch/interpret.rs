@@ -104,7 +104,7 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
 /// The number type the config names, if it is one that weights are written in.
 fn dtype(config: &Config<'_>) -> Result<Option<Dtype>, ArchError> {
     Ok(match config.text("dtype")?.or(config.text("torch_dtype")?) {
-        Some("bfloat16") => Some(Dtype::Bf16),
+        Some("bfloat16") => Some(Dtype::BF16),
         Some("float16") => Some(Dtype::F16),
         Some("float32") => Some(Dtype::F32),
         _ => None,

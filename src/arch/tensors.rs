@@ -358,7 +358,7 @@ pub fn check_tensors(arch: &Architecture, tensors: &TensorDirectory) -> Result<(
             Some(t) if &t.shape != shape => {
                 lines.push(format!("tensor `{name}`: expected {shape:?}, found {:?}", t.shape));
             }
-            Some(t) if t.dtype == Dtype::F8E4M3 && shape.len() == 2 => {
+            Some(t) if t.dtype == Dtype::F8_E4M3 && shape.len() == 2 => {
                 let scales = format!("{name}{SCALE_SUFFIX}");
                 let blocks: Vec<usize> = shape.iter().map(|n| n.div_ceil(BLOCK)).collect();
                 match tensors.get(&scales) {
@@ -379,7 +379,7 @@ pub fn check_tensors(arch: &Architecture, tensors: &TensorDirectory) -> Result<(
             continue;
         }
         let scaled = name.strip_suffix(SCALE_SUFFIX).and_then(|of| tensors.get(of));
-        if scaled.is_some_and(|t| t.dtype == Dtype::F8E4M3) {
+        if scaled.is_some_and(|t| t.dtype == Dtype::F8_E4M3) {
             continue;
         }
         if arch.tied_head && name == arch.names.head {

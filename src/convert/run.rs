@@ -52,7 +52,7 @@ pub fn convert(
     give_back();
     let spill = Need::of(&checked.case, checked.spec.geometry, &text.windows).spill(settings.max_memory)?;
     let planned = emission(arch, &checked.spec, &source.tensors).planned();
-    let bytes = planned.iter().map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.size() as u64).sum();
+    let bytes = planned.iter().map(|t| t.shape.iter().product::<usize>() as u64 * t.dtype.byte_size() as u64).sum();
     let place = Place { output, overwrite: settings.overwrite, leftover: settings.leftover, bytes };
     let mut staging = publish::stage(source, &place)?;
     let identity = journal::identity(&checked.case, &text.windows)?;

@@ -141,7 +141,7 @@ impl RankCuts<'_> {
     pub fn list(&self, source: &ModelSource) -> Vec<Emit<SlicedTensor>> {
         let emit = |(name, info): (&str, &TensorInfo)| self.emit(name, info);
         let mut out: Vec<Emit<SlicedTensor>> = source.tensors.in_file_order().map(emit).collect();
-        out.sort_by_key(|e| std::cmp::Reverse(e.planned.dtype.size()));
+        out.sort_by_key(|e| std::cmp::Reverse(e.planned.dtype.byte_size()));
         out
     }
 
