@@ -1,7 +1,7 @@
 //! Matrix products over ndarray views: by faer, and by dot products where there are few rows.
 //!
 //! A bf16 weight gives the bits that its widened copy would give: dot products widen it in registers, in the same order of
-//! sums, and faer gets the same tiles, widened one at a time into a buffer of the thread.
+//! sums; faer gets it in tiles, widened one at a time into a buffer of the thread.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -20,6 +20,9 @@ const FEW_ROWS: usize = 16;
 const THIN: usize = 1 << 17;
 /// Output tile per task of a wide product. Fixed, so that sums are cut the same way for any number of threads.
 const TILE: (usize, usize) = (256, 512);
+/// Elements that are widened at once, and outputs at least: half a megabyte, to stay in a core's cache. Which outputs faer
+/// computes together does not change their bits.
+const WIDENED: (usize, usize) = (1 << 17, 64);
 
 /// `out = scale * a b` on the calling thread.
 pub(super) fn serial(out: ArrayViewMut2<'_, f32>, a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, scale: f32) {
@@ -58,6 +61,24 @@ pub(super) fn with_wide<R>(weight: WeightView<'_>, f: impl FnOnce(ArrayView2<'_,
     made
 }
 
+/// `out = x W^T`, or `out += x W^T`, on the calling thread.
+pub(super) fn serial_linear(
+    mut out: ArrayViewMut2<'_, f32>,
+    accum: Accum,
+    x: ArrayView2<'_, f32>,
+    weight: WeightView<'_>,
+) {
+    if let WeightView::F32(weight) = weight {
+        return linalg::gemm(out, accum, x, weight.reversed_axes(), 1.0);
+    }
+    let (outs, inner) = weight.dim();
+    let count = (WIDENED.0 / inner.max(1)).max(WIDENED.1);
+    for (part, out) in out.axis_chunks_iter_mut(Axis(1), count).enumerate() {
+        let outs = part * count..outs.min((part + 1) * count);
+        with_wide(weight.rows(outs), |weight| linalg::gemm(out, accum, x, weight.reversed_axes(), 1.0));
+    }
+}
+
 /// `x W^T`: `x [T, in]`, `weight [out, in]`, both in standard layout, to `[T, out]`.
 pub(super) fn linear(x: ArrayView2<'_, f32>, weight: WeightView<'_>) -> Array2<f32> {
     let (rows, outs) = (x.nrows(), weight.dim().0);
@@ -77,7 +98,7 @@ pub(super) fn linear(x: ArrayView2<'_, f32>, weight: WeightView<'_>) -> Array2<f
     strips.into_par_iter().for_each(|(mut strip, x)| {
         strip.axis_chunks_iter_mut(Axis(1), TILE.1).into_par_iter().enumerate().for_each(|(tile, out)| {
             let outs: Range<usize> = tile * TILE.1..tile * TILE.1 + out.ncols();
-            with_wide(weight.rows(outs), |weight| serial(out, x, weight.reversed_axes(), 1.0));
+            serial_linear(out, Accum::Replace, x, weight.rows(outs));
         });
     });
     out

@@ -5,8 +5,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use super::elementwise;
-use super::gemm::with_wide;
-use crate::factor::linalg::gemm;
+use super::gemm::serial_linear;
 use crate::runtime::{HostWeight, LinearWeights, MlpWeights};
 
 /// From this many tokens on there are strips for every thread. Fixed, as is all that follows, so that sums are cut the same
@@ -55,9 +54,7 @@ fn strip(
                 first.mapv_inplace(|v| elementwise::activate(v, mlp.activation));
             }
         }
-        with_wide(mlp.down.weight.view().columns(columns), |down| {
-            gemm(out.view_mut(), Accum::Add, first.view(), down.reversed_axes(), 1.0);
-        });
+        serial_linear(out.view_mut(), Accum::Add, first.view(), mlp.down.weight.view().columns(columns));
     }
 }
 
@@ -68,9 +65,7 @@ fn project(
     linear: &LinearWeights<'_, HostWeight, Array2<f32>>,
     columns: std::ops::Range<usize>,
 ) {
-    with_wide(linear.weight.view().rows(columns.clone()), |weight| {
-        gemm(panel.view_mut(), Accum::Replace, x, weight.reversed_axes(), 1.0);
-    });
+    serial_linear(panel.view_mut(), Accum::Replace, x, linear.weight.view().rows(columns.clone()));
     if let Some(bias) = linear.bias {
         panel += &bias.slice(s![.., columns]);
     }
