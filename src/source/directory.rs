@@ -1,7 +1,8 @@
 //! All tensors of a checkpoint by name, read from their files when they are asked for.
 //!
-//! Nothing is mapped: a file that another program truncates is an error here and not a signal, the memory a tensor takes
-//! ends with its last use, and a checkpoint may be larger than the address space a job was given.
+//! Reading is the rule: a file that another program truncates is an error and not a signal, the memory a tensor takes ends
+//! with its last use, and a checkpoint may be larger than the address space a job was given. Who uses weights again and
+//! again can have them in place, in a map of their file ([`TensorDirectory::in_place`]).
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -11,6 +12,7 @@ use std::time::SystemTime;
 
 use fs_err as fs;
 
+use super::map::{MapSlot, MappedBytes};
 use super::path::{Impostor, impostor, open_regular};
 use super::{Dtype, Header, HeaderError, Layout, MAX_HEADER_BYTES, SourceError, TensorView, hash::sha256};
 
@@ -72,6 +74,7 @@ pub(super) struct Shard {
     /// Path in the model folder.
     path: PathBuf,
     file: fs::File,
+    map: MapSlot,
     bytes: u64,
     /// Bytes that take no room on the disk: holes, which read as zeros.
     holes: u64,
@@ -105,7 +108,37 @@ impl Shard {
         let header_sha256 = sha256(&stored);
         let holes = holes(&meta);
         let Header { tensors, data_start } = header;
-        Ok((Shard { name: name.to_owned(), path, file, bytes, holes, modified, header_sha256, data_start }, tensors))
+        let (name, map) = (name.to_owned(), MapSlot::default());
+        Ok((Shard { name, path, file, map, bytes, holes, modified, header_sha256, data_start }, tensors))
+    }
+
+    /// Fails when the open file is not what it was when it was opened. A file that took its place in the folder is another
+    /// one, and does not matter.
+    fn check_open(&self) -> Result<(), SourceError> {
+        let meta = self.file.metadata()?;
+        let what = if meta.len() < self.bytes {
+            "it became shorter"
+        } else if meta.len() > self.bytes {
+            "it became longer"
+        } else if meta.modified().ok() != self.modified {
+            "its modification time"
+        } else {
+            return Ok(());
+        };
+        Err(SourceError::Changed { path: self.path.clone(), what })
+    }
+
+    /// As [`Shard::check_open`], and fails when a page of the map could not be read.
+    fn check_in_place(&self) -> Result<(), SourceError> {
+        if !self.map.used() {
+            return Ok(());
+        }
+        // First the reason that says more.
+        self.check_open()?;
+        match self.map.failed() {
+            false => Ok(()),
+            true => Err(SourceError::Changed { path: self.path.clone(), what: "a part of it could not be read" }),
+        }
     }
 }
 
@@ -254,6 +287,31 @@ impl TensorDirectory {
         let mut bytes = vec![0; (range.end - range.start) as usize];
         self.read(info, range.start, &mut bytes)?;
         Ok(TensorView { name, dtype: info.dtype, shape: &info.shape, bytes: Cow::Owned(bytes) })
+    }
+
+    /// Some rows of a tensor in place, `None` for all: bytes of a read-only map of its file, which stays mapped as long as
+    /// somebody holds such bytes. Rows that it has not are left out. `Ok(None)` where the file cannot be mapped, or would take
+    /// more than a quarter of an address space that is limited (`ulimit -v`); then [`TensorDirectory::rows`] reads them.
+    ///
+    /// What was computed with them is good if [`TensorDirectory::check_in_place`] says so afterwards.
+    ///
+    /// # Errors
+    /// [`SourceError::MissingTensor`]; [`SourceError::Changed`] when the file is not what it was when it was opened.
+    pub fn in_place(&self, name: &str, rows: Option<Range<usize>>) -> Result<Option<MappedBytes>, SourceError> {
+        let (_, info) = self.find(name)?;
+        let shard = &self.shards[info.shard];
+        shard.check_open()?;
+        let Range { start, end } = info.byte_range(rows);
+        Ok(shard.map.get(&shard.file, shard.bytes, info.begin + start..info.begin + end))
+    }
+
+    /// Whether what [`TensorDirectory::in_place`] gave was, all the time until now, what the files held when they were
+    /// opened: their size and modification time, and that no page failed to be read. Some microseconds.
+    ///
+    /// # Errors
+    /// [`SourceError::Changed`] for the first that was not. It stays so: the model has to be opened again.
+    pub fn check_in_place(&self) -> Result<(), SourceError> {
+        self.shards.iter().try_for_each(Shard::check_in_place)
     }
 
     /// Reads one row of a tensor: index `row` of its first dimension.

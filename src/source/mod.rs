@@ -14,6 +14,7 @@ mod header;
 #[cfg(feature = "hub")]
 mod hub;
 pub(crate) mod index;
+mod map;
 mod namespaces;
 mod open;
 mod path;
@@ -29,6 +30,7 @@ pub use finite::{NonFinite, find_non_finite, scan_non_finite};
 pub use format::{Dtype, DtypeExt, Layout, Metadata, TensorInfo, View};
 pub use hash::{FileDigest, sha256_file};
 pub use header::{Header, HeaderError, MAX_HEADER_BYTES, MAX_NAME_CHARS, MAX_TENSORS};
+pub use map::MappedBytes;
 pub use open::{ModelSource, OpenOptions};
 pub use side::SideFile;
 pub use tensor::TensorView;
