@@ -161,6 +161,7 @@ impl Made<'_> {
             "model_type": "gqa2mla",
             "auto_map": {
                 "AutoConfig": format!("{module}.Gqa2MlaConfig"),
+                "AutoModel": format!("{module}.Gqa2MlaModel"),
                 "AutoModelForCausalLM": format!("{module}.Gqa2MlaForCausalLM"),
             },
             "rms_norm_eps": arch.norm_eps,
