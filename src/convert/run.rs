@@ -17,7 +17,7 @@ use crate::calibrate::{CalibrationText, calibration_text, read_texts};
 use crate::observe::{Event, Observer};
 use crate::runtime::Device;
 use crate::source::ModelSource;
-use crate::target::REMOTE_FILE;
+use crate::target::{REMOTE_FILE, TokenizerFiles, tokenizer_files};
 use crate::write::{Leftover, ShardPlan, StagedWriter, Staging, StagingOptions};
 
 /// Version of `conversion.json` and of the plan.
@@ -277,9 +277,7 @@ impl Run<'_> {
         if job.spec.kind == TargetKind::HfRemote {
             sink.writer.write_file(REMOTE_FILE.0, REMOTE_FILE.1.as_bytes())?;
         }
-        for file in &source.files {
-            sink.writer.copy_file(&file.name, &file.path)?;
-        }
+        self.copy_side_files(sink)?;
         let count = job.mla_layers().len().max(1) as f64;
         let report = ConversionReport {
             schema_version: SCHEMA_VERSION,
@@ -309,6 +307,36 @@ impl Run<'_> {
         }
         sink.writer.write_file("conversion.json", &pretty(&report.reproducible()))?;
         Ok(report)
+    }
+}
+
+/// Largest tokenizer that is looked into.
+const MAX_TOKENIZER_BYTES: u64 = 48 << 20;
+
+impl Run<'_> {
+    /// Files of the source beside its weights, those of the tokenizer fitted to the output's class.
+    fn copy_side_files(&self, sink: &mut Sink<'_>) -> Result<(), ConvertError> {
+        let Run { job, observer, .. } = *self;
+        let files = &job.source.files;
+        let read = |name: &str| {
+            let file = files.iter().find(|f| f.name == name && f.size <= MAX_TOKENIZER_BYTES)?;
+            fs_err::read(&file.path).ok()
+        };
+        let model_type = job.source.config.get("model_type").and_then(serde_json::Value::as_str).unwrap_or_default();
+        let remote = job.spec.kind == TargetKind::HfRemote;
+        let fitted = read("tokenizer.json").map_or_else(TokenizerFiles::default, |tokenizer| {
+            tokenizer_files(model_type, remote, read("tokenizer_config.json").as_deref(), &tokenizer)
+        });
+        if let Some(note) = fitted.note {
+            observer.event(Event::Note(note));
+        }
+        for file in files.iter().filter(|f| !fitted.files.iter().any(|(name, _)| *name == f.name)) {
+            sink.writer.copy_file(&file.name, &file.path)?;
+        }
+        for (name, bytes) in &fitted.files {
+            sink.writer.write_file(name, bytes)?;
+        }
+        Ok(())
     }
 }
 
