@@ -13,6 +13,7 @@ anything fails. Needs a release build, torch, accelerate; peft for one of the ch
 import argparse
 import builtins
 import copy
+import importlib.util
 import json
 import logging
 import os
@@ -232,6 +233,25 @@ def decode(x: Loaded) -> float:
     return within(worst, 2e-4, "a logit over a cache differs")
 
 
+def latent_layers(model) -> list:
+    """Attention modules that can read latents without expanding them."""
+    return [m for m in model.modules() if hasattr(m, "absorbs")]
+
+
+def absorbing(x: Loaded) -> float:
+    """Both ways to attend to a cache, each made to be taken: expanding the latents, and bringing queries to them."""
+    model, made = x.fresh(), []
+    for absorbs in (True, False):
+        for layer in latent_layers(model):
+            layer.absorbs = lambda *_, absorbs=absorbs: absorbs
+        with torch.no_grad():
+            past = model(x.ids[:, :9], use_cache=True)[CACHE]
+            made.append(model(x.ids[:, 9:12], use_cache=True, **{CACHE: past}).logits)
+    if torch.equal(*made):
+        raise Failed("both ways give the same bits: one of them was not taken")
+    return within(difference(*made), 2e-4, "a logit differs")
+
+
 def latent_cache(x: Loaded) -> float:
     """What the cache holds: the latent and one key per token and layer, or the source's keys and values in kept layers."""
     c = x.config
@@ -296,6 +316,13 @@ def round_trip(x: Loaded) -> float:
     if (twice / "modeling_gqa2mla.py").read_text() != (x.folder / "modeling_gqa2mla.py").read_text():
         raise Failed("the code changed on its way")
     within(difference(logits(load(twice), x.ids), logits(x.model, x.ids)), 0, "a logit of the twice saved model differs")
+    # By the file itself, without the automatic classes.
+    spec = importlib.util.spec_from_file_location("modeling_gqa2mla", x.folder / "modeling_gqa2mla.py")
+    module = sys.modules["modeling_gqa2mla"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    direct = x.scratch / "direct"
+    module.Gqa2MlaForCausalLM.from_pretrained(x.folder, **{DTYPE: torch.float32}).save_pretrained(direct)
+    within(difference(logits(load(direct), x.ids), logits(x.model, x.ids)), 0, "a logit of the model saved by its class differs")
     inspected = subprocess.run([x.binary, "inspect", twice, "--json"], capture_output=True, text=True)
     if inspected.returncode:
         raise Failed(f"inspect of the saved folder: {inspected.stderr.strip()}")
@@ -329,9 +356,12 @@ def checkpointing(x: Loaded) -> float:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
-        if not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-            raise Failed("nothing is checkpointed")
+        runs = []
+        counted = [m.register_forward_hook(lambda *_: runs.append(1)) for m in model.modules() if hasattr(m, "o_proj")]
         saved = gradients(model, x.ids)
+        same(len(runs), 2 * x.config["num_hidden_layers"], "runs of attention, there and back")
+        for hook in counted:
+            hook.remove()
         same(saved[0], plain[0], "losses")
         worst = max(worst, apart(saved[1], plain[1]))
     # What was switched on for training must not be in the way of generation.
@@ -532,6 +562,8 @@ def adapters(x: Loaded) -> float:
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
     model.eval()
+    for layer in latent_layers(model):
+        layer.absorbs = lambda *_: True
     prompt, worst = x.ids[:2, :6], 0.0
     changed = difference(logits(model, x.ids), logits(x.model, x.ids))
     if changed < 1e-3:
@@ -571,7 +603,7 @@ def card(x: Loaded) -> float:
     return within(difference(logits(names["model"].float().eval(), x.ids), logits(x.model, x.ids)), 1e-6, "a logit differs")
 
 
-CHECKS = [equals_source, plain_call, generate, decode, latent_cache, padding, round_trip, checkpointing, sdpa_and_eager,
+CHECKS = [equals_source, plain_call, generate, decode, absorbing, latent_cache, padding, round_trip, checkpointing, sdpa_and_eager,
           half_precision, device_map, labels, hidden_states, logits_to_keep, inputs_embeds, caches, arguments, packed,
           resize, adapters, card]
 
