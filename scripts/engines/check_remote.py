@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 ROOT = Path(__file__).resolve().parents[2]
 MAJOR = int(transformers.__version__.split(".")[0])
@@ -443,6 +443,9 @@ def hidden_states(x: Loaded) -> float:
     for w in weights:
         same(tuple(w.shape), (len(x.ids), x.config["num_attention_heads"], x.ids.shape[1], x.ids.shape[1]), "weights")
         within(difference(w.sum(-1), torch.ones(())), 1e-5, "the sum of attention weights differs from one")
+    base = AutoModel.from_pretrained(x.folder, trust_remote_code=True, **{DTYPE: torch.float32}).eval()
+    with torch.no_grad():
+        within(difference(base(x.ids).last_hidden_state, out.hidden_states[-1]), 1e-6, "a state of the base model differs")
     same(x.model(x.ids).hidden_states, None, "states that were not asked for")
     return within(difference(head, out.logits), 1e-5, "the last state differs")
 

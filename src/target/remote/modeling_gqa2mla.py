@@ -160,13 +160,12 @@ class Visibility:
         everything = isinstance(self.total, int) and keys == self.total and self.new in (1, keys)
         return everything and (window is None or keys <= window)
 
-    def mask(self, keys: int, window: Optional[int]) -> Tensor:
+    def mask(self, keys: int, window: Optional[int], device: torch.device) -> Tensor:
         """[B or 1, 1, T, S] for a layer that is handed `keys` tokens: True where a new token sees one of them."""
-        if self.ready is not None:
-            return self.ready
-        if (keys, window) not in self.made:
-            self.made[keys, window] = self.build(keys, window)
-        return self.made[keys, window]
+        if (keys, window, device) not in self.made:
+            mask = self.build(keys, window) if self.ready is None else self.ready
+            self.made[keys, window, device] = mask.to(device)
+        return self.made[keys, window, device]
 
     def build(self, keys: int, window: Optional[int]) -> Tensor:
         query = self.total - self.new + torch.arange(self.new, device=self.device)[:, None]
@@ -186,19 +185,26 @@ class Visibility:
         return seen[:, None]
 
 
-@dataclasses.dataclass
 class Context:
-    """What the layers of one forward pass share."""
+    """What the layers of one forward pass share. Layers may be on several devices."""
 
-    seen: Visibility
-    # Cosines and sines [B or 1, T, pairs] of latent layers, and of those that keep the source's attention.
-    turns: tuple[Tensor, Tensor]
-    kept_turns: Optional[tuple[Tensor, Tensor]] = None
-    cache: Optional[Cache] = None
-    # Where new tokens go in the cache, [T].
-    places: Optional[Tensor] = None
-    # Attention weights [B, H, T, S] of each layer, where they are asked for.
-    weights: Optional[list[Tensor]] = None
+    def __init__(self, seen: Visibility, angles: dict[str, Tensor], cache: Optional[Cache], places: Tensor):
+        """`angles` [B or 1, T, pairs] of `latent` layers and of `kept` ones, `places` [T] of new tokens in the cache."""
+        self.seen, self.angles, self.cache, self.places = seen, angles, cache, places
+        # Attention weights [B, H, T, S] of each layer, where they are asked for.
+        self.weights: Optional[list[Tensor]] = None
+        self.made: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def turns(self, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles of one kind of layer."""
+        if (kind, device) not in self.made:
+            angles = self.angles[kind].to(device)
+            self.made[kind, device] = angles.cos(), angles.sin()
+        return self.made[kind, device]
+
+    def append(self, a: Tensor, b: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Add to the cache what a layer made of the new tokens, [B, G, T, x] and [B, G, T, y]; all that it sees of both."""
+        return (a, b) if self.cache is None else append_to_cache(self.cache, a, b, layer, self.places.to(a.device))
 
 
 def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, context: Context) -> Tensor:
@@ -209,14 +215,14 @@ def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, cont
     if fused:
         k, v = (part if part.shape[1] == q.shape[1] else for_each_query_head(part, q.shape[1]) for part in (k, v))
         plain = context.seen.is_plain(keys, window)
-        mask = None if plain else context.seen.mask(keys, window)
+        mask = None if plain else context.seen.mask(keys, window, q.device)
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, plain and q.shape[2] > 1, scale=scale)
         return out.transpose(1, 2)
     q = q.unflatten(1, (k.shape[1], -1))
     scores = torch.einsum("bghtx,bgsx->bghts", q, k) * scale
     if config.score_softcap is not None:
         scores = torch.tanh(scores / config.score_softcap) * config.score_softcap
-    mask = context.seen.mask(keys, window)[:, :, None]
+    mask = context.seen.mask(keys, window, q.device)[:, :, None]
     if mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     else:
@@ -274,11 +280,9 @@ class Attention(nn.Module):
         q_plain, q_turned = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
         latent, key = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, self.rope], -1)
         q_turned, key = self.norm(q_turned, key)
-        cos, sin = context.turns
+        cos, sin = context.turns("latent", x.device)
         q_turned, key = turn_pairs(q_turned, cos[:, :, None], sin[:, :, None]), turn_pairs(key, cos, sin)
-        latent, key = latent[:, None], key[:, None]
-        if context.cache is not None:
-            latent, key = append_to_cache(context.cache, latent, key, self.index, context.places)
+        latent, key = context.append(latent[:, None], key[:, None], self.index)
         q_plain, q_turned = q_plain.transpose(1, 2), q_turned.transpose(1, 2)
         absorbs = context.cache is not None and not self.training and self.absorbs(x.shape[1], latent.shape[2])
         pooled = (self.absorbed if absorbs else self.expanded)(q_plain, q_turned, latent, key, context)
@@ -342,10 +346,9 @@ class SourceAttention(nn.Module):
         q = self.heads_of(self.q_proj(x), getattr(self, "q_norm", None))
         k = self.heads_of(self.k_proj(x), getattr(self, "k_norm", None))
         v = self.v_proj(x).unflatten(-1, (-1, self.size)).transpose(1, 2)
-        cos, sin = (part[:, :, None] * own.get("rotary_amplitude", 1.0) for part in context.kept_turns)
+        cos, sin = (part[:, :, None] * own.get("rotary_amplitude", 1.0) for part in context.turns("kept", x.device))
         q, k = (turn_halves(part, cos, sin, own["rotary_dim"]).transpose(1, 2) for part in (q, k))
-        if context.cache is not None:
-            k, v = append_to_cache(context.cache, k, v, self.index, context.places)
+        k, v = context.append(k, v, self.index)
         return self.o_proj(attend(self, q, k, v, own["attention_scale"], context).flatten(2))
 
 
@@ -477,12 +480,11 @@ class Gqa2MlaModel(Gqa2MlaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
 
-    def turns(self, positions: Tensor, short: list[float], long: Optional[list[float]]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B or 1, T, pairs] of every rotated pair at `positions` [B or 1, T]."""
+    def angles(self, positions: Tensor, short: list[float], long: Optional[list[float]]) -> Tensor:
+        """Radians [B or 1, T, pairs] of every rotated pair at `positions` [B or 1, T]."""
         if long is not None and int(positions.max()) + 1 > self.config.original_max_position_embeddings:
             short = long
-        angles = positions[..., None].float() * torch.tensor(short, dtype=torch.float32, device=positions.device)
-        return angles.cos(), angles.sin()
+        return positions[..., None].float() * torch.tensor(short, dtype=torch.float32, device=positions.device)
 
     def context(self, x: Tensor, attention_mask: Optional[Tensor], position_ids: Optional[Tensor],
                 cache: Optional[Cache], places: Optional[Tensor]) -> Context:
@@ -501,13 +503,10 @@ class Gqa2MlaModel(Gqa2MlaPreTrainedModel):
         elif attention_mask is None and cache is None:
             sequence = packed(position_ids)
         own, c = self.config.gqa, self.config
-        return Context(
-            seen=Visibility(new, total, x.device, attention_mask, sequence),
-            turns=self.turns(position_ids, c.rotary_frequencies, c.rotary_frequencies_long),
-            kept_turns=own and self.turns(position_ids, own["rotary_frequencies"], own.get("rotary_frequencies_long")),
-            cache=cache,
-            places=places,
-        )
+        angles = {"latent": self.angles(position_ids, c.rotary_frequencies, c.rotary_frequencies_long)}
+        if own is not None:
+            angles["kept"] = self.angles(position_ids, own["rotary_frequencies"], own.get("rotary_frequencies_long"))
+        return Context(Visibility(new, total, x.device, attention_mask, sequence), angles, cache, places)
 
     def forward(
         self,
