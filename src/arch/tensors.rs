@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::weights::{BLOCK, SCALE_SUFFIX};
 use super::{ArchError, Architecture, Attention, Family, GqaShape, MlaShape, MlpKind, Moe, QkNormScope};
-use crate::source::{Dtype, TensorDirectory};
+use crate::source::{Dtype, DtypeExt, TensorDirectory};
 
 /// Tensor names of a model, resolved from its family.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use crate::observe::{Event, Observer};
 use crate::plan::{Blueprint, Checked, Need, SCHEMA_VERSION, emission, give_back, read_calibration, survey};
 use crate::publish::{self, Config, Nothing, Place, Publisher};
 use crate::runtime::Device;
-use crate::source::ModelSource;
+use crate::source::{DtypeExt, ModelSource};
 use crate::target::{TokenizerFiles, tokenizer_files};
 use crate::write::{Leftover, Staging};
 

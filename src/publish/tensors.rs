@@ -6,7 +6,7 @@ use super::publisher::{Compute, Publisher};
 use super::rounding::{check_finite, rounded};
 use crate::arch::{Part, StoredPart};
 use crate::error::ConvertError;
-use crate::source::{Dtype, TensorView};
+use crate::source::{Dtype, DtypeExt, TensorView};
 use crate::target::{Cut, Emit, Origin, fp8};
 use crate::write::{PlannedTensor, WriteError};
 
@@ -113,7 +113,8 @@ impl Publisher<'_> {
                 if columns.end > width {
                     return Err(bad(planned, format!("`{from}` has {width} columns, not {}", columns.end)));
                 }
-                let (row, bytes) = (width * dtype.byte_size(), columns.start * dtype.byte_size()..columns.end * dtype.byte_size());
+                let (row, bytes) =
+                    (width * dtype.byte_size(), columns.start * dtype.byte_size()..columns.end * dtype.byte_size());
                 let height = (PIECE / row).max(1);
                 for first in (0..rows).step_by(height) {
                     let block = tensors.rows(from, Some(first..rows.min(first + height)))?;

@@ -262,7 +262,7 @@ fn side_files_follow_the_config() {
     let dir = tempfile::tempdir().unwrap();
     let from = small(dir.path());
     let list = [emit("a", Dtype::F32, &[1], Origin::Zero)];
-    let folder = |name: &str, config: Config<'_>, own: &[(&str, &str)]| {
+    let folder = |name: &str, config: Config<'_>, own: &[(&str, &[u8])]| {
         let mut publisher = publisher(&from, &dir.path().join(name), &list, &Silent)?;
         publisher.write(&list, &mut Nothing)?;
         publisher.side_files(config, own)?;
@@ -292,7 +292,7 @@ fn side_files_follow_the_config() {
 
     let readable = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico-llama/config.json");
     let readable: Value = serde_json::from_slice(&fs::read(readable).unwrap()).unwrap();
-    let made = folder("made", Config::Made(&readable), &[("own.py", "Z")]).unwrap();
+    let made = folder("made", Config::Made(&readable), &[("own.py", b"Z")]).unwrap();
     let mut expected: Vec<&str> = common.into_iter().chain(["own.py"]).collect();
     expected.sort_unstable();
     assert_eq!(names(&made), expected, "the code of the source is not that of another class");
@@ -300,7 +300,7 @@ fn side_files_follow_the_config() {
 
     let unreadable = folder("unreadable", Config::Made(&json!({ "model_type": "x" })), &[]).unwrap_err();
     assert!(matches!(unreadable, ConvertError::Arch(_)), "{unreadable}");
-    let taken = folder("taken", Config::Kept { without: &[] }, &[("tokenizer.json", "")]).unwrap_err();
+    let taken = folder("taken", Config::Kept { without: &[] }, &[("config.json", b"")]).unwrap_err();
     assert!(matches!(taken, ConvertError::Write(WriteError::BadFile { .. })), "{taken}");
     fs::OpenOptions::new().append(true).open(from.dir.join("model.safetensors")).unwrap().set_len(9).unwrap();
     let changed = folder("changed", Config::Kept { without: &[] }, &[]).unwrap_err();

@@ -7,7 +7,7 @@ use super::engines::{EngineVerdict, Facts, judge};
 use crate::arch::{Architecture, Attention, GqaShape, MlpKind};
 use crate::methods::MethodChoice;
 use crate::mla::Geometry;
-use crate::source::Dtype;
+use crate::source::{Dtype, DtypeExt};
 use crate::target::{RopeGrid, choose};
 
 /// Bytes of one cached value: engines hold the cache in bf16 unless told otherwise.
@@ -182,7 +182,7 @@ impl InspectedModel {
         let parameters: u64 =
             arch.expected_tensors().iter().map(|t| t.shape.iter().map(|n| *n as u64).product::<u64>()).sum();
         let assumed = arch.config_dtype.unwrap_or(Dtype::BF16);
-        let (weight_bytes, dtype) = stored.unwrap_or((parameters * assumed.size() as u64, assumed));
+        let (weight_bytes, dtype) = stored.unwrap_or((parameters * assumed.byte_size() as u64, assumed));
         let per_layer = arch.cache_values();
         let per_token = arch.cache_values_per_token() as u64 * CACHE_VALUE_BYTES;
         let gqa = arch.gqa();

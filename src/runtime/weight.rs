@@ -7,7 +7,7 @@ use half::slice::HalfBitsSliceExt;
 use ndarray::{Array2, ArrayView2, s};
 
 use crate::arch::Part;
-use crate::source::{Dtype, MappedBytes, SourceError, TensorDirectory};
+use crate::source::{Dtype, DtypeExt, MappedBytes, SourceError, TensorDirectory};
 
 /// The weight of a linear layer in host memory, `[out, in]`: f32, or bf16 where its file holds bf16 and it is read in place.
 ///
@@ -56,13 +56,13 @@ impl HostWeight {
     /// As [`TensorDirectory::in_place`].
     pub(super) fn in_place(tensors: &TensorDirectory, part: &Part) -> Result<Option<Self>, SourceError> {
         let Some(info) = tensors.get(&part.name) else { return Ok(None) };
-        let (Dtype::F32 | Dtype::Bf16, [_, columns]) = (info.dtype, info.shape.as_slice()) else { return Ok(None) };
+        let (Dtype::F32 | Dtype::BF16, [_, columns]) = (info.dtype, info.shape.as_slice()) else { return Ok(None) };
         if *columns == 0 || cfg!(target_endian = "big") {
             return Ok(None);
         }
         let Some(bytes) = tensors.in_place(&part.name, part.rows.clone())? else { return Ok(None) };
         bytes.read_ahead();
-        let (rows, columns) = (bytes.len() / info.dtype.size() / columns, *columns);
+        let (rows, columns) = (bytes.len() / info.dtype.byte_size() / columns, *columns);
         let held = match info.dtype {
             Dtype::F32 if bytemuck::try_cast_slice::<u8, f32>(&bytes).is_ok() => Held::F32InPlace(bytes),
             Dtype::F32 => return Ok(copied(&bytes, (rows, columns), f32::from_le_bytes)),

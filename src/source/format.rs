@@ -25,7 +25,7 @@ pub use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
 use super::TensorView;
 
 /// What this program needs to know of a [`Dtype`] besides what the crate says.
-pub trait DtypeExt: Sized {
+pub trait DtypeExt: Copy {
     /// Bytes per element, rounded up; exact for every supported type. (The crate's own `size` rounds down, to 0 for `F4`.)
     fn byte_size(self) -> usize;
 

@@ -14,14 +14,12 @@ pub enum Storage {
     /// Tensors that are copied keep the source's dtype.
     AsSource {
         /// Of what is computed.
-        #[serde(with = "dtype_by_name")]
         base: Dtype,
         /// Of what is computed and what `base` would round.
-        #[serde(with = "dtype_by_name")]
         inexact: Dtype,
     },
     /// Every tensor is rounded to this one.
-    Rounded(#[serde(with = "dtype_by_name")] Dtype),
+    Rounded(Dtype),
     /// Linear layers in blocks of FP8, the rest in bf16.
     Fp8,
 }
@@ -126,22 +124,6 @@ impl Storage {
 /// Why a class cannot be written in f16; `None`: it can.
 fn f16_obstacle(class: Target) -> Option<&'static str> {
     LatentNorm::of(class).and_then(LatentNorm::f16_obstacle)
-}
-
-/// A dtype as its name in a safetensors header.
-mod dtype_by_name {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-
-    use crate::source::Dtype;
-
-    pub fn serialize<S: Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(dtype.name())
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::Error> {
-        let name = String::deserialize(deserializer)?;
-        Dtype::from_name(&name).ok_or_else(|| D::Error::custom(format!("unknown dtype `{name}`")))
-    }
 }
 
 #[cfg(test)]

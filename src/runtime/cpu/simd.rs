@@ -152,6 +152,7 @@ impl<E: Element> Dots<'_, E> {
         let xs = x.map(|x| &x.0[..length]);
         let w: [_; W] = std::array::from_fn(|b| self.w.row(j + b).split_at(length * S::F32_LANES));
         let mut sums = [[simd.splat_f32s(0.0); W]; X];
+        #[allow(clippy::needless_range_loop, reason = "`l` is a place in rows of `x` and of `w`, of other types")]
         for l in 0..length {
             let at = l * S::F32_LANES;
             // The same place of the rows that come next, by the first rows of `x` alone.
