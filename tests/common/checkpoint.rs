@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use gqa2mla::observe::{Event, Observer, Silent};
-use gqa2mla::source::{Dtype, ModelSource, OpenOptions, SourceError};
+use gqa2mla::source::{Dtype, DtypeExt, ModelSource, OpenOptions, SourceError};
 use gqa2mla::write::{PlannedTensor, Published, ShardPlan, StagedWriter, Staging, StagingOptions, WriteError};
 
 /// A tensor with its bytes.
