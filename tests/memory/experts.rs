@@ -2,7 +2,6 @@
 //! tokens go to them, and next to nothing where weights are used in place.
 
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use gqa2mla::arch::Architecture;

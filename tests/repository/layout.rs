@@ -6,7 +6,7 @@ use super::source_text::{SourceFile, collect};
 
 /// Binaries of tests. Each links the whole library: a new one needs a reason that is none of these binaries', and a line in
 /// `tests/README.md`.
-const BINARIES: [&str; 4] = ["devices", "fuzz", "heap", "suite"];
+const BINARIES: [&str; 5] = ["devices", "fuzz", "heap", "in_place", "suite"];
 
 #[test]
 fn tests_are_in_the_suite_unless_they_need_a_process_of_their_own() {
