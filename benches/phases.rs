@@ -41,8 +41,8 @@ fn product_on_device(bencher: Bencher<'_, '_>, name: &str) {
     if device.is_software_gpu() {
         return;
     }
-    let matrix = || device.upload(sample(4096, 4096).mapv(|v| v as f32));
-    let (x, w) = (matrix(), matrix());
+    let matrix = || sample(4096, 4096).mapv(|v| v as f32);
+    let (x, w) = (device.upload(matrix()), device.upload_weight(matrix().into()));
     // Reading waits for the product.
     bencher.bench(|| device.download(device.rows(&device.linear(&x, &w, None), 0..1)));
 }
@@ -53,9 +53,10 @@ fn product_on_device(bencher: Bencher<'_, '_>, name: &str) {
 fn small_steps_on_cuda<const BATCH: usize>(bencher: Bencher<'_, '_>, name: &str) {
     let Some(device) = "cuda".parse().ok().and_then(|choice| Device::open(choice).ok()) else { return };
     let matrix = |rows, columns| device.upload(sample(rows, columns).mapv(|v| v as f32));
+    let weight = |rows, columns| device.upload_weight(sample(rows, columns).mapv(|v| v as f32).into());
     let (mut x, y, gain) = (matrix(BATCH, HIDDEN), matrix(BATCH, HIDDEN), matrix(1, HIDDEN));
-    let (up, q, mixed) = (matrix(1536, HIDDEN), matrix(BATCH, 9 * 128), matrix(BATCH, 9 * RANK));
-    let kv_b = matrix(9 * 128, RANK);
+    let (up, q, mixed) = (weight(1536, HIDDEN), matrix(BATCH, 9 * 128), matrix(BATCH, 9 * RANK));
+    let kv_b = weight(9 * 128, RANK);
     let of = |start| HeadColumns { start, stride: 128, width: 64 };
     bencher.bench_local(|| {
         for _ in 0..30 {

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use crate::arch::{Architecture, Family};
 use crate::convert::journal::Saved;
 use crate::source::{
-    ChatTemplate, Header, Message, Sha256Stream, TensorDirectory, Tokenizer, config as config_file, index as index_file,
+    ChatTemplate, DtypeExt, Header, Message, Sha256Stream, TensorDirectory, Tokenizer, config as config_file,
+    index as index_file,
 };
 use crate::source::{MAX_NAME_CHARS, plain_file_name};
 use crate::write::{JournalRecord, manifest as manifest_file};
@@ -29,14 +30,17 @@ pub fn header(data: &[u8]) {
 fn check_header(file: &[u8]) {
     let Ok(header) = Header::parse(file) else { return };
     let mut end = 0;
-    for t in &header.tensors {
-        assert!(t.begin == end && t.end >= t.begin, "{t:?}");
-        assert_eq!(t.shape.iter().product::<usize>() * t.dtype.size(), (t.end - t.begin) as usize, "{t:?}");
-        assert!(!t.name.is_empty() && t.name.chars().count() <= MAX_NAME_CHARS);
-        assert!(!t.name.chars().any(char::is_control), "{:?}", t.name);
-        end = t.end;
+    for (name, t) in header.tensors.iter() {
+        let place = t.data_offsets;
+        assert!(place.0 == end && place.1 >= place.0, "{t:?}");
+        assert_eq!(t.shape.iter().product::<usize>() * t.dtype.byte_size(), place.1 - place.0, "{t:?}");
+        assert!(!name.is_empty() && name.chars().count() <= MAX_NAME_CHARS);
+        assert!(!name.chars().any(char::is_control), "{name:?}");
+        end = place.1;
     }
-    assert_eq!(header.data_start + end, file.len() as u64);
+    assert_eq!(header.data_start as usize + end, file.len());
+    // What passes here passes there.
+    assert!(safetensors::SafeTensors::read_metadata(file).is_ok());
 }
 
 /// `model.safetensors.index.json`.

@@ -1,6 +1,7 @@
 //! GPUs against the CPU. A binary of its own: a driver brings threads, memory and faults of its own into the process, and
 //! `scripts/check_cuda.sh` runs it on libraries that stand in for a card's.
 
+#[cfg(any(feature = "cuda", feature = "gpu"))]
 mod common {
     pub mod logits;
     pub mod models;

@@ -52,21 +52,6 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
         AttentionKind::Gqa => read_gqa(config, family, hidden, heads, windows.iter().flatten().min().copied())?,
         AttentionKind::Mla => read_mla(config, family, heads)?,
     };
-    let dtype = match config.text("dtype")?.or(config.text("torch_dtype")?) {
-        Some("bfloat16") => Some(Dtype::Bf16),
-        Some("float16") => Some(Dtype::F16),
-        Some("float32") => Some(Dtype::F32),
-        _ => None,
-    };
-    let factor = |expression: &Option<String>| match expression {
-        None => Ok(1.0),
-        Some(e) => evaluate(config, e).map(|v| v.unwrap_or(1.0)),
-    };
-    let multipliers = Multipliers {
-        embedding: factor(&family.embedding_scale)?,
-        residual: factor(&family.residual_scale)?,
-        logits: factor(&family.logit_scale)?,
-    };
     let moe = match &family.moe {
         Some(keys) => moe::read(config, family, keys, layers)?,
         None => None,
@@ -74,16 +59,6 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
     let mtp_layers = match &family.mtp_layers {
         Some(key) => config.whole(key)?.unwrap_or(0),
         None => 0,
-    };
-    let qk_norm = match &family.qk_norm {
-        None => None,
-        Some(QkNormRule::Fixed(scope)) => Some(*scope),
-        Some(QkNormRule::Key { key }) => match config.text(key)? {
-            None => None,
-            Some("head") => Some(QkNormScope::Head),
-            Some("all") => Some(QkNormScope::All),
-            Some(_) => return Err(config.bad(key, "\"head\", \"all\" or null")),
-        },
     };
     let mut names = TensorNames::new(family);
     for (role, key) in &family.optional {
@@ -114,15 +89,51 @@ fn interpret(config: &Config<'_>, family: &Family, model_type: &str) -> Result<A
         rope,
         attention,
         names,
-        config_dtype: dtype,
+        config_dtype: dtype(config)?,
         norm_offset: family.norm_offset,
-        qk_norm,
-        multipliers,
+        qk_norm: qk_norm(config, family.qk_norm.as_ref())?,
+        multipliers: multipliers(config, family)?,
         score_softcap: config.positive(family.score_softcap.as_ref())?,
         logit_softcap: config.positive(family.logit_softcap.as_ref())?,
         windows,
         moe,
         mtp_layers,
+    })
+}
+
+/// The number type the config names, if it is one that weights are written in.
+fn dtype(config: &Config<'_>) -> Result<Option<Dtype>, ArchError> {
+    Ok(match config.text("dtype")?.or(config.text("torch_dtype")?) {
+        Some("bfloat16") => Some(Dtype::BF16),
+        Some("float16") => Some(Dtype::F16),
+        Some("float32") => Some(Dtype::F32),
+        _ => None,
+    })
+}
+
+fn multipliers(config: &Config<'_>, family: &Family) -> Result<Multipliers, ArchError> {
+    let factor = |expression: &Option<String>| match expression {
+        None => Ok(1.0),
+        Some(e) => evaluate(config, e).map(|v| v.unwrap_or(1.0)),
+    };
+    Ok(Multipliers {
+        embedding: factor(&family.embedding_scale)?,
+        residual: factor(&family.residual_scale)?,
+        logits: factor(&family.logit_scale)?,
+    })
+}
+
+/// What the norms of queries and keys span, where there are any.
+fn qk_norm(config: &Config<'_>, rule: Option<&QkNormRule>) -> Result<Option<QkNormScope>, ArchError> {
+    Ok(match rule {
+        None => None,
+        Some(QkNormRule::Fixed(scope)) => Some(*scope),
+        Some(QkNormRule::Key { key }) => match config.text(key)? {
+            None => None,
+            Some("head") => Some(QkNormScope::Head),
+            Some("all") => Some(QkNormScope::All),
+            Some(_) => return Err(config.bad(key, "\"head\", \"all\" or null")),
+        },
     })
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::weights::{BLOCK, SCALE_SUFFIX};
-use super::{ArchError, Architecture, Attention, Family, MlaShape, MlpKind, QkNormScope};
-use crate::source::{Dtype, TensorDirectory};
+use super::{ArchError, Architecture, Attention, Family, GqaShape, MlaShape, MlpKind, Moe, QkNormScope};
+use crate::source::{Dtype, DtypeExt, TensorDirectory};
 
 /// Tensor names of a model, resolved from its family.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -213,98 +213,131 @@ impl Architecture {
 
     fn expect_layer(&self, layer: usize, out: &mut Vec<ExpectedTensor>) {
         let names = self.names.layer(layer);
-        let (hidden, heads) = (self.hidden, self.heads);
-        let mut push = |name: String, shape: Vec<usize>| out.push(ExpectedTensor { name, shape, layer: Some(layer) });
-        let mut linears: Vec<(&str, usize, usize, bool)> = Vec::new();
+        let mut of = LayerTensors { names: &names, layer, tensors: out, linears: Vec::new() };
         for role in ["input_norm", "attention_out_norm", "post_norm", "mlp_out_norm"] {
             if names.has(role) {
-                push(names.role(role), vec![hidden]);
+                of.tensor(names.role(role), &[self.hidden]);
             }
         }
         match &self.attention {
-            Attention::Gqa(a) => {
-                let (q, kv) = (heads * a.head_dim, a.kv_heads * a.head_dim);
-                if names.has("q") {
-                    linears.push(("q", q, hidden, a.qkv_bias));
-                    linears.push(("k", kv, hidden, a.qkv_bias));
-                    linears.push(("v", kv, hidden, a.qkv_bias));
-                } else {
-                    linears.push(("qkv", q + 2 * kv, hidden, a.qkv_bias));
-                }
-                linears.push(("o", hidden, q, a.out_bias));
-                if let Some(scope) = self.qk_norm {
-                    let widths = match scope {
-                        QkNormScope::Head => (a.head_dim, a.head_dim),
-                        QkNormScope::All => (q, kv),
-                    };
-                    push(names.role("q_norm"), vec![widths.0]);
-                    push(names.role("k_norm"), vec![widths.1]);
-                }
-            }
-            Attention::Mla(a) => {
-                let q = heads * (a.qk_nope_head_dim + a.qk_rope_head_dim);
-                match a.q_lora_rank {
-                    None => linears.push(("q", q, hidden, a.query_bias)),
-                    Some(rank) => {
-                        linears.push(("q_a", rank, hidden, a.bias));
-                        linears.push(("q_b", q, rank, a.query_bias));
-                        if a.latent_norm {
-                            push(names.role("q_a_norm"), vec![rank]);
-                        }
-                    }
-                }
-                if a.latent_norm {
-                    push(names.role("kv_a_norm"), vec![a.kv_lora_rank]);
-                }
-                if self.qk_norm.is_some() {
-                    let (wide, narrow) = self.mla_norm_widths(a);
-                    push(names.role("q_norm"), vec![wide]);
-                    push(names.role("k_norm"), vec![narrow]);
-                }
-                linears.push(("kv_a", a.kv_lora_rank + a.qk_rope_head_dim, hidden, a.bias));
-                linears.push(("kv_b", heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank, false));
-                linears.push(("o", hidden, heads * a.v_head_dim, a.bias));
-            }
+            Attention::Gqa(a) => self.expect_gqa(a, &mut of),
+            Attention::Mla(a) => self.expect_mla(a, &mut of),
         }
         match &self.moe {
-            Some(moe) if self.is_sparse(layer) => {
-                push(format!("{}.weight", names.role("router")), vec![moe.experts, hidden]);
-                if moe.choice_bias {
-                    push(names.role("router_bias"), vec![moe.experts]);
+            Some(moe) if self.is_sparse(layer) => self.expect_experts(moe, &mut of),
+            _ => self.expect_mlp(&mut of),
+        }
+        of.finish();
+    }
+
+    fn expect_gqa(&self, a: &GqaShape, of: &mut LayerTensors<'_>) {
+        let (hidden, q, kv) = (self.hidden, self.heads * a.head_dim, a.kv_heads * a.head_dim);
+        if of.names.has("q") {
+            of.linear("q", q, hidden, a.qkv_bias);
+            of.linear("k", kv, hidden, a.qkv_bias);
+            of.linear("v", kv, hidden, a.qkv_bias);
+        } else {
+            of.linear("qkv", q + 2 * kv, hidden, a.qkv_bias);
+        }
+        of.linear("o", hidden, q, a.out_bias);
+        match self.qk_norm {
+            None => {}
+            Some(QkNormScope::Head) => of.qk_norms(a.head_dim, a.head_dim),
+            Some(QkNormScope::All) => of.qk_norms(q, kv),
+        }
+    }
+
+    fn expect_mla(&self, a: &MlaShape, of: &mut LayerTensors<'_>) {
+        let (hidden, heads) = (self.hidden, self.heads);
+        let q = heads * (a.qk_nope_head_dim + a.qk_rope_head_dim);
+        match a.q_lora_rank {
+            None => of.linear("q", q, hidden, a.query_bias),
+            Some(rank) => {
+                of.linear("q_a", rank, hidden, a.bias);
+                of.linear("q_b", q, rank, a.query_bias);
+                if a.latent_norm {
+                    of.tensor(of.names.role("q_a_norm"), &[rank]);
                 }
-                for expert in 0..moe.experts {
-                    push(format!("{}.weight", names.expert("expert_gate", expert)), vec![moe.width, hidden]);
-                    push(format!("{}.weight", names.expert("expert_up", expert)), vec![moe.width, hidden]);
-                    push(format!("{}.weight", names.expert("expert_down", expert)), vec![hidden, moe.width]);
-                }
-                if let Some(width) = moe.shared_width {
-                    linears.push(("shared_gate", width, hidden, false));
-                    linears.push(("shared_up", width, hidden, false));
-                    linears.push(("shared_down", hidden, width, false));
-                    if moe.shared_gated {
-                        linears.push(("shared_router", 1, hidden, false));
-                    }
-                }
-            }
-            _ => {
-                if self.mlp == MlpKind::Gated && !names.has("gate") {
-                    linears.push(("gate_up", 2 * self.intermediate, hidden, self.mlp_bias));
-                } else {
-                    if self.mlp == MlpKind::Gated {
-                        linears.push(("gate", self.intermediate, hidden, self.mlp_bias));
-                    }
-                    linears.push(("up", self.intermediate, hidden, self.mlp_bias));
-                }
-                linears.push(("down", hidden, self.intermediate, self.mlp_bias));
             }
         }
-        for (role, rows, cols, bias) in linears {
-            let stem = names.role(role);
-            push(format!("{stem}.weight"), vec![rows, cols]);
-            if bias {
-                push(format!("{stem}.bias"), vec![rows]);
+        if a.latent_norm {
+            of.tensor(of.names.role("kv_a_norm"), &[a.kv_lora_rank]);
+        }
+        if self.qk_norm.is_some() {
+            let (wide, narrow) = self.mla_norm_widths(a);
+            of.qk_norms(wide, narrow);
+        }
+        of.linear("kv_a", a.kv_lora_rank + a.qk_rope_head_dim, hidden, a.bias);
+        of.linear("kv_b", heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank, false);
+        of.linear("o", hidden, heads * a.v_head_dim, a.bias);
+    }
+
+    fn expect_experts(&self, moe: &Moe, of: &mut LayerTensors<'_>) {
+        let hidden = self.hidden;
+        of.tensor(format!("{}.weight", of.names.role("router")), &[moe.experts, hidden]);
+        if moe.choice_bias {
+            of.tensor(of.names.role("router_bias"), &[moe.experts]);
+        }
+        for expert in 0..moe.experts {
+            let mut weight =
+                |role: &str, shape: [usize; 2]| of.tensor(format!("{}.weight", of.names.expert(role, expert)), &shape);
+            weight("expert_gate", [moe.width, hidden]);
+            weight("expert_up", [moe.width, hidden]);
+            weight("expert_down", [hidden, moe.width]);
+        }
+        if let Some(width) = moe.shared_width {
+            of.linear("shared_gate", width, hidden, false);
+            of.linear("shared_up", width, hidden, false);
+            of.linear("shared_down", hidden, width, false);
+            if moe.shared_gated {
+                of.linear("shared_router", 1, hidden, false);
             }
         }
+    }
+
+    fn expect_mlp(&self, of: &mut LayerTensors<'_>) {
+        let (hidden, inner, bias) = (self.hidden, self.intermediate, self.mlp_bias);
+        if self.mlp == MlpKind::Gated && !of.names.has("gate") {
+            of.linear("gate_up", 2 * inner, hidden, bias);
+        } else {
+            if self.mlp == MlpKind::Gated {
+                of.linear("gate", inner, hidden, bias);
+            }
+            of.linear("up", inner, hidden, bias);
+        }
+        of.linear("down", hidden, inner, bias);
+    }
+}
+
+/// The tensors of one layer as they are gathered: linear layers come after norms and experts.
+struct LayerTensors<'a> {
+    names: &'a LayerNames<'a>,
+    layer: usize,
+    tensors: &'a mut Vec<ExpectedTensor>,
+    linears: Vec<ExpectedTensor>,
+}
+
+impl LayerTensors<'_> {
+    fn tensor(&mut self, name: String, shape: &[usize]) {
+        self.tensors.push(ExpectedTensor { name, shape: shape.to_vec(), layer: Some(self.layer) });
+    }
+
+    fn qk_norms(&mut self, q: usize, k: usize) {
+        self.tensor(self.names.role("q_norm"), &[q]);
+        self.tensor(self.names.role("k_norm"), &[k]);
+    }
+
+    /// A linear layer of `outs` rows and `inner` columns.
+    fn linear(&mut self, role: &str, outs: usize, inner: usize, bias: bool) {
+        let (stem, layer) = (self.names.role(role), Some(self.layer));
+        self.linears.push(ExpectedTensor { name: format!("{stem}.weight"), shape: vec![outs, inner], layer });
+        if bias {
+            self.linears.push(ExpectedTensor { name: format!("{stem}.bias"), shape: vec![outs], layer });
+        }
+    }
+
+    fn finish(self) {
+        self.tensors.extend(self.linears);
     }
 }
 
@@ -325,7 +358,7 @@ pub fn check_tensors(arch: &Architecture, tensors: &TensorDirectory) -> Result<(
             Some(t) if &t.shape != shape => {
                 lines.push(format!("tensor `{name}`: expected {shape:?}, found {:?}", t.shape));
             }
-            Some(t) if t.dtype == Dtype::F8E4M3 && shape.len() == 2 => {
+            Some(t) if t.dtype == Dtype::F8_E4M3 && shape.len() == 2 => {
                 let scales = format!("{name}{SCALE_SUFFIX}");
                 let blocks: Vec<usize> = shape.iter().map(|n| n.div_ceil(BLOCK)).collect();
                 match tensors.get(&scales) {
@@ -346,7 +379,7 @@ pub fn check_tensors(arch: &Architecture, tensors: &TensorDirectory) -> Result<(
             continue;
         }
         let scaled = name.strip_suffix(SCALE_SUFFIX).and_then(|of| tensors.get(of));
-        if scaled.is_some_and(|t| t.dtype == Dtype::F8E4M3) {
+        if scaled.is_some_and(|t| t.dtype == Dtype::F8_E4M3) {
             continue;
         }
         if arch.tied_head && name == arch.names.head {

@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2};
 
 use super::{ArchError, Part};
-use crate::source::{Dtype, ModelSource, SourceError, TensorDirectory, TensorView};
+use crate::source::{Dtype, DtypeExt, ModelSource, SourceError, TensorDirectory, TensorView};
 
 /// What follows `.weight` in the name of the scales of a block-quantised weight.
 pub const SCALE_SUFFIX: &str = "_scale_inv";
@@ -31,10 +31,10 @@ impl<'a> StoredPart<'a> {
         let view = tensors.rows(&part.name, part.rows.clone())?;
         let first = part.rows.as_ref().map_or(0, |rows| rows.start);
         let scales = match view.dtype {
-            Dtype::F8E4M3 => Some(tensors.view(&format!("{}{SCALE_SUFFIX}", part.name))?),
+            Dtype::F8_E4M3 => Some(tensors.view(&format!("{}{SCALE_SUFFIX}", part.name))?),
             _ => None,
         };
-        let row: usize = view.shape.iter().skip(1).product::<usize>() * view.dtype.size();
+        let row: usize = view.shape.iter().skip(1).product::<usize>() * view.dtype.byte_size();
         let rows = view.bytes.len().checked_div(row).unwrap_or(0);
         Ok(Self { view, first, rows, scales })
     }

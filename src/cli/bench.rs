@@ -17,8 +17,8 @@ use super::{Context, values};
 /// Measure prefill and decoding speed, and the bytes of the caches, of models side by side.
 ///
 /// Every model fills its cache with the same number of tokens, then decodes: the models of a case take turns, step by
-/// step, so that what else the machine does meets them alike. Models are held in memory in f32, all at once. Cache bytes
-/// are those of the caches that were allocated.
+/// step, so that what else the machine does meets them alike. All are held at once; on a processor, bf16 and f32 weights are
+/// used in place, in their files. Cache bytes are those of the caches that were allocated.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// Model folders or hub ids `org/name[@revision]`; speeds are also shown relative to the first
@@ -66,7 +66,7 @@ impl BenchArgs {
         progress.event(Event::Phase { name: "load", steps: Some(models.len() as u64) });
         let mut residents = Vec::new();
         for (model, name) in models.iter().zip(&self.models) {
-            let loaded = Resident::load(Model::new(&model.source, &model.arch, device));
+            let loaded = Resident::load(Model::new(&model.source, &model.arch, device).in_place());
             residents.push(loaded.with_context(|| format!("cannot load `{name}`"))?);
             progress.event(Event::Step { done: residents.len() as u64, tokens: 0 });
         }

@@ -28,7 +28,8 @@ const MAX_PROMPT_BYTES: u64 = 64 << 20;
 /// Generate text with a model, GQA or MLA; an MLA model decodes from its latent cache.
 ///
 /// The text goes to stdout as it comes, the speed to stderr. Where the model has a chat template, the prompt is the
-/// user's turn of a conversation, unless --raw is given. The model is held in memory in f32.
+/// user's turn of a conversation, unless --raw is given. On a processor, bf16 and f32 weights are used in place, in their
+/// files.
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
     /// Model folder or hub id `org/name[@revision]`
@@ -139,7 +140,8 @@ impl GenerateArgs {
             xkv::notes(&settings, &model.arch, context);
             settings.check(&model.arch, text.prompt.len()).map_err(RuntimeError::from).with_context(failed)?;
             context.progress.event(load);
-            let resident = Resident::load(Model::new(&model.source, &model.arch, &cpu)).with_context(failed)?;
+            let resident =
+                Resident::load(Model::new(&model.source, &model.arch, &cpu).in_place()).with_context(failed)?;
             let mut session = XkvSession::new(&resident, settings, capacity, beyond_context).with_context(failed)?;
             let mut report = self.decode(&mut session, tokenizer, text, context)?;
             let prompt_cache_bytes = session.prompt_bytes();
@@ -153,7 +155,8 @@ impl GenerateArgs {
         }
         let device = self.device.open(context)?;
         context.progress.event(load);
-        let resident = Resident::load(Model::new(&model.source, &model.arch, &device)).with_context(failed)?;
+        let resident =
+            Resident::load(Model::new(&model.source, &model.arch, &device).in_place()).with_context(failed)?;
         let size = SessionSize { sequences: 1, capacity, beyond_context };
         let mut session = Session::with(&resident, size).with_context(failed)?;
         let report = self.decode(&mut session, tokenizer, text, context)?;

@@ -57,7 +57,7 @@ fn inspect(spec: &str, context: &Context) -> anyhow::Result<InspectedModel> {
     }
     let mut source = ModelSource::open(spec, &OpenOptions::default(), &context.progress).with_context(unusable)?;
     let arch = model::understand(&mut source, context).with_context(unusable)?;
-    let dtype = source.tensors.get(&arch.names.embed).map_or(Dtype::Bf16, |t| t.dtype);
+    let dtype = source.tensors.get(&arch.names.embed).map_or(Dtype::BF16, |t| t.dtype);
     Ok(InspectedModel::new(spec, &arch, Some((source.tensors.total_bytes(), dtype))))
 }
 

@@ -71,7 +71,7 @@ pub fn perplexity(
     device: &Device,
     observer: &dyn Observer,
 ) -> anyhow::Result<Evaluation> {
-    let runnable = Model::new(&model.source, &model.arch, device);
+    let runnable = Model::new(&model.source, &model.arch, device).in_place();
     verify::perplexity(&runnable, &windows.tokens, observer)
         .with_context(|| format!("cannot evaluate `{}`", model.source.spec))
 }
@@ -87,7 +87,7 @@ pub fn xkv(
     cpu: &Cpu,
     observer: &dyn Observer,
 ) -> anyhow::Result<XkvEvaluation> {
-    let runnable = Model::new(&model.source, &model.arch, cpu);
+    let runnable = Model::new(&model.source, &model.arch, cpu).in_place();
     verify::xkv_perplexity(&runnable, &windows.tokens, prompt, settings, observer)
         .with_context(|| format!("cannot evaluate `{}`", model.source.spec))
 }
@@ -103,7 +103,7 @@ pub fn compare(
     device: &Device,
     observer: &dyn Observer,
 ) -> anyhow::Result<Comparison> {
-    let a = Model::new(&source.source, &source.arch, device);
-    let b = Model::new(&converted.source, &converted.arch, device);
+    let a = Model::new(&source.source, &source.arch, device).in_place();
+    let b = Model::new(&converted.source, &converted.arch, device).in_place();
     Ok(verify::compare(&a, &b, &windows.tokens, observer)?)
 }

@@ -136,8 +136,8 @@ impl SlicedOptions {
             }
             moments = Some(found);
         }
-        let a = Model::new(&source.source, &source.arch, device);
-        let b = Model::new(&converted.source, &converted.arch, device);
+        let a = Model::new(&source.source, &source.arch, device).in_place();
+        let b = Model::new(&converted.source, &converted.arch, device).in_place();
         let figures = compare_sliced(
             &a,
             (&b, &converted.source),

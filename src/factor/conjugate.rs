@@ -2,12 +2,12 @@
 
 use ndarray::{Array1, Array2, ArrayView2, s};
 
-/// What [`conjugate_gradients`] found.
+/// Result of [`conjugate_gradients`].
 #[derive(Debug, Clone)]
 pub struct Solution {
     /// The unknowns, shaped as the right-hand side.
     pub x: Vec<Array2<f64>>,
-    /// How far `<x, A x> - 2 <x, b>` fell from its value 0 at `x = 0`: for a least-squares problem the fall of the sum of
+    /// How far `<x, A x> - 2 <x, b>` fell from its value 0 at `x = 0`: in a least-squares problem, the decrease of the sum of
     /// squares. Never negative.
     pub decrease: f64,
 }
@@ -42,9 +42,9 @@ fn combine(a: &mut [Array2<f64>], scale: &Array1<f64>, factor: &Array1<f64>, b: 
     }
 }
 
-/// What conjugate gradients know of a system.
+/// A linear system `A x = b` by the action of `A`.
 pub trait System {
-    /// Why the action cannot be had.
+    /// Why the action cannot be computed.
     type Error;
 
     /// `A p`, with `A` symmetric positive semidefinite.
@@ -59,8 +59,8 @@ pub trait System {
     /// Those of the system.
     fn form(&mut self, p: &[Array2<f64>]) -> Result<Array1<f64>, Self::Error>;
 
-    /// Told that the solution went `step` of each system along the `p` last applied or formed: a system that keeps what follows
-    /// from the solution need not work it out again.
+    /// Called when the solution has moved by `step` (one per system) along the `p` last applied or formed, so that an
+    /// implementation that keeps values derived from the solution can update them.
     fn moved(&mut self, step: &Array1<f64>) {
         let _ = step;
     }
@@ -76,8 +76,8 @@ pub trait System {
 ///
 /// `A` is block-diagonal of `systems` independent systems, each owning an equal share of the rows of every matrix, in
 /// order; each takes steps of its own length. Each step is the best in its direction, so that stopping early still
-/// lowers the quadratic; a system stops by itself where a direction has no curvature, which rounding would make of a
-/// solved one.
+/// lowers the quadratic. A system stops where a direction has no curvature: rounding leaves such a direction once it is
+/// solved.
 ///
 /// # Errors
 /// Those of the system.

@@ -1,4 +1,4 @@
-//! Joint low rank of keys and values in a given metric (algorithms.md 14.3).
+//! Joint low rank of keys and values in a given metric (`docs/maths.md`, "Joint low rank").
 
 use ndarray::{Array1, Array2, Axis, s};
 
@@ -6,7 +6,7 @@ use super::FactorError;
 use super::linalg::{eigh, matmul, sqrt_and_inverse, symmetrise, trace_product};
 
 /// Eigenvalues of a metric below this share of its largest are raised to it, so that its root can be inverted: a direction
-/// nobody reads costs nothing to keep at a millionth of the weight.
+/// that no query and no output reads costs nothing to keep at a millionth of the weight.
 const METRIC_FLOOR: f64 = 1e-6;
 
 /// Rank-`r` factorisation of `z`: `c = down z`, `z ~ up c`, latents uncorrelated, of unit variance, in order of energy.

@@ -1,6 +1,6 @@
-//! Neutralising the mandatory `kv_a_layernorm` and `q_a_layernorm`.
+//! Neutralising the mandatory `kv_a_layernorm` and `q_a_layernorm` (`docs/maths.md`, "Neutralising the latent norm").
 //!
-//! Every stock MLA class applies an RMSNorm to the latent and none has a switch. With the latent rows scaled by a small
+//! Every stock MLA class applies an RMSNorm to the latent, and none can be told not to. With the latent rows scaled by a small
 //! `s`, the epsilon dominates the mean square, and the norm becomes a multiplication by `w / sqrt(eps)`:
 //!
 //! ```text

@@ -1,18 +1,18 @@
-//! Linear refits: least squares of a target on what the converted layer really has.
+//! Linear refits: least squares of a target on features of the converted layer (`docs/maths.md`, "Refits").
 
 use ndarray::{Array1, Array2, Axis, s};
 
 use super::FactorError;
 use super::linalg::{matmul, solve_right_spd};
 
-/// A linear map with offset, and the share of the target's energy it leaves.
+/// A fitted linear map with offset, `y ~ weight f + offset`, and the ridge it took.
 #[derive(Debug, Clone)]
 pub struct Refit {
     /// `[Y, F]`.
     pub weight: Array2<f64>,
     /// `[Y]`; zero where no bias was allowed.
     pub offset: Array1<f64>,
-    /// Ridge really used, as a share of the mean diagonal: larger than asked where the moment matrix was singular.
+    /// Ridge that was used, as a share of the mean diagonal: larger than asked for where the moment matrix was singular.
     pub ridge: f64,
 }
 
@@ -39,7 +39,7 @@ pub fn refit(
     let mut g = gram.slice(s![..n, ..n]).to_owned();
     let mut c = cross.slice(s![.., ..n]).to_owned();
     let (mean_f, mean_y) = (gram.slice(s![..n, n]).to_owned(), cross.column(n).to_owned());
-    // Where the features hardly vary, centring leaves rounding noise: hold the diagonal above it.
+    // Where the features hardly vary, centring leaves rounding noise: keep the diagonal above it.
     let noise = 1e-12 * g.diag().mean().unwrap_or(0.0);
     if bias {
         let f = mean_f.view().insert_axis(Axis(1));

@@ -1,16 +1,15 @@
-//! TransMLA's RoRoPE with FreqFold and collapse (arXiv 2502.07864, section 4): one real rotation per block of
-//! neighbouring frequencies, acting across KV heads, that gathers key energy in the first pseudo-head.
+//! TransMLA's RoRoPE with FreqFold and collapse (arXiv 2502.07864, section 4; `docs/maths.md`, "TransMLA"): one real rotation
+//! per block of neighbouring frequencies, acting across KV heads, that gathers key energy in the first pseudo-head.
 
 use ndarray::Array2;
 
 use super::FactorError;
 use super::linalg::eigh;
 
-/// Orthogonal change of key coordinates `[g d, g d]`: `k = basis k'`. Rows of `k'` come in DeepSeek order, so that its
-/// first `d / collapse` rows are the rotated key, pair `p` at rows `(2p, 2p + 1)` with the angle of source pair
-/// `p * collapse`; the other rows lose their rotation.
+/// Orthogonal change of key coordinates, `k = basis k'`.
 pub struct RoRope {
-    /// The change of basis.
+    /// `[g d, g d]`. Rows of `k'` come in DeepSeek order: its first `d / collapse` rows are the rotated key, pair `p` at rows
+    /// `(2p, 2p + 1)` with the angle of source pair `p * collapse`; the other rows lose their rotation.
     pub basis: Array2<f64>,
     /// Source pair whose frequency each rotated slot takes, `[d / collapse / 2]`.
     pub slot_pair: Vec<usize>,
@@ -88,22 +87,22 @@ mod tests {
 
     #[test]
     fn without_folding_rope_commutes_with_the_rotation() {
-        // A pair turned by theta_j in every head is turned by theta_j in every pseudo-head.
+        // A pair rotated by theta_j in every head is rotated by theta_j in every pseudo-head.
         let (g, d) = (3, 8);
         let r = rorope(&moment(g * d), g, d, 1, 1).unwrap();
         let half = d / 2;
         let theta = |j: usize| 0.3 + 0.7 * j as f64;
         let k = Array2::from_shape_fn((g * d, 1), |(i, _)| ((i * i) as f64 * 0.37).sin());
-        let mut turned = k.clone();
+        let mut rotated = k.clone();
         for a in 0..g {
             for j in 0..half {
                 let (re, im) = (k[[a * d + j, 0]], k[[a * d + j + half, 0]]);
                 let (s, c) = theta(j).sin_cos();
-                turned[[a * d + j, 0]] = re * c - im * s;
-                turned[[a * d + j + half, 0]] = im * c + re * s;
+                rotated[[a * d + j, 0]] = re * c - im * s;
+                rotated[[a * d + j + half, 0]] = im * c + re * s;
             }
         }
-        let (k1, t1) = (r.basis.t().dot(&k), r.basis.t().dot(&turned));
+        let (k1, t1) = (r.basis.t().dot(&k), r.basis.t().dot(&rotated));
         for p in 0..g * half {
             let (s, c) = theta(p % half).sin_cos();
             let (re, im) = (k1[[2 * p, 0]], k1[[2 * p + 1, 0]]);

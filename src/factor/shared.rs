@@ -17,10 +17,9 @@ pub struct SharedFactors {
 
 /// Factorise matrices `[T, w_i]` side by side: xKV's shared factors (arXiv 2503.18893, section 4.1).
 ///
-/// With `X = U S V^T` the result is `U_r (S_r V_r^T)` or `(U_r S_r) V_r^T`: whichever side is smaller is taken from the
-/// eigenvectors of its Gram matrix, in f64, the other is the projection of `X` on it. At rank `min(T, sum w_i)` the basis is
-/// square and orthogonal, whatever the Gram's small eigenvalues suffered, so `X` comes back to the rounding of the factors
-/// to f32.
+/// With `X = U S V^T` the result is `U_r (S_r V_r^T)` or `(U_r S_r) V_r^T`: the smaller side is taken from the eigenvectors of
+/// its Gram matrix, in f64, the other is the projection of `X` on it. At rank `min(T, sum w_i)` the basis is square and
+/// orthogonal, however inexact the Gram's small eigenvalues are, so the factors give `X` to their rounding to f32.
 ///
 /// # Errors
 /// [`FactorError::Rank`] for a rank of 0 or above `min(T, sum w_i)`; [`FactorError::NotFinite`],
@@ -68,9 +67,8 @@ pub fn shared_factors(
 
 #[cfg(test)]
 mod tests {
-    use faer::Mat;
-
     use super::*;
+    use crate::factor::svd::singular_values;
 
     fn sample(rows: usize, cols: usize, seed: u64) -> Array2<f32> {
         let mut state = seed;
@@ -92,7 +90,7 @@ mod tests {
             let parts: Vec<_> = widths.iter().zip(1..).map(|(&w, seed)| sample(tokens, w, seed)).collect();
             let views: Vec<_> = parts.iter().map(|x| x.view()).collect();
             let x = concatenate(Axis(1), &views).unwrap();
-            let svd = Mat::from_fn(x.nrows(), x.ncols(), |i, j| f64::from(x[[i, j]])).singular_values().unwrap();
+            let svd = singular_values(&x.mapv(f64::from), "test").unwrap();
             let norm: f64 = svd.iter().map(|s| s * s).sum();
             for rank in 1..=svd.len() {
                 let factors = shared_factors(&views, rank, "test").unwrap();

@@ -1,8 +1,8 @@
 //! Which key components keep their rotation: complex principal components per frequency, and slots shared by all layers.
 //!
 //! Pair `j` of KV head `a` is the complex number `kappa = k_j + i k_{j + d/2}`; RoPE multiplies it by the same scalar in
-//! every head, so any unitary mixing of heads at fixed `j` commutes with it (algorithms.md 1.3, 14.4, 18.3). The score of a
-//! pair is `Re(conj(q) kappa e^{-i theta D})` at distance `D`.
+//! every head, so any unitary mixing of heads at fixed `j` commutes with it (`docs/maths.md`, "RoPE slots and phases"). The
+//! score of a pair is `Re(conj(q) kappa e^{-i theta D})` at distance `D`.
 
 use faer::c64;
 use ndarray::{Array1, Array2};
@@ -39,7 +39,7 @@ pub fn pair_components(
     let mut weight = Array2::zeros((half, g));
     let mut basis = Vec::with_capacity(half);
     for j in 0..half {
-        // A head that nobody queries at this frequency still needs a weight to be divided by.
+        // A head with no query energy at this frequency still needs a weight that can be divided by.
         let total = query_energy.column(j).sum();
         let w =
             Array1::from_shape_fn(g, |a| if total > 0.0 { query_energy[[a, j]].max(total * 1e-9).sqrt() } else { 1.0 });
@@ -114,7 +114,7 @@ pub fn share_slots(values: &[Array2<f64>], slots: usize) -> Vec<usize> {
 
 /// One slot per frequency of the stock grid `theta^(-2p / d_R)`: every `(d / d_R)`-th source frequency.
 ///
-/// Returns `None` when `d_R` does not divide `d` (the grid then holds frequencies the source has not).
+/// Returns `None` when `d_R` does not divide `d`: the grid then has frequencies that the source does not have.
 pub fn stock_grid(head_dim: usize, rope_dim: usize) -> Option<Vec<usize>> {
     if rope_dim == 0 || !rope_dim.is_multiple_of(2) || !head_dim.is_multiple_of(rope_dim) {
         return None;

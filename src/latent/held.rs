@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::Sharing;
 use super::weights::LatentNames;
 use crate::arch::{Architecture, MlaShape};
-use crate::source::{Dtype, ModelSource, TensorInfo};
+use crate::source::{Dtype, DtypeExt, ModelSource, StoredTensor};
 use crate::target::{Cut, Emit, Origin};
 use crate::write::PlannedTensor;
 
@@ -139,13 +139,13 @@ pub(super) struct RankCuts<'a> {
 impl RankCuts<'_> {
     /// The tensors of the rank, widest dtypes first, so that every one is aligned.
     pub fn list(&self, source: &ModelSource) -> Vec<Emit<SlicedTensor>> {
-        let emit = |(name, info): (&str, &TensorInfo)| self.emit(name, info);
+        let emit = |(name, info): (&str, &StoredTensor)| self.emit(name, info);
         let mut out: Vec<Emit<SlicedTensor>> = source.tensors.in_file_order().map(emit).collect();
-        out.sort_by_key(|e| std::cmp::Reverse(e.planned.dtype.size()));
+        out.sort_by_key(|e| std::cmp::Reverse(e.planned.dtype.byte_size()));
         out
     }
 
-    fn emit(&self, name: &str, info: &TensorInfo) -> Emit<SlicedTensor> {
+    fn emit(&self, name: &str, info: &StoredTensor) -> Emit<SlicedTensor> {
         let Self { sharing, rank, t, .. } = *self;
         let (mut shape, mut dtype) = (info.shape.clone(), info.dtype);
         let size = |axis: usize| info.shape.get(axis).copied().unwrap_or(0);

@@ -322,9 +322,9 @@ fn folded_dtype(
         );
     }
     match settings.dtype {
-        None if fp8 => Ok(Dtype::Bf16),
+        None if fp8 => Ok(Dtype::BF16),
         None => {
-            let narrow = source.tensors.iter().any(|(_, t)| matches!(t.dtype, Dtype::Bf16 | Dtype::F16));
+            let narrow = source.tensors.iter().any(|(_, t)| matches!(t.dtype, Dtype::BF16 | Dtype::F16));
             if narrow {
                 decisions.push(
                     "the tensors that turn are written in f32, all others bit for bit as they are (`--dtype bf16` rounds \
@@ -335,7 +335,7 @@ fn folded_dtype(
             Ok(Dtype::F32)
         }
         Some(OutputDtype::F32) => Ok(Dtype::F32),
-        Some(OutputDtype::Bf16) => Ok(Dtype::Bf16),
+        Some(OutputDtype::Bf16) => Ok(Dtype::BF16),
         Some(other) => Err(refused(
             format!("`--dtype {}`: turned tensors are written in bf16 or f32", other.name()),
             "f16 would round neutralised latents to zero, and FP8 scales would have to be made anew",
@@ -364,14 +364,14 @@ fn emission(
     for name in expected.iter().map(String::as_str).chain(more) {
         let Some(info) = source.tensors.get(name) else { continue };
         let scale_of = name.strip_suffix(SCALE_SUFFIX).and_then(|of| source.tensors.get(of));
-        if changes && scale_of.is_some_and(|t| t.dtype == Dtype::F8E4M3) {
+        if changes && scale_of.is_some_and(|t| t.dtype == Dtype::F8_E4M3) {
             continue;
         }
         let (dtype, from) = match (latent.get(name), info.dtype) {
             // One number, exact in any dtype: its own, or a power of two.
             (Some(folded), own) if folded.tensor == LatentTensor::Gain => (own, Origin::Computed(*folded)),
             (Some(folded), _) => (dtype, Origin::Computed(*folded)),
-            (None, Dtype::F8E4M3) if changes => (Dtype::Bf16, Origin::Widened(Part::whole(name))),
+            (None, Dtype::F8_E4M3) if changes => (Dtype::BF16, Origin::Widened(Part::whole(name))),
             (None, own) => (own, Origin::Stored { name: name.to_owned(), cut: Cut::Whole }),
         };
         out.push(Emit { planned: PlannedTensor { name: name.to_owned(), dtype, shape: info.shape.clone() }, from });

@@ -77,7 +77,7 @@ pub(super) fn refused(message: impl Into<String>, hint: impl Into<String>) -> Co
 
 /// Whether some weights of a model are FP8.
 pub(super) fn is_fp8(source: &ModelSource) -> bool {
-    source.tensors.iter().any(|(_, t)| t.dtype == Dtype::F8E4M3)
+    source.tensors.iter().any(|(_, t)| t.dtype == Dtype::F8_E4M3)
 }
 
 /// Refuse a number of slices that does not divide the latent.

@@ -76,7 +76,11 @@ pub(super) fn files(shards: &ShardPlan) -> Vec<PlannedFile> {
     let of_shard = |shard: &crate::write::PlannedShard| PlannedFile {
         name: shard.file.clone(),
         bytes: shard.file_bytes(),
-        tensors: shard.tensors.iter().map(|t| (t.name.clone(), t.dtype.name().to_owned(), t.shape.clone())).collect(),
+        tensors: shard
+            .tensors
+            .iter()
+            .map(|(name, t)| (name.to_owned(), t.dtype.to_string(), t.shape.clone()))
+            .collect(),
     };
     shards.shards().iter().map(of_shard).collect()
 }

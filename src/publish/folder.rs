@@ -61,7 +61,7 @@ impl Publisher<'_> {
     /// # Errors
     /// A source that changed; a config that this tool could not read again; [`WriteError::BadFile`] for a name that is not
     /// plain or is taken; I/O errors.
-    pub fn side_files(&mut self, config: Config<'_>, own: &[(&str, &str)]) -> Result<(), ConvertError> {
+    pub fn side_files(&mut self, config: Config<'_>, own: &[(&str, &[u8])]) -> Result<(), ConvertError> {
         self.source.check_unchanged()?;
         match config {
             Config::Made(config) => {
@@ -78,9 +78,9 @@ impl Publisher<'_> {
             }
         }
         for (name, content) in own {
-            self.writer.write_file(name, content.as_bytes())?;
+            self.writer.write_file(name, content)?;
         }
-        for file in &self.source.files {
+        for file in self.source.files.iter().filter(|file| !own.iter().any(|(name, _)| *name == file.name)) {
             self.writer.copy_file(&file.name, &file.path)?;
         }
         if matches!(config, Config::Kept { .. }) {

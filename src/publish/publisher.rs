@@ -121,7 +121,7 @@ impl<'a> Publisher<'a> {
     pub fn write<K>(&mut self, list: &[Emit<K>], computed: &mut dyn Compute<K>) -> Result<(), ConvertError> {
         for emit in list {
             let name = &emit.planned.name;
-            let next = self.writer.next_tensor().map(|t| t.name.clone());
+            let next = self.writer.next_tensor().map(|(name, _)| name.to_owned());
             if next.as_ref() != Some(name) {
                 return Err(WriteError::OutOfOrder { expected: next, found: name.clone() }.into());
             }

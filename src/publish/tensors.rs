@@ -6,7 +6,7 @@ use super::publisher::{Compute, Publisher};
 use super::rounding::{check_finite, rounded};
 use crate::arch::{Part, StoredPart};
 use crate::error::ConvertError;
-use crate::source::{Dtype, TensorView};
+use crate::source::{Dtype, DtypeExt, TensorView};
 use crate::target::{Cut, Emit, Origin, fp8};
 use crate::write::{PlannedTensor, WriteError};
 
@@ -49,7 +49,7 @@ impl Publisher<'_> {
     /// Values in the planned dtype; those of FP8 leave the scales of their blocks for the tensor that follows.
     fn values(&mut self, planned: &PlannedTensor, values: &[f64]) -> Result<(), ConvertError> {
         let PlannedTensor { name, dtype, shape } = planned;
-        if *dtype != Dtype::F8E4M3 {
+        if *dtype != Dtype::F8_E4M3 {
             return Ok(self.writer.write_tensor(name, &rounded(name, values, *dtype)?)?);
         }
         check_finite(name, values)?;
@@ -65,7 +65,7 @@ impl Publisher<'_> {
     fn scaled(&mut self, planned: &PlannedTensor, part: &Part, scale: f64, offset: f64) -> Result<(), ConvertError> {
         let tensors = &self.source.tensors;
         let info = tensors.get(&part.name).filter(|t| t.bytes() > 0);
-        let whole = |dtype: Dtype| dtype == Dtype::F8E4M3;
+        let whole = |dtype: Dtype| dtype == Dtype::F8_E4M3;
         let (name, dtype) = (&planned.name, planned.dtype);
         let Some(info) = info.filter(|t| !whole(t.dtype) && !whole(dtype)) else {
             // An empty tensor has no piece that would end it.
@@ -79,7 +79,7 @@ impl Publisher<'_> {
             if dtype == stored && scale == 1.0 && offset == 0.0 {
                 return Ok(writer.write_piece(name, piece)?);
             }
-            let shape = [piece.len() / stored.size()];
+            let shape = [piece.len() / stored.byte_size()];
             let mut values = TensorView { name, dtype: stored, shape: &shape, bytes: piece.into() }.to_f64();
             values.iter_mut().for_each(|v| *v = *v * scale + offset);
             Ok(writer.write_piece(name, &rounded(name, &values, dtype)?)?)
@@ -113,7 +113,8 @@ impl Publisher<'_> {
                 if columns.end > width {
                     return Err(bad(planned, format!("`{from}` has {width} columns, not {}", columns.end)));
                 }
-                let (row, bytes) = (width * dtype.size(), columns.start * dtype.size()..columns.end * dtype.size());
+                let (row, bytes) =
+                    (width * dtype.byte_size(), columns.start * dtype.byte_size()..columns.end * dtype.byte_size());
                 let height = (PIECE / row).max(1);
                 for first in (0..rows).step_by(height) {
                     let block = tensors.rows(from, Some(first..rows.min(first + height)))?;
@@ -130,10 +131,10 @@ impl Publisher<'_> {
     fn zeros(&mut self, planned: &PlannedTensor) -> Result<(), ConvertError> {
         let PlannedTensor { name, dtype, shape } = planned;
         let elements: usize = shape.iter().product();
-        if *dtype == Dtype::F8E4M3 {
+        if *dtype == Dtype::F8_E4M3 {
             return self.values(planned, &vec![0.0; elements]);
         }
-        let bytes = elements * dtype.size();
+        let bytes = elements * dtype.byte_size();
         let zeros = vec![0; bytes.min(PIECE)];
         // At least one piece, which ends an empty tensor.
         for first in (0..bytes.max(1)).step_by(PIECE) {

@@ -76,8 +76,8 @@ fn small(dir: &Path) -> ModelSource {
             (planned("vector", Dtype::F32, &[3]), encode(&[1.5, -2.0, 8.0], Dtype::F32)),
             (planned("eights_scale_inv", Dtype::F32, &[1, 2]), encode(&[0.5, 4.0], Dtype::F32)),
             (planned("empty", Dtype::F32, &[0, 4]), Vec::new()),
-            (planned("matrix", Dtype::Bf16, &[6, 4]), encode(&values(24), Dtype::Bf16)),
-            (planned("eights", Dtype::F8E4M3, &[2, 130]), fp8),
+            (planned("matrix", Dtype::BF16, &[6, 4]), encode(&values(24), Dtype::BF16)),
+            (planned("eights", Dtype::F8_E4M3, &[2, 130]), fp8),
         ],
     )
 }
@@ -122,10 +122,10 @@ fn every_origin_writes_what_it_says() {
     let made = OutTensor { name: "made".into(), shape: vec![2], values: vec![0.1, 0.2] };
     let places = vec![Some(2), None, Some(0)];
     let list = [
-        emit("whole", Dtype::Bf16, &[6, 4], stored("matrix", Cut::Whole)),
-        emit("rows", Dtype::Bf16, &[3, 4], stored("matrix", Cut::Rows(vec![1..2, 4..6]))),
-        emit("columns", Dtype::Bf16, &[6, 2], stored("matrix", Cut::Columns(1..3))),
-        emit("same", Dtype::Bf16, &[2, 4], source("matrix", Some(1..3), 1.0, 0.0)),
+        emit("whole", Dtype::BF16, &[6, 4], stored("matrix", Cut::Whole)),
+        emit("rows", Dtype::BF16, &[3, 4], stored("matrix", Cut::Rows(vec![1..2, 4..6]))),
+        emit("columns", Dtype::BF16, &[6, 2], stored("matrix", Cut::Columns(1..3))),
+        emit("same", Dtype::BF16, &[2, 4], source("matrix", Some(1..3), 1.0, 0.0)),
         emit("none", Dtype::F32, &[0, 4], stored("empty", Cut::Whole)),
         emit("none of a factor", Dtype::F32, &[0, 4], source("empty", None, 2.0, 0.0)),
         emit("no zeros", Dtype::F32, &[0], Origin::Zero),
@@ -136,9 +136,9 @@ fn every_origin_writes_what_it_says() {
         emit("made", Dtype::F32, &[2], Origin::Computed(0)),
         emit("spread", Dtype::F32, &[3], Origin::Spread { part: Part::whole("vector"), places, offset: 0.5 }),
         emit("zeros", Dtype::F32, &[2, 2], Origin::Zero),
-        emit("quantised", Dtype::F8E4M3, &[6, 4], source("matrix", None, 1.0, 0.0)),
-        emit("as stored", Dtype::F8E4M3, &[2, 130], stored("eights", Cut::Whole)),
-        emit("no eights", Dtype::F8E4M3, &[2, 2], Origin::Zero),
+        emit("quantised", Dtype::F8_E4M3, &[6, 4], source("matrix", None, 1.0, 0.0)),
+        emit("as stored", Dtype::F8_E4M3, &[2, 130], stored("eights", Cut::Whole)),
+        emit("no eights", Dtype::F8_E4M3, &[2, 2], Origin::Zero),
     ];
     // The scales of an FP8 tensor follow it; of what is copied they are copied too.
     let mut with_scales = Vec::new();
@@ -159,9 +159,9 @@ fn every_origin_writes_what_it_says() {
         assert_eq!(bytes(&to, copy), bytes(&from, of), "{copy}");
     }
     let rows: Vec<f64> = [&all[4..8], &all[16..]].concat();
-    assert_eq!(bytes(&to, "rows"), encode(&rows, Dtype::Bf16));
-    assert_eq!(bytes(&to, "columns"), encode(&columns(&all, 4, 1..3), Dtype::Bf16));
-    assert_eq!(bytes(&to, "same"), encode(&all[4..12], Dtype::Bf16), "a negative zero stays where nothing changes");
+    assert_eq!(bytes(&to, "rows"), encode(&rows, Dtype::BF16));
+    assert_eq!(bytes(&to, "columns"), encode(&columns(&all, 4, 1..3), Dtype::BF16));
+    assert_eq!(bytes(&to, "same"), encode(&all[4..12], Dtype::BF16), "a negative zero stays where nothing changes");
     assert!(["none", "none of a factor", "no zeros"].iter().all(|name| bytes(&to, name).is_empty()));
     let sum: Vec<f64> = all.iter().map(|v| v + 0.0).collect();
     assert_eq!(bytes(&to, "sum"), encode(&sum, Dtype::F32));
@@ -207,12 +207,12 @@ fn what_cannot_be_written_is_an_error_and_nothing_appears() {
     let made =
         |values: &[f64]| vec![OutTensor { name: "x".into(), shape: vec![values.len()], values: values.to_vec() }];
     let computed = |dtype, n: usize| emit("x", dtype, &[n], Origin::Computed(0));
-    let bf16 = Dtype::Bf16;
+    let bf16 = Dtype::BF16;
     let spread = Origin::Spread { part: Part::whole("vector"), places: vec![Some(3)], offset: 0.0 };
     let cases: Vec<(Emit, Vec<OutTensor>, &str)> = vec![
         (computed(Dtype::F32, 1), made(&[f64::NAN]), "output tensor `x`: not finite after conversion"),
         (computed(Dtype::F32, 2), made(&[1.0, 1e39]), "output tensor `x`: not finite after conversion"),
-        (computed(Dtype::F8E4M3, 1), made(&[f64::INFINITY]), "output tensor `x`: not finite after conversion"),
+        (computed(Dtype::F8_E4M3, 1), made(&[f64::INFINITY]), "output tensor `x`: not finite after conversion"),
         (computed(Dtype::F16, 2), made(&[1.0, -7e4]), "its largest value, 7e4, is beyond what F16 holds\n\nhint: "),
         (computed(Dtype::F32, 3), made(&[1.0]), "expected 12 bytes, found 4"),
         (computed(Dtype::F32, 1), Vec::new(), "its values were not computed"),
@@ -247,7 +247,7 @@ fn what_is_largest_in_a_dtype_is_stored_and_what_rounds_beyond_it_is_not() {
     // Halfway to the next power of two rounds up to it, in every binary format.
     for (dtype, largest, beyond) in [
         (Dtype::F16, 65_519.99, 65_520.0),
-        (Dtype::Bf16, 3.394_8e38, 3.4e38),
+        (Dtype::BF16, 3.394_8e38, 3.4e38),
         (Dtype::F32, f64::from(f32::MAX), f64::from(f32::MAX) * (1.0 + 1e-7)),
     ] {
         for sign in [1.0, -1.0] {
@@ -262,7 +262,7 @@ fn side_files_follow_the_config() {
     let dir = tempfile::tempdir().unwrap();
     let from = small(dir.path());
     let list = [emit("a", Dtype::F32, &[1], Origin::Zero)];
-    let folder = |name: &str, config: Config<'_>, own: &[(&str, &str)]| {
+    let folder = |name: &str, config: Config<'_>, own: &[(&str, &[u8])]| {
         let mut publisher = publisher(&from, &dir.path().join(name), &list, &Silent)?;
         publisher.write(&list, &mut Nothing)?;
         publisher.side_files(config, own)?;
@@ -292,7 +292,7 @@ fn side_files_follow_the_config() {
 
     let readable = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico-llama/config.json");
     let readable: Value = serde_json::from_slice(&fs::read(readable).unwrap()).unwrap();
-    let made = folder("made", Config::Made(&readable), &[("own.py", "Z")]).unwrap();
+    let made = folder("made", Config::Made(&readable), &[("own.py", b"Z")]).unwrap();
     let mut expected: Vec<&str> = common.into_iter().chain(["own.py"]).collect();
     expected.sort_unstable();
     assert_eq!(names(&made), expected, "the code of the source is not that of another class");
@@ -300,7 +300,7 @@ fn side_files_follow_the_config() {
 
     let unreadable = folder("unreadable", Config::Made(&json!({ "model_type": "x" })), &[]).unwrap_err();
     assert!(matches!(unreadable, ConvertError::Arch(_)), "{unreadable}");
-    let taken = folder("taken", Config::Kept { without: &[] }, &[("tokenizer.json", "")]).unwrap_err();
+    let taken = folder("taken", Config::Kept { without: &[] }, &[("config.json", b"")]).unwrap_err();
     assert!(matches!(taken, ConvertError::Write(WriteError::BadFile { .. })), "{taken}");
     fs::OpenOptions::new().append(true).open(from.dir.join("model.safetensors")).unwrap().set_len(9).unwrap();
     let changed = folder("changed", Config::Kept { without: &[] }, &[]).unwrap_err();

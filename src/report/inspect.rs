@@ -7,7 +7,7 @@ use super::engines::{EngineVerdict, Facts, judge};
 use crate::arch::{Architecture, Attention, GqaShape, MlpKind};
 use crate::methods::MethodChoice;
 use crate::mla::Geometry;
-use crate::source::Dtype;
+use crate::source::{Dtype, DtypeExt};
 use crate::target::{RopeGrid, choose};
 
 /// Bytes of one cached value: engines hold the cache in bf16 unless told otherwise.
@@ -181,8 +181,8 @@ impl InspectedModel {
     pub fn new(model: &str, arch: &Architecture, stored: Option<(u64, Dtype)>) -> Self {
         let parameters: u64 =
             arch.expected_tensors().iter().map(|t| t.shape.iter().map(|n| *n as u64).product::<u64>()).sum();
-        let assumed = arch.config_dtype.unwrap_or(Dtype::Bf16);
-        let (weight_bytes, dtype) = stored.unwrap_or((parameters * assumed.size() as u64, assumed));
+        let assumed = arch.config_dtype.unwrap_or(Dtype::BF16);
+        let (weight_bytes, dtype) = stored.unwrap_or((parameters * assumed.byte_size() as u64, assumed));
         let per_layer = arch.cache_values();
         let per_token = arch.cache_values_per_token() as u64 * CACHE_VALUE_BYTES;
         let gqa = arch.gqa();
@@ -225,7 +225,7 @@ impl InspectedModel {
             parameters,
             active_parameters: parameters.saturating_sub(experts.map_or(0, |e| e.idle(arch.hidden))),
             weight_bytes,
-            weight_dtype: dtype.name().to_owned(),
+            weight_dtype: dtype.to_string(),
             weights_present: stored.is_some(),
             kv_values_per_token_per_layer: per_layer,
             kv_bytes_per_token_per_layer: per_layer as u64 * CACHE_VALUE_BYTES,

@@ -12,7 +12,7 @@ pub use raw::RawKv;
 pub use sliced::{RankTensors, Ranks};
 
 use super::tensors::{AttentionTensors, GqaTensors, LayerExtras, MlaTensors, QueryTensors};
-use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
+use super::{AttentionShape, Backend, HeadColumns, HeadPart, HostWeight, Rotation, RuntimeError, Span};
 use crate::arch::{Architecture, Attention, GqaShape, MlaShape, QkNormScope};
 
 /// Queries, keys and values of every head, rotated.
@@ -155,22 +155,22 @@ impl<T> QkNorm<T> {
 }
 
 /// Attention of one layer.
-pub(super) struct AttentionBlock<T> {
-    kind: Kind<T>,
+pub(super) struct AttentionBlock<B: Backend> {
+    kind: Kind<B>,
     /// Cap of the scores.
     cap: Option<f64>,
 }
 
-enum Kind<T> {
-    Gqa(Gqa<T>),
-    Mla(Mla<T>),
+enum Kind<B: Backend> {
+    Gqa(Gqa<B>),
+    Mla(Mla<B>),
 }
 
-impl<T: Send + Sync> AttentionBlock<T> {
-    pub(super) fn new<B: Backend<Tensor = T>>(
+impl<B: Backend> AttentionBlock<B> {
+    pub(super) fn new(
         backend: &B,
         arch: &Architecture,
-        tensors: AttentionTensors,
+        tensors: AttentionTensors<HostWeight>,
         extras: &LayerExtras,
     ) -> Result<Self, RuntimeError> {
         let kind = match (&arch.attention, tensors) {
@@ -188,13 +188,13 @@ impl<T: Send + Sync> AttentionBlock<T> {
     }
 
     /// Project and rotate: `x [T, D]`, one position per row.
-    pub(super) fn expand<B: Backend<Tensor = T>>(
+    pub(super) fn expand(
         &self,
         backend: &B,
-        x: &T,
+        x: &B::Tensor,
         rotation: &Rotation,
         positions: &[usize],
-    ) -> Result<Expanded<T>, RuntimeError> {
+    ) -> Result<Expanded<B::Tensor>, RuntimeError> {
         match &self.kind {
             Kind::Gqa(a) => a.expand(backend, x, rotation, positions),
             Kind::Mla(a) => {
@@ -206,13 +206,13 @@ impl<T: Send + Sync> AttentionBlock<T> {
     }
 
     /// What MLA caches: `[T, r + d_R]`.
-    pub(super) fn latents<B: Backend<Tensor = T>>(
+    pub(super) fn latents(
         &self,
         backend: &B,
-        x: &T,
+        x: &B::Tensor,
         rotation: &Rotation,
         positions: &[usize],
-    ) -> Result<T, RuntimeError> {
+    ) -> Result<B::Tensor, RuntimeError> {
         match &self.kind {
             Kind::Mla(a) => a.latent(backend, x, rotation, positions),
             Kind::Gqa(_) => Err(RuntimeError::Variant { expected: "mla", found: "gqa" }),
@@ -220,16 +220,16 @@ impl<T: Send + Sync> AttentionBlock<T> {
     }
 
     /// Attention over expanded keys and values: head outputs.
-    pub(super) fn attend<B: Backend<Tensor = T>>(
+    pub(super) fn attend(
         &self,
         backend: &B,
-        all: &Expanded<T>,
+        all: &Expanded<B::Tensor>,
         spans: &[Span],
-    ) -> Result<T, RuntimeError> {
+    ) -> Result<B::Tensor, RuntimeError> {
         core(backend, self.cap, (&all.q, &all.k, &all.v), &all.shape, spans)
     }
 
-    pub(super) fn output<B: Backend<Tensor = T>>(&self, backend: &B, heads: &T) -> T {
+    pub(super) fn output(&self, backend: &B, heads: &B::Tensor) -> B::Tensor {
         match &self.kind {
             Kind::Gqa(a) => a.o.apply(backend, heads),
             Kind::Mla(a) => a.o.apply(backend, heads),
@@ -244,7 +244,7 @@ impl<T: Send + Sync> AttentionBlock<T> {
         }
     }
 
-    pub(super) fn cache<B: Backend<Tensor = T>>(&self, backend: &B, capacity: usize) -> Cache<T> {
+    pub(super) fn cache(&self, backend: &B, capacity: usize) -> Cache<B::Tensor> {
         match &self.kind {
             Kind::Gqa(a) => {
                 let width = a.shape.kv_heads * a.shape.head_dim;
@@ -255,13 +255,13 @@ impl<T: Send + Sync> AttentionBlock<T> {
     }
 
     /// Append rows to the cache and attend from them to all of it: `x [new, D]` to head outputs `[new, H d_V]`.
-    pub(super) fn decode<B: Backend<Tensor = T>>(
+    pub(super) fn decode(
         &self,
         backend: &B,
-        x: &T,
-        cache: &mut Cache<T>,
+        x: &B::Tensor,
+        cache: &mut Cache<B::Tensor>,
         step: &Step<'_>,
-    ) -> Result<T, RuntimeError> {
+    ) -> Result<B::Tensor, RuntimeError> {
         match (&self.kind, cache) {
             (Kind::Gqa(a), Cache::Gqa { k, v }) => {
                 let new = a.expand(backend, x, step.rotation, step.positions)?;
@@ -303,23 +303,23 @@ fn core<B: Backend>(
 }
 
 /// Grouped-query attention.
-pub(super) struct Gqa<T> {
+pub(super) struct Gqa<B: Backend> {
     heads: usize,
     shape: GqaShape,
-    q: Projection<T>,
-    k: Projection<T>,
-    v: Projection<T>,
-    o: Projection<T>,
-    norm: Option<QkNorm<T>>,
+    q: Projection<B>,
+    k: Projection<B>,
+    v: Projection<B>,
+    o: Projection<B>,
+    norm: Option<QkNorm<B::Tensor>>,
     window: Option<usize>,
 }
 
-impl<T: Send + Sync> Gqa<T> {
-    fn new<B: Backend<Tensor = T>>(
+impl<B: Backend> Gqa<B> {
+    fn new(
         backend: &B,
         arch: &Architecture,
         shape: GqaShape,
-        t: GqaTensors,
+        t: GqaTensors<HostWeight>,
         extras: &LayerExtras,
     ) -> Result<Self, RuntimeError> {
         let (heads, hidden) = (arch.heads, arch.hidden);
@@ -340,13 +340,13 @@ impl<T: Send + Sync> Gqa<T> {
         })
     }
 
-    fn expand<B: Backend<Tensor = T>>(
+    fn expand(
         &self,
         backend: &B,
-        x: &T,
+        x: &B::Tensor,
         rotation: &Rotation,
         positions: &[usize],
-    ) -> Result<Expanded<T>, RuntimeError> {
+    ) -> Result<Expanded<B::Tensor>, RuntimeError> {
         let (d, kv_heads) = (self.shape.head_dim, self.shape.kv_heads);
         let columns = HeadColumns::dense(d);
         let turned = HeadColumns { width: self.shape.rotary_dim, ..columns };
@@ -372,30 +372,30 @@ impl<T: Send + Sync> Gqa<T> {
 }
 
 /// The query path of MLA.
-enum Query<T> {
-    Direct(Projection<T>),
-    LowRank { a: Projection<T>, norm: Option<T>, b: Projection<T> },
+enum Query<B: Backend> {
+    Direct(Projection<B>),
+    LowRank { a: Projection<B>, norm: Option<B::Tensor>, b: Projection<B> },
 }
 
 /// Multi-head latent attention.
-pub(super) struct Mla<T> {
+pub(super) struct Mla<B: Backend> {
     heads: usize,
     shape: MlaShape,
-    query: Query<T>,
-    kv_a: Projection<T>,
-    kv_a_norm: Option<T>,
-    kv_b: Projection<T>,
-    o: Projection<T>,
-    norm: Option<QkNorm<T>>,
+    query: Query<B>,
+    kv_a: Projection<B>,
+    kv_a_norm: Option<B::Tensor>,
+    kv_b: Projection<B>,
+    o: Projection<B>,
+    norm: Option<QkNorm<B::Tensor>>,
     window: Option<usize>,
 }
 
-impl<T: Send + Sync> Mla<T> {
-    fn new<B: Backend<Tensor = T>>(
+impl<B: Backend> Mla<B> {
+    fn new(
         backend: &B,
         arch: &Architecture,
         shape: MlaShape,
-        t: MlaTensors,
+        t: MlaTensors<HostWeight>,
         extras: &LayerExtras,
     ) -> Result<Self, RuntimeError> {
         let gain = |role: &'static str, values: Vec<f32>, len: usize| match shape.latent_norm {
@@ -407,7 +407,7 @@ impl<T: Send + Sync> Mla<T> {
         let query = match t.query {
             QueryTensors::Direct(linear) => Query::Direct(Projection::new(backend, "q", linear, q, hidden)?),
             QueryTensors::LowRank { a, norm, b } => {
-                let rank = a.weight.nrows();
+                let rank = a.weight.shape().0;
                 Query::LowRank {
                     a: Projection::new(backend, "q_a", a, rank, hidden)?,
                     norm: gain("q_a_norm", norm, rank)?,
@@ -439,13 +439,13 @@ impl<T: Send + Sync> Mla<T> {
     }
 
     /// Queries `[T, H (d_N + d_R)]`, the last `d_R` of each head rotated.
-    fn queries<B: Backend<Tensor = T>>(
+    fn queries(
         &self,
         backend: &B,
-        x: &T,
+        x: &B::Tensor,
         rotation: &Rotation,
         positions: &[usize],
-    ) -> Result<T, RuntimeError> {
+    ) -> Result<B::Tensor, RuntimeError> {
         let mut q = match &self.query {
             Query::Direct(q) => q.apply(backend, x),
             Query::LowRank { a, norm, b } => {
@@ -469,13 +469,13 @@ impl<T: Send + Sync> Mla<T> {
     }
 
     /// What is cached per token: `[T, r + d_R]`, normed latent and rotated key.
-    fn latent<B: Backend<Tensor = T>>(
+    fn latent(
         &self,
         backend: &B,
-        x: &T,
+        x: &B::Tensor,
         rotation: &Rotation,
         positions: &[usize],
-    ) -> Result<T, RuntimeError> {
+    ) -> Result<B::Tensor, RuntimeError> {
         let (rank, rope) = (self.shape.kv_lora_rank, self.shape.qk_rope_head_dim);
         let mut both = self.kv_a.apply(backend, x);
         let rotated = HeadColumns { start: rank, stride: 0, width: rope };
@@ -490,7 +490,7 @@ impl<T: Send + Sync> Mla<T> {
     }
 
     /// Keys and values of every head from cached rows.
-    fn expand<B: Backend<Tensor = T>>(&self, backend: &B, q: T, cached: &T) -> Expanded<T> {
+    fn expand(&self, backend: &B, q: B::Tensor, cached: &B::Tensor) -> Expanded<B::Tensor> {
         let s = &self.shape;
         let (rank, nope, value) = (s.kv_lora_rank, s.qk_nope_head_dim, s.v_head_dim);
         let latent = backend.gather_heads(&[HeadPart { from: cached, columns: HeadColumns::dense(rank) }], 1);
@@ -512,21 +512,21 @@ impl<T: Send + Sync> Mla<T> {
     }
 
     /// Absorbed attention: `q [T, H (d_N + d_R)]` over `cached [S, r + d_R]` to `[T, H d_V]`.
-    fn attend_latent<B: Backend<Tensor = T>>(
+    fn attend_latent(
         &self,
         backend: &B,
         cap: Option<f64>,
-        q: &T,
-        cached: &T,
+        q: &B::Tensor,
+        cached: &B::Tensor,
         spans: &[Span],
-    ) -> Result<T, RuntimeError> {
+    ) -> Result<B::Tensor, RuntimeError> {
         let (q, shape) = self.absorb(backend, q);
         let mixed = core(backend, cap, (&q, cached, cached), &shape, spans)?;
         Ok(self.unabsorb(backend, &mixed))
     }
 
     /// Queries for cached rows: `q [T, H (d_N + d_R)]` to `[T, H (r + d_R)]`, and how they attend.
-    fn absorb<B: Backend<Tensor = T>>(&self, backend: &B, q: &T) -> (T, AttentionShape) {
+    fn absorb(&self, backend: &B, q: &B::Tensor) -> (B::Tensor, AttentionShape) {
         let s = &self.shape;
         let (rank, nope, rope, value) = (s.kv_lora_rank, s.qk_nope_head_dim, s.qk_rope_head_dim, s.v_head_dim);
         let key_rows = HeadColumns { start: 0, stride: nope + value, width: nope };
@@ -543,7 +543,7 @@ impl<T: Send + Sync> Mla<T> {
     }
 
     /// Head outputs `[T, H d_V]` of mixed latents `[T, H r]`.
-    fn unabsorb<B: Backend<Tensor = T>>(&self, backend: &B, mixed: &T) -> T {
+    fn unabsorb(&self, backend: &B, mixed: &B::Tensor) -> B::Tensor {
         let (nope, value) = (self.shape.qk_nope_head_dim, self.shape.v_head_dim);
         let value_rows = HeadColumns { start: nope, stride: nope + value, width: value };
         backend.head_linear(mixed, &self.kv_b.weight, value_rows, self.heads, false)

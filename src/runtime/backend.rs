@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2};
 
-use super::{Cpu, Rotation, RuntimeError};
+use super::{Cpu, HostWeight, Rotation, RuntimeError};
 use crate::arch::Activation;
 
 /// Up to this many rows, gathering them one by one on a device beats the way to the host and back.
@@ -43,31 +43,35 @@ pub struct HeadPart<'a, T> {
     pub columns: HeadColumns,
 }
 
-/// A linear layer.
+/// A linear layer: its weight `W`, and matrices `T`.
 #[derive(Debug)]
-pub struct LinearWeights<'a, T> {
+pub struct LinearWeights<'a, W, T> {
     /// `[out, in]`.
-    pub weight: &'a T,
+    pub weight: &'a W,
     /// `[1, out]`.
     pub bias: Option<&'a T>,
 }
 
-impl<T> LinearWeights<'_, T> {
-    /// The same on another kind of matrix.
-    pub fn map<'b, U>(&'b self, f: impl Fn(&'b T) -> &'b U) -> LinearWeights<'b, U> {
-        LinearWeights { weight: f(self.weight), bias: self.bias.map(f) }
+impl<W, T> LinearWeights<'_, W, T> {
+    /// The same on other kinds of weights and matrices.
+    pub fn map<'b, V, U>(
+        &'b self,
+        weight: impl Fn(&'b W) -> &'b V,
+        bias: impl Fn(&'b T) -> &'b U,
+    ) -> LinearWeights<'b, V, U> {
+        LinearWeights { weight: weight(self.weight), bias: self.bias.map(bias) }
     }
 }
 
 /// An MLP `down(act(gate x) * up x)`, or `down(act(up x))` without a gate.
 #[derive(Debug)]
-pub struct MlpWeights<'a, T> {
+pub struct MlpWeights<'a, W, T> {
     /// `[I, D]`.
-    pub gate: Option<LinearWeights<'a, T>>,
+    pub gate: Option<LinearWeights<'a, W, T>>,
     /// `[I, D]`.
-    pub up: LinearWeights<'a, T>,
+    pub up: LinearWeights<'a, W, T>,
     /// `[D, I]`.
-    pub down: LinearWeights<'a, T>,
+    pub down: LinearWeights<'a, W, T>,
     /// `act`.
     pub activation: Activation,
 }
@@ -116,11 +120,11 @@ impl Span {
 pub(super) fn absorb_in_steps<B: Backend + ?Sized>(
     b: &B,
     x: &B::Tensor,
-    weight: &B::Tensor,
+    weight: &B::Weight,
     of: HeadColumns,
     heads: usize,
 ) -> B::Tensor {
-    let (each, r) = (b.shape(x).1 / heads, b.shape(weight).1);
+    let (each, r) = (b.shape(x).1 / heads, b.weight_shape(weight).1);
     let plain = HeadColumns { start: 0, stride: each, width: of.width };
     let tail = HeadColumns { start: of.width, stride: each, width: each - of.width };
     let absorbed = match of.width == each {
@@ -138,7 +142,7 @@ pub(super) fn absorb_in_steps<B: Backend + ?Sized>(
 pub(super) fn mlp_in_steps<B: Backend + ?Sized>(
     b: &B,
     x: &B::Tensor,
-    mlp: &MlpWeights<'_, B::Tensor>,
+    mlp: &MlpWeights<'_, B::Weight, B::Tensor>,
 ) -> Result<B::Tensor, RuntimeError> {
     Ok(b.linear(&b.mlp_activated(x, mlp)?, mlp.down.weight, mlp.down.bias))
 }
@@ -152,6 +156,9 @@ pub trait Backend: Sync {
     /// A matrix on the device.
     type Tensor: Send + Sync;
 
+    /// The weight of a linear layer on the device, which may hold it in a narrower dtype that has every value.
+    type Weight: Send + Sync;
+
     /// Name for messages, such as `cpu`.
     fn name(&self) -> &str;
 
@@ -163,10 +170,15 @@ pub trait Backend: Sync {
         self.upload(host.to_owned())
     }
 
-    /// Move the weight of a linear layer to the device, which may keep it in a narrower dtype that holds every value.
-    /// Only [`Backend::linear`] and [`Backend::head_linear`] read it.
-    fn upload_weight(&self, host: Array2<f32>) -> Self::Tensor {
-        self.upload(host)
+    /// Move the weight of a linear layer to the device.
+    fn upload_weight(&self, host: HostWeight) -> Self::Weight;
+
+    /// `(out, in)` of a weight.
+    fn weight_shape(&self, weight: &Self::Weight) -> (usize, usize);
+
+    /// Whether it computes with weights where they lie in host memory, so that they need not be read before.
+    fn takes_weights_in_place(&self) -> bool {
+        false
     }
 
     /// Move a matrix back to the host.
@@ -188,7 +200,7 @@ pub trait Backend: Sync {
     fn rows(&self, x: &Self::Tensor, rows: Range<usize>) -> Self::Tensor;
 
     /// `x W^T + bias`: `x [T, in]`, `weight [out, in]`, `bias [1, out]` to `[T, out]`.
-    fn linear(&self, x: &Self::Tensor, weight: &Self::Tensor, bias: Option<&Self::Tensor>) -> Self::Tensor;
+    fn linear(&self, x: &Self::Tensor, weight: &Self::Weight, bias: Option<&Self::Tensor>) -> Self::Tensor;
 
     /// A small linear layer per head, its weight being rows `of(h)` of `weight [rows, r]`.
     ///
@@ -197,7 +209,7 @@ pub trait Backend: Sync {
     fn head_linear(
         &self,
         x: &Self::Tensor,
-        weight: &Self::Tensor,
+        weight: &Self::Weight,
         of: HeadColumns,
         heads: usize,
         absorb: bool,
@@ -205,7 +217,7 @@ pub trait Backend: Sync {
 
     /// Queries for a latent: the first `of.width` columns of each head of `x [T, heads (width + tail)]` by `W_h`, rows `of(h)`
     /// of `weight [rows, r]`, with the head's other columns behind them: `[T, heads (r + tail)]`.
-    fn absorb(&self, x: &Self::Tensor, weight: &Self::Tensor, of: HeadColumns, heads: usize) -> Self::Tensor {
+    fn absorb(&self, x: &Self::Tensor, weight: &Self::Weight, of: HeadColumns, heads: usize) -> Self::Tensor {
         absorb_in_steps(self, x, weight, of, heads)
     }
 
@@ -239,7 +251,11 @@ pub trait Backend: Sync {
     ///
     /// # Errors
     /// As [`Backend::download`].
-    fn mlp(&self, x: &Self::Tensor, mlp: &MlpWeights<'_, Self::Tensor>) -> Result<Self::Tensor, RuntimeError> {
+    fn mlp(
+        &self,
+        x: &Self::Tensor,
+        mlp: &MlpWeights<'_, Self::Weight, Self::Tensor>,
+    ) -> Result<Self::Tensor, RuntimeError> {
         mlp_in_steps(self, x, mlp)
     }
 
@@ -250,7 +266,7 @@ pub trait Backend: Sync {
     fn mlp_activated(
         &self,
         x: &Self::Tensor,
-        mlp: &MlpWeights<'_, Self::Tensor>,
+        mlp: &MlpWeights<'_, Self::Weight, Self::Tensor>,
     ) -> Result<Self::Tensor, RuntimeError> {
         let up = self.linear(x, mlp.up.weight, mlp.up.bias);
         match &mlp.gate {

@@ -3,21 +3,21 @@
 use super::attention::{Projection, vector_of};
 use super::router::{choose, sigmoid};
 use super::tensors::{ExpertTensors, FeedForwardTensors, MlpTensors};
-use super::{Backend, MlpWeights, RuntimeError};
+use super::{Backend, HostWeight, MlpWeights, RuntimeError};
 use crate::arch::{Activation, Architecture, MlpKind, Moe};
 
 /// MLP `down(act(gate x) * up x)`, or `down(act(up x))` without a gate.
-pub(super) struct Mlp<T> {
-    gate: Option<Projection<T>>,
-    up: Projection<T>,
-    pub(super) down: Projection<T>,
+pub(super) struct Mlp<B: Backend> {
+    gate: Option<Projection<B>>,
+    up: Projection<B>,
+    pub(super) down: Projection<B>,
     activation: Activation,
 }
 
-impl<T> Mlp<T> {
-    fn new<B: Backend<Tensor = T>>(
+impl<B: Backend> Mlp<B> {
+    fn new(
         backend: &B,
-        tensors: MlpTensors,
+        tensors: MlpTensors<HostWeight>,
         hidden: usize,
         width: usize,
         activation: Activation,
@@ -34,7 +34,7 @@ impl<T> Mlp<T> {
         })
     }
 
-    fn weights(&self) -> MlpWeights<'_, T> {
+    fn weights(&self) -> MlpWeights<'_, B::Weight, B::Tensor> {
         MlpWeights {
             gate: self.gate.as_ref().map(Projection::weights),
             up: self.up.weights(),
@@ -44,49 +44,50 @@ impl<T> Mlp<T> {
     }
 
     /// `act(gate x) * up x`, or `act(up x)`, `[T, I]`.
-    pub(super) fn activated<B: Backend<Tensor = T>>(&self, b: &B, x: &T) -> Result<T, RuntimeError> {
+    pub(super) fn activated(&self, b: &B, x: &B::Tensor) -> Result<B::Tensor, RuntimeError> {
         b.mlp_activated(x, &self.weights())
     }
 
-    fn apply<B: Backend<Tensor = T>>(&self, b: &B, x: &T) -> Result<T, RuntimeError> {
+    fn apply(&self, b: &B, x: &B::Tensor) -> Result<B::Tensor, RuntimeError> {
         b.mlp(x, &self.weights())
     }
 }
 
 /// Reads the weights of one routed expert.
-pub(super) type ExpertLoader<'a> = Box<dyn Fn(usize) -> Result<MlpTensors, RuntimeError> + Send + Sync + 'a>;
+pub(super) type ExpertLoader<'a> =
+    Box<dyn Fn(usize) -> Result<MlpTensors<HostWeight>, RuntimeError> + Send + Sync + 'a>;
 
 /// Where the routed experts are.
-enum Routed<'a, T> {
-    Held(Vec<Mlp<T>>),
+enum Routed<'a, B: Backend> {
+    Held(Vec<Mlp<B>>),
     /// Read when a token goes to them, and dropped again.
     Streamed(ExpertLoader<'a>),
 }
 
 /// A mixture of experts.
-pub(super) struct Experts<'a, T> {
+pub(super) struct Experts<'a, B: Backend> {
     shape: Moe,
     hidden: usize,
     activation: Activation,
-    router: Projection<T>,
+    router: Projection<B>,
     choice_bias: Vec<f32>,
-    experts: Routed<'a, T>,
-    shared: Option<Mlp<T>>,
-    shared_router: Option<Projection<T>>,
+    experts: Routed<'a, B>,
+    shared: Option<Mlp<B>>,
+    shared_router: Option<Projection<B>>,
 }
 
 /// MLP or experts of one layer.
-pub(super) enum FeedForward<'a, T> {
-    Dense(Mlp<T>),
-    Experts(Box<Experts<'a, T>>),
+pub(super) enum FeedForward<'a, B: Backend> {
+    Dense(Mlp<B>),
+    Experts(Box<Experts<'a, B>>),
 }
 
-impl<'a, T> FeedForward<'a, T> {
+impl<'a, B: Backend> FeedForward<'a, B> {
     /// With a `loader`, the routed experts are read through it as they are needed; the tensors then hold none.
-    pub(super) fn new<B: Backend<Tensor = T>>(
+    pub(super) fn new(
         backend: &B,
         arch: &Architecture,
-        tensors: FeedForwardTensors,
+        tensors: FeedForwardTensors<HostWeight>,
         loader: Option<ExpertLoader<'a>>,
     ) -> Result<Self, RuntimeError> {
         let (d, act) = (arch.hidden, arch.activation);
@@ -110,7 +111,7 @@ impl<'a, T> FeedForward<'a, T> {
     }
 
     /// `x [T, D]`, normed, to `[T, D]`.
-    pub(super) fn apply<B: Backend<Tensor = T>>(&self, b: &B, x: &T) -> Result<T, RuntimeError> {
+    pub(super) fn apply(&self, b: &B, x: &B::Tensor) -> Result<B::Tensor, RuntimeError> {
         match self {
             Self::Dense(mlp) => mlp.apply(b, x),
             Self::Experts(experts) => experts.apply(b, x),
@@ -118,11 +119,11 @@ impl<'a, T> FeedForward<'a, T> {
     }
 }
 
-impl<'a, T> Experts<'a, T> {
-    fn new<B: Backend<Tensor = T>>(
+impl<'a, B: Backend> Experts<'a, B> {
+    fn new(
         backend: &B,
         moe: &Moe,
-        t: ExpertTensors,
+        t: ExpertTensors<HostWeight>,
         loader: Option<ExpertLoader<'a>>,
         (hidden, activation): (usize, Activation),
     ) -> Result<Self, RuntimeError> {
@@ -153,7 +154,7 @@ impl<'a, T> Experts<'a, T> {
         })
     }
 
-    fn apply<B: Backend<Tensor = T>>(&self, b: &B, x: &T) -> Result<T, RuntimeError> {
+    fn apply(&self, b: &B, x: &B::Tensor) -> Result<B::Tensor, RuntimeError> {
         let (rows, columns) = b.shape(x);
         let mut out = b.zeros(rows, columns);
         let chosen = choose(&self.shape, &self.choice_bias, &b.download(self.router.apply(b, x))?);
@@ -181,7 +182,7 @@ impl<'a, T> Experts<'a, T> {
     }
 
     /// One expert's output for the tokens that go to it.
-    fn routed<B: Backend<Tensor = T>>(&self, b: &B, expert: usize, x: &T) -> Result<T, RuntimeError> {
+    fn routed(&self, b: &B, expert: usize, x: &B::Tensor) -> Result<B::Tensor, RuntimeError> {
         match &self.experts {
             Routed::Held(experts) => match experts.get(expert) {
                 Some(mlp) => mlp.apply(b, x),

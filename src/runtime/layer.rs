@@ -7,7 +7,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use super::attention::{AttentionBlock, Cache, CompressedPrompt, LatentPath, Step, vector};
 use super::feed_forward::{ExpertLoader, FeedForward};
 use super::tensors::LayerTensors;
-use super::{Backend, Cpu, HeadColumns, HeadPart, Qkv, RawKv, Rotation, RuntimeError, Span};
+use super::{Backend, Cpu, HeadColumns, HeadPart, HostWeight, Qkv, RawKv, Rotation, RuntimeError, Span};
 use crate::arch::{Architecture, Rope};
 
 /// Tokens that are worked on at once: bounds the MLP's intermediate and the expanded keys and values.
@@ -33,10 +33,10 @@ pub struct Layer<'b, B: Backend> {
     norm_eps: f64,
     rope: Rope,
     input_norm: Option<B::Tensor>,
-    pub(super) attention: AttentionBlock<B::Tensor>,
+    pub(super) attention: AttentionBlock<B>,
     attention_out_norm: Option<B::Tensor>,
     post_norm: Option<B::Tensor>,
-    mlp: FeedForward<'b, B::Tensor>,
+    mlp: FeedForward<'b, B>,
     mlp_out_norm: Option<B::Tensor>,
 }
 
@@ -52,14 +52,14 @@ impl<'b, B: Backend> Layer<'b, B> {
     /// # Errors
     /// [`RuntimeError::Shape`] or [`RuntimeError::Variant`] when weights and architecture disagree.
     pub fn new(backend: &'b B, arch: &Architecture, tensors: LayerTensors) -> Result<Self, RuntimeError> {
-        Self::with_loader(backend, arch, tensors, None)
+        Self::with_loader(backend, arch, tensors.map(HostWeight::from), None)
     }
 
     /// As [`Layer::new`]; with a `loader`, the routed experts are read through it whenever tokens go to them.
     pub(super) fn with_loader(
         backend: &'b B,
         arch: &Architecture,
-        tensors: LayerTensors,
+        tensors: LayerTensors<HostWeight>,
         loader: Option<ExpertLoader<'b>>,
     ) -> Result<Self, RuntimeError> {
         let d = arch.hidden;

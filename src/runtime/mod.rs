@@ -1,6 +1,7 @@
 //! The reference forward pass: GQA and MLA decoders, written once over a small op trait.
 //!
-//! [`Backend`] is about a dozen operations on row-major matrices `[rows, columns]` of f32; [`Cpu`] implements them. A
+//! [`Backend`] is about a dozen operations on row-major matrices `[rows, columns]` of f32, and on weights of linear layers,
+//! which a device may hold narrower; [`Cpu`] implements them, on weights in place in their files ([`Model::in_place`]). A
 //! [`Layer`] is one decoder layer on a backend, fed and read as host arrays, so that a conversion needs the memory of
 //! one layer. A [`Model`] streams tokens through all layers from a checkpoint; a [`Resident`] holds all layers, and a
 //! [`Session`] decodes on it with a KV cache. Nothing here knows how a conversion works.
@@ -31,6 +32,7 @@ mod session;
 mod sliced;
 mod statistics;
 mod tensors;
+mod weight;
 mod xkv;
 
 pub use attention::{RankTensors, Ranks, RawKv};
@@ -38,7 +40,7 @@ pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, LinearWeights,
 pub use bench::{Case, Trial, median};
 pub use cpu::Cpu;
 pub(crate) use cpu::{LONG_MLP, softmax};
-pub use device::{Device, DeviceChoice, DeviceDescription, DeviceTensor, Precision, devices};
+pub use device::{Device, DeviceChoice, DeviceDescription, DeviceTensor, DeviceWeight, Precision, devices};
 pub use error::RuntimeError;
 pub use generate::{Decode, Generation, Stop, generate};
 pub(crate) use layer::CHUNK;
@@ -53,5 +55,6 @@ pub use tensors::{
     AttentionTensors, ExpertTensors, FeedForwardTensors, GqaTensors, LayerExtras, LayerTensors, Linear, MlaTensors,
     MlpTensors, QueryTensors,
 };
+pub use weight::HostWeight;
 pub(crate) use xkv::GroupCache;
 pub use xkv::{XkvBytes, XkvError, XkvSession, XkvSettings};

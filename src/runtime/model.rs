@@ -4,11 +4,11 @@ use ndarray::{Array2, ArrayView2};
 
 use super::attention::{Projection, vector};
 use super::feed_forward::ExpertLoader;
-use super::tensors::{LayerTensors, add_offset, load_expert, load_matrix};
+use super::tensors::{Loader, add_offset, load_weight};
 use super::{Backend, Layer, RuntimeError};
 use crate::arch::{Architecture, Part};
 use crate::observe::{Event, Observer};
-use crate::source::ModelSource;
+use crate::source::{MappedBytes, ModelSource, TensorDirectory, TensorView};
 
 /// Routed experts of a layer beyond this many bytes in f32 are read as tokens go to them, one in memory at a time: a
 /// layer of DeepSeek-V3 has 45 GB of them.
@@ -21,6 +21,7 @@ pub struct Model<'a, B: Backend> {
     arch: &'a Architecture,
     backend: &'a B,
     held_experts: u64,
+    in_place: bool,
 }
 
 impl<B: Backend> Clone for Model<'_, B> {
@@ -32,9 +33,42 @@ impl<B: Backend> Clone for Model<'_, B> {
 impl<B: Backend> Copy for Model<'_, B> {}
 
 impl<'a, B: Backend> Model<'a, B> {
-    /// Nothing is read yet.
+    /// Nothing is read yet. Weights are read from their files as f32 when they are needed; see [`Model::in_place`].
     pub fn new(source: &'a ModelSource, arch: &'a Architecture, backend: &'a B) -> Self {
-        Self { source, arch, backend, held_experts: HELD_EXPERTS }
+        Self { source, arch, backend, held_experts: HELD_EXPERTS, in_place: false }
+    }
+
+    /// The same with weights used where they are: f32 and bf16 weights stay in read-only maps of their files, where the
+    /// backend computes with them there (the processor does) and the files can be mapped. Loading then takes no time, and a
+    /// model no memory but pages of the system's file cache. Results are the same, bit for bit.
+    ///
+    /// The files must not change while the model is used. If one does, an error says so ([`Model::check_files`]), and on
+    /// Unix the first such model of a process sets up a handler of SIGBUS that survives files that get shorter.
+    #[must_use]
+    pub fn in_place(self) -> Self {
+        Self { in_place: self.backend.takes_weights_in_place(), ..self }
+    }
+
+    /// Fail when a weight file that is used in place is no longer what it was when the model was opened. Whatever the library
+    /// computes from whole models or checks by [`Model::check_layer`] was checked; to be called by who uses the
+    /// methods of a [`Layer`] alone, before using what they returned.
+    ///
+    /// # Errors
+    /// [`SourceError::Changed`](crate::source::SourceError::Changed).
+    pub fn check_files(&self) -> Result<(), RuntimeError> {
+        Ok(self.files().map_or(Ok(()), TensorDirectory::check_in_place)?)
+    }
+
+    /// The files, where weights are used in place.
+    fn files(&self) -> Option<&'a TensorDirectory> {
+        self.in_place.then_some(&self.source.tensors)
+    }
+
+    fn loader<'l>(&self, arch: &'l Architecture, layer: usize) -> Loader<'l>
+    where
+        'a: 'l,
+    {
+        Loader { source: self.source, arch, layer, in_place: self.in_place }
     }
 
     /// The same with another limit on the bytes (f32) that the routed experts of a layer may take; beyond it they are read
@@ -66,13 +100,22 @@ impl<'a, B: Backend> Model<'a, B> {
         {
             return Err(RuntimeError::Shape { role: "embed", expected: vec![vocab, d], found: info.shape.clone() });
         }
+        let table = self.embedding()?.zip(stored.get(name));
         let mut out = Array2::zeros((tokens.len(), d));
         for (mut row, &token) in out.rows_mut().into_iter().zip(tokens) {
             let index = token as usize;
             if index >= vocab {
                 return Err(RuntimeError::Token { token, vocab });
             }
-            row.iter_mut().zip(stored.row(name, index)?.to_f32()).for_each(|(x, y)| *x = y);
+            let values = match &table {
+                Some((bytes, info)) => {
+                    let width = bytes.len() / vocab;
+                    let bytes = bytes[index * width..][..width].into();
+                    TensorView { name, dtype: info.dtype, shape: &info.shape[1..], bytes }.to_f32()
+                }
+                None => stored.row(name, index)?.to_f32(),
+            };
+            row.iter_mut().zip(values).for_each(|(x, y)| *x = y);
         }
         let factor = self.arch.multipliers.embedding as f32;
         if factor != 1.0 {
@@ -81,13 +124,21 @@ impl<'a, B: Backend> Model<'a, B> {
         Ok(out)
     }
 
+    /// The embedding in place, where weights are used so and it can be.
+    pub(super) fn embedding(&self) -> Result<Option<MappedBytes>, RuntimeError> {
+        match self.in_place {
+            true => Ok(self.source.tensors.in_place(&self.arch.names.embed, None)?),
+            false => Ok(None),
+        }
+    }
+
     /// Load one layer for streaming: routed experts that are too large to hold stay in their files until a token goes to
     /// them.
     ///
     /// # Errors
     /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
     pub fn layer(&self, index: usize) -> Result<Layer<'a, B>, RuntimeError> {
-        let (source, arch) = (self.source, self.arch);
+        let arch = self.arch;
         let bytes = match &arch.moe {
             // Three matrices of f32 each.
             Some(moe) if arch.is_sparse(index) => {
@@ -98,9 +149,11 @@ impl<'a, B: Backend> Model<'a, B> {
         if bytes <= self.held_experts {
             return self.held_layer(index);
         }
-        let loader: ExpertLoader<'a> = Box::new(move |expert| load_expert(source, arch, index, expert));
+        let experts = self.loader(arch, index);
+        let loader: ExpertLoader<'a> = Box::new(move |expert| experts.routed_expert(expert));
         let own = arch.at_layer(index);
-        Layer::with_loader(self.backend, &own, LayerTensors::load_parts(source, &own, index, false)?, Some(loader))
+        let tensors = self.loader(&own, index).layer(false)?;
+        Layer::with_loader(self.backend, &own, tensors, Some(loader))
     }
 
     /// Load one layer whole.
@@ -108,8 +161,9 @@ impl<'a, B: Backend> Model<'a, B> {
     /// # Errors
     /// [`RuntimeError::Source`], [`RuntimeError::Shape`].
     pub fn held_layer(&self, index: usize) -> Result<Layer<'a, B>, RuntimeError> {
-        let arch = self.arch.at_layer(index);
-        Layer::new(self.backend, &arch, LayerTensors::load(self.source, &arch, index)?)
+        let own = self.arch.at_layer(index);
+        let tensors = self.loader(&own, index).layer(true)?;
+        Layer::with_loader(self.backend, &own, tensors, None)
     }
 
     /// Load the final norm and the output head.
@@ -119,13 +173,15 @@ impl<'a, B: Backend> Model<'a, B> {
     pub fn head(&self) -> Result<Head<'a, B>, RuntimeError> {
         let names = &self.arch.names;
         let name = if self.arch.tied_head { &names.embed } else { &names.head };
-        let weight = load_matrix(self.source, "head", &Part::whole(name.as_str()), self.arch.vocab, self.arch.hidden)?;
+        let (shape, part) = ((self.arch.vocab, self.arch.hidden), Part::whole(name.as_str()));
+        let weight = load_weight(self.source, "head", &part, shape, self.in_place)?;
         let mut norm = self.source.tensors.view(&names.final_norm)?.to_f32();
         add_offset(self.arch, &mut norm);
         // The head is linear in the normed state, so a factor on logits may as well be in the gain.
         norm.iter_mut().for_each(|g| *g = (f64::from(*g) * self.arch.multipliers.logits) as f32);
         Ok(Head {
             backend: self.backend,
+            files: self.files(),
             hidden: self.arch.hidden,
             norm_eps: self.arch.norm_eps,
             norm: vector(self.backend, "final_norm", norm, self.arch.hidden)?,
@@ -151,11 +207,12 @@ impl<'a, B: Backend> Model<'a, B> {
         Ok(hidden)
     }
 
-    /// Fail when the output of layer `index` is not finite.
+    /// Fail when the output of layer `index` is not finite, or was computed from files that changed meanwhile.
     ///
     /// # Errors
-    /// [`RuntimeError::NotFinite`] naming the layer.
+    /// [`RuntimeError::NotFinite`] naming the layer; as [`Model::check_files`].
     pub fn check_layer(&self, index: usize, hidden: ArrayView2<'_, f32>) -> Result<(), RuntimeError> {
+        self.check_files()?;
         check_finite(hidden, || format!("layer {index}"))
     }
 
@@ -181,10 +238,12 @@ impl<'a, B: Backend> Model<'a, B> {
 /// The final norm and the output head.
 pub struct Head<'b, B: Backend> {
     backend: &'b B,
+    /// Where weights are used in place.
+    files: Option<&'b TensorDirectory>,
     hidden: usize,
     norm_eps: f64,
     norm: B::Tensor,
-    weight: Projection<B::Tensor>,
+    weight: Projection<B>,
     softcap: Option<f64>,
 }
 
@@ -198,12 +257,13 @@ impl<B: Backend> Head<'_, B> {
     /// Logits `[T, V]` of rows of [`Model::final_hidden`]; applies the final norm. Give it some hundred rows at a time.
     ///
     /// # Errors
-    /// [`RuntimeError::Width`], [`RuntimeError::NotFinite`].
+    /// [`RuntimeError::Width`], [`RuntimeError::NotFinite`]; as [`Model::check_files`].
     pub fn logits(&self, rows: ArrayView2<'_, f32>) -> Result<Array2<f32>, RuntimeError> {
         if rows.ncols() != self.hidden {
             return Err(RuntimeError::Width { expected: self.hidden, found: rows.ncols() });
         }
         let logits = self.backend.download(self.on_device(&self.backend.upload_view(rows))?)?;
+        self.files.map_or(Ok(()), TensorDirectory::check_in_place)?;
         check_finite(logits.view(), || "the output head".into())?;
         Ok(logits)
     }

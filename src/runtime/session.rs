@@ -6,6 +6,7 @@ use super::attention::{Cache, LatentPath, Step};
 use super::model::check_finite;
 use super::{Backend, Head, Layer, Model, Rotation, RuntimeError, Span};
 use crate::arch::Rope;
+use crate::source::MappedBytes;
 
 /// Up to this many new rows of a sequence, MLA attends to the latent itself; above, expanding keys and values is cheaper.
 const ABSORB_ROWS: usize = 8;
@@ -23,6 +24,8 @@ pub struct Resident<'a, B: Backend> {
     model: Model<'a, B>,
     layers: Vec<Layer<'a, B>>,
     head: Head<'a, B>,
+    /// The embedding where it is used in place: its file stays mapped.
+    _embedding: Option<MappedBytes>,
     /// Rotary embeddings of the layers, each once, and which of them each layer has.
     ropes: Vec<Rope>,
     rope_of: Vec<usize>,
@@ -43,7 +46,7 @@ impl<'a, B: Backend> Resident<'a, B> {
             })
         });
         let rope_of = rope_of.collect();
-        Ok(Self { layers, head: model.head()?, model, ropes, rope_of })
+        Ok(Self { layers, head: model.head()?, _embedding: model.embedding()?, model, ropes, rope_of })
     }
 
     /// The model it was loaded from.
@@ -69,7 +72,7 @@ impl<'a, B: Backend> Resident<'a, B> {
         let (mut hidden, lengths) = self.model.start(windows)?;
         for (index, layer) in self.layers.iter().enumerate() {
             layer.forward(&mut hidden, &lengths)?;
-            check_finite(hidden.view(), || format!("layer {index}"))?;
+            self.model.check_layer(index, hidden.view())?;
         }
         self.head.logits(hidden.view())
     }
@@ -200,7 +203,7 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
     /// # Errors
     /// [`RuntimeError::Sequences`] for another number of sequences, [`RuntimeError::NoTokens`] for an empty one,
     /// [`RuntimeError::ContextTooLong`] when the capacity is used up, [`RuntimeError::Token`],
-    /// [`RuntimeError::NotFinite`].
+    /// [`RuntimeError::NotFinite`]; as [`Model::check_files`].
     pub fn feed(&mut self, tokens: &[&[u32]]) -> Result<Array2<f32>, RuntimeError> {
         if tokens.len() != self.lengths.len() {
             return Err(RuntimeError::Sequences { expected: self.lengths.len(), found: tokens.len() });
@@ -265,6 +268,7 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
     fn advance(&mut self, piece: &Piece) -> Result<Array2<f32>, RuntimeError> {
         let Resident { model, layers, head, rope_of, .. } = self.resident;
         let b = model.backend();
+        model.check_files()?;
         let mut hidden = b.upload(model.embed(&piece.tokens)?);
         for ((layer, cache), rope) in layers.iter().zip(&mut self.caches).zip(rope_of) {
             layer.decode(&mut hidden, cache, &piece.step(*rope))?;
@@ -275,6 +279,8 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
             true => b.download(b.rows(&hidden, 0..1)).map(|row| row.slice(s![..0, ..]).to_owned()),
             false => b.download(head.on_device(&b.gather_rows(&hidden, &last)?)?),
         }?;
+        // Before anything is made of the figures: files that changed explain any.
+        model.check_files()?;
         if check_finite(logits.view(), String::new).is_err() {
             return Err(self.first_bad_layer(piece)?);
         }

@@ -11,7 +11,7 @@ impl<B: Backend> Layer<'_, B> {
     ///
     /// # Errors
     /// [`RuntimeError::Shape`] for weights of another width, [`RuntimeError::Variant`] for a GQA layer.
-    pub fn ranks(&self, tensors: Vec<RankTensors>, shared_rms: bool) -> Result<Ranks<B::Tensor>, RuntimeError> {
+    pub fn ranks(&self, tensors: Vec<RankTensors>, shared_rms: bool) -> Result<Ranks<B>, RuntimeError> {
         self.attention.ranks(self.backend, tensors, shared_rms)
     }
 
@@ -26,7 +26,7 @@ impl<B: Backend> Layer<'_, B> {
         hidden: &mut Array2<f32>,
         windows: &[usize],
         prefill: usize,
-        ranks: &Ranks<B::Tensor>,
+        ranks: &Ranks<B>,
     ) -> Result<(), RuntimeError> {
         let x = self.attention_input(hidden.view())?;
         let mut heads = Array2::zeros((x.nrows(), self.attention.heads_width()));
@@ -53,7 +53,7 @@ impl<B: Backend> Layer<'_, B> {
         &self,
         hidden: ArrayView2<'_, f32>,
         prefill: usize,
-        ranks: &Ranks<B::Tensor>,
+        ranks: &Ranks<B>,
     ) -> Result<Vec<Array2<f32>>, RuntimeError> {
         let (b, x) = (self.backend, self.attention_input(hidden)?);
         let (length, prompt) = (x.nrows(), prefill.min(x.nrows()));
@@ -71,7 +71,7 @@ impl<B: Backend> Layer<'_, B> {
         &self,
         x: ArrayView2<'_, f32>,
         prefill: usize,
-        ranks: &Ranks<B::Tensor>,
+        ranks: &Ranks<B>,
     ) -> Result<Array2<f32>, RuntimeError> {
         let (b, length) = (self.backend, x.nrows());
         let prompt = prefill.min(length);
@@ -102,7 +102,7 @@ impl<B: Backend> Layer<'_, B> {
         &self,
         hidden: &mut Array2<f32>,
         prefill: usize,
-        ranks: &Ranks<B::Tensor>,
+        ranks: &Ranks<B>,
     ) -> Result<usize, RuntimeError> {
         let (b, length) = (self.backend, hidden.nrows());
         let prompt = prefill.min(length);

@@ -1,110 +1,160 @@
 //! The weights of one layer by role, in host memory.
+//!
+//! `W` is how weights of linear layers are held: f32 matrices for who changes them, [`HostWeight`] for who only computes
+//! with them. Norms and biases are some thousand values, and f32 always.
 
 use ndarray::Array2;
 
-use super::RuntimeError;
+use super::{HostWeight, RuntimeError};
 use crate::arch::{Architecture, Attention, MlpKind, Moe, Part, QkNormScope, StoredPart};
 use crate::source::ModelSource;
 
 /// A linear layer `y = W x + b`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Linear {
+pub struct Linear<W = Array2<f32>> {
     /// `[out, in]`.
-    pub weight: Array2<f32>,
+    pub weight: W,
     /// `[out]`.
     pub bias: Option<Vec<f32>>,
 }
 
-impl From<Array2<f32>> for Linear {
-    fn from(weight: Array2<f32>) -> Self {
+impl<W> From<W> for Linear<W> {
+    fn from(weight: W) -> Self {
         Self { weight, bias: None }
+    }
+}
+
+impl<W> Linear<W> {
+    fn map<V>(self, f: &impl Fn(W) -> V) -> Linear<V> {
+        Linear { weight: f(self.weight), bias: self.bias }
     }
 }
 
 /// Grouped-query attention: `q [H d, D]`, `k` and `v [g d, D]`, `o [D, H d]`.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
-pub struct GqaTensors {
-    pub q: Linear,
-    pub k: Linear,
-    pub v: Linear,
-    pub o: Linear,
+pub struct GqaTensors<W = Array2<f32>> {
+    pub q: Linear<W>,
+    pub k: Linear<W>,
+    pub v: Linear<W>,
+    pub o: Linear<W>,
 }
 
 /// How MLA makes its queries.
 #[derive(Debug, Clone, PartialEq)]
-pub enum QueryTensors {
+pub enum QueryTensors<W = Array2<f32>> {
     /// `q_proj [H (d_N + d_R), D]`, per head `[nope | rope]`.
-    Direct(Linear),
+    Direct(Linear<W>),
     /// Through a normed latent of width `r_q`.
     LowRank {
         /// `q_a_proj [r_q, D]`.
-        a: Linear,
+        a: Linear<W>,
         /// Gain of `q_a_layernorm`, `[r_q]`.
         norm: Vec<f32>,
         /// `q_b_proj [H (d_N + d_R), r_q]`, per head `[nope | rope]`.
-        b: Linear,
+        b: Linear<W>,
     },
 }
 
 /// Multi-head latent attention, DeepSeek layout.
 #[derive(Debug, Clone, PartialEq)]
-pub struct MlaTensors {
+pub struct MlaTensors<W = Array2<f32>> {
     /// Queries.
-    pub query: QueryTensors,
+    pub query: QueryTensors<W>,
     /// `kv_a_proj_with_mqa [r + d_R, D]`, rows `[latent | rope key]`.
-    pub kv_a: Linear,
+    pub kv_a: Linear<W>,
     /// Gain of `kv_a_layernorm`, `[r]`; empty in a class that does not norm it.
     pub kv_a_norm: Vec<f32>,
     /// `kv_b_proj [H (d_N + d_V), r]`, per head `[key | value]`.
-    pub kv_b: Linear,
+    pub kv_b: Linear<W>,
     /// `o_proj [D, H d_V]`.
-    pub o: Linear,
+    pub o: Linear<W>,
 }
 
 /// Attention weights of either variant.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
-pub enum AttentionTensors {
-    Gqa(GqaTensors),
-    Mla(MlaTensors),
+pub enum AttentionTensors<W = Array2<f32>> {
+    Gqa(GqaTensors<W>),
+    Mla(MlaTensors<W>),
+}
+
+impl<W> AttentionTensors<W> {
+    fn map<V>(self, f: &impl Fn(W) -> V) -> AttentionTensors<V> {
+        match self {
+            Self::Gqa(t) => {
+                AttentionTensors::Gqa(GqaTensors { q: t.q.map(f), k: t.k.map(f), v: t.v.map(f), o: t.o.map(f) })
+            }
+            Self::Mla(t) => AttentionTensors::Mla(MlaTensors {
+                query: match t.query {
+                    QueryTensors::Direct(q) => QueryTensors::Direct(q.map(f)),
+                    QueryTensors::LowRank { a, norm, b } => QueryTensors::LowRank { a: a.map(f), norm, b: b.map(f) },
+                },
+                kv_a: t.kv_a.map(f),
+                kv_a_norm: t.kv_a_norm,
+                kv_b: t.kv_b.map(f),
+                o: t.o.map(f),
+            }),
+        }
+    }
 }
 
 /// MLP `down(act(gate x) * up x)`, or `down(act(up x))` without a gate: `gate` and `up [I, D]`, `down [D, I]`.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
-pub struct MlpTensors {
-    pub gate: Option<Linear>,
-    pub up: Linear,
-    pub down: Linear,
+pub struct MlpTensors<W = Array2<f32>> {
+    pub gate: Option<Linear<W>>,
+    pub up: Linear<W>,
+    pub down: Linear<W>,
+}
+
+impl<W> MlpTensors<W> {
+    fn map<V>(self, f: &impl Fn(W) -> V) -> MlpTensors<V> {
+        MlpTensors { gate: self.gate.map(|gate| gate.map(f)), up: self.up.map(f), down: self.down.map(f) }
+    }
 }
 
 /// A mixture of experts.
 #[derive(Debug, Clone, PartialEq)]
-pub struct ExpertTensors {
+pub struct ExpertTensors<W = Array2<f32>> {
     /// `[E, D]`.
-    pub router: Linear,
+    pub router: Linear<W>,
     /// Added to the scores for the choice, `[E]`.
     pub choice_bias: Option<Vec<f32>>,
     /// `[E]`, or none where each is read when a token goes to it.
-    pub experts: Vec<MlpTensors>,
+    pub experts: Vec<MlpTensors<W>>,
     /// The expert that sees every token.
-    pub shared: Option<MlpTensors>,
+    pub shared: Option<MlpTensors<W>>,
     /// Sigmoid gate on its output, `[1, D]`.
-    pub shared_router: Option<Linear>,
+    pub shared_router: Option<Linear<W>>,
 }
 
 /// What follows attention in a layer.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
-pub enum FeedForwardTensors {
-    Dense(Box<MlpTensors>),
-    Experts(Box<ExpertTensors>),
+pub enum FeedForwardTensors<W = Array2<f32>> {
+    Dense(Box<MlpTensors<W>>),
+    Experts(Box<ExpertTensors<W>>),
 }
 
-impl From<MlpTensors> for FeedForwardTensors {
-    fn from(mlp: MlpTensors) -> Self {
+impl<W> From<MlpTensors<W>> for FeedForwardTensors<W> {
+    fn from(mlp: MlpTensors<W>) -> Self {
         Self::Dense(Box::new(mlp))
+    }
+}
+
+impl<W> FeedForwardTensors<W> {
+    fn map<V>(self, f: &impl Fn(W) -> V) -> FeedForwardTensors<V> {
+        match self {
+            Self::Dense(mlp) => mlp.map(f).into(),
+            Self::Experts(t) => FeedForwardTensors::Experts(Box::new(ExpertTensors {
+                router: t.router.map(f),
+                choice_bias: t.choice_bias,
+                experts: t.experts.into_iter().map(|expert| expert.map(f)).collect(),
+                shared: t.shared.map(|shared| shared.map(f)),
+                shared_router: t.shared_router.map(|router| router.map(f)),
+            })),
+        }
     }
 }
 
@@ -123,22 +173,22 @@ pub struct LayerExtras {
     pub mlp_out_norm: Option<Vec<f32>>,
 }
 
-/// All weights of one decoder layer, f32. Rounding to a narrower dtype is the caller's business.
+/// All weights of one decoder layer. Rounding to a narrower dtype is the caller's business.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LayerTensors {
+pub struct LayerTensors<W = Array2<f32>> {
     /// Gain of the norm before attention, `[D]`; empty where a family has none.
     pub input_norm: Vec<f32>,
     /// Attention.
-    pub attention: AttentionTensors,
+    pub attention: AttentionTensors<W>,
     /// Gain of the norm before the MLP, `[D]`; empty where a family has none.
     pub post_norm: Vec<f32>,
     /// MLP or experts.
-    pub mlp: FeedForwardTensors,
+    pub mlp: FeedForwardTensors<W>,
     /// What only some families have.
     pub extras: LayerExtras,
 }
 
-impl LayerTensors {
+impl<W> LayerTensors<W> {
     /// Gain of the latent's norm; empty in a GQA layer and where the class norms no latent.
     pub fn latent_gain(&self) -> &[f32] {
         match &self.attention {
@@ -147,12 +197,25 @@ impl LayerTensors {
         }
     }
 
+    /// The same with every weight of a linear layer put through `f`.
+    pub(super) fn map<V>(self, f: impl Fn(W) -> V) -> LayerTensors<V> {
+        LayerTensors {
+            input_norm: self.input_norm,
+            attention: self.attention.map(&f),
+            post_norm: self.post_norm,
+            mlp: self.mlp.map(&f),
+            extras: self.extras,
+        }
+    }
+}
+
+impl LayerTensors {
     /// Gain of the input norm of layer `layer` alone, offset included; empty where the family has no such norm.
     ///
     /// # Errors
     /// As [`LayerTensors::load`].
     pub fn load_input_norm(source: &ModelSource, arch: &Architecture, layer: usize) -> Result<Vec<f32>, RuntimeError> {
-        Loader { source, arch, layer }.optional_norm("input_norm")
+        Loader { source, arch, layer, in_place: false }.optional_norm("input_norm")
     }
 
     /// Read layer `layer` of a checkpoint. Factors on the residual stream are folded into what is added to it.
@@ -161,20 +224,26 @@ impl LayerTensors {
     /// [`RuntimeError::Source`] for a tensor that cannot be read, [`RuntimeError::Shape`] for one of another shape than
     /// the architecture implies.
     pub fn load(source: &ModelSource, arch: &Architecture, layer: usize) -> Result<Self, RuntimeError> {
-        Self::load_parts(source, arch, layer, true)
+        Ok(Loader { source, arch, layer, in_place: false }.layer(true)?.map(HostWeight::into_f32))
     }
+}
 
-    /// As [`LayerTensors::load`], where `experts` says whether the routed experts are read too.
+/// Reads the weights of one layer.
+pub(super) struct Loader<'a> {
+    pub source: &'a ModelSource,
+    pub arch: &'a Architecture,
+    pub layer: usize,
+    /// Whether weights are taken in place where that is possible.
+    pub in_place: bool,
+}
+
+impl Loader<'_> {
+    /// Everything, the routed experts if `experts`. Factors on the residual stream are folded into what is added to it.
     ///
     /// # Errors
     /// As [`LayerTensors::load`].
-    pub(super) fn load_parts(
-        source: &ModelSource,
-        arch: &Architecture,
-        layer: usize,
-        experts: bool,
-    ) -> Result<Self, RuntimeError> {
-        let load = Loader { source, arch, layer };
+    pub(super) fn layer(&self, experts: bool) -> Result<LayerTensors<HostWeight>, RuntimeError> {
+        let (load, arch, layer) = (self, self.arch, self.layer);
         let d = arch.hidden;
         let mut extras = LayerExtras {
             window: arch.windows.get(layer).copied().flatten(),
@@ -225,7 +294,7 @@ impl LayerTensors {
                 })
             }
         };
-        Ok(Self {
+        Ok(LayerTensors {
             input_norm: load.optional_norm("input_norm")?,
             attention,
             post_norm: load.optional_norm("post_norm")?,
@@ -233,33 +302,30 @@ impl LayerTensors {
             extras,
         })
     }
-}
 
-/// Read routed expert `expert` of layer `layer`.
-///
-/// # Errors
-/// As [`LayerTensors::load`].
-pub(super) fn load_expert(
-    source: &ModelSource,
-    arch: &Architecture,
-    layer: usize,
-    expert: usize,
-) -> Result<MlpTensors, RuntimeError> {
-    let Some(moe) = &arch.moe else {
-        return Err(RuntimeError::Variant { expected: "dense", found: "experts" });
-    };
-    Loader { source, arch, layer }.expert(moe, expert)
-}
+    /// Routed expert `expert` alone.
+    ///
+    /// # Errors
+    /// As [`LayerTensors::load`].
+    pub(super) fn routed_expert(&self, expert: usize) -> Result<MlpTensors<HostWeight>, RuntimeError> {
+        match &self.arch.moe {
+            Some(moe) => self.expert(moe, expert),
+            None => Err(RuntimeError::Variant { expected: "dense", found: "experts" }),
+        }
+    }
 
-struct Loader<'a> {
-    source: &'a ModelSource,
-    arch: &'a Architecture,
-    layer: usize,
-}
+    fn weight(&self, role: &'static str, part: &Part, out: usize, inner: usize) -> Result<HostWeight, RuntimeError> {
+        load_weight(self.source, role, part, (out, inner), self.in_place)
+    }
 
-impl Loader<'_> {
-    fn linear(&self, role: &'static str, out: usize, inner: usize, bias: bool) -> Result<Linear, RuntimeError> {
-        let weight = load_matrix(self.source, role, &self.arch.weight(self.layer, role), out, inner)?;
+    fn linear(
+        &self,
+        role: &'static str,
+        out: usize,
+        inner: usize,
+        bias: bool,
+    ) -> Result<Linear<HostWeight>, RuntimeError> {
+        let weight = self.weight(role, &self.arch.weight(self.layer, role), out, inner)?;
         let bias = match bias {
             true => Some(self.vector(role, &self.arch.bias(self.layer, role), out)?),
             false => None,
@@ -268,21 +334,22 @@ impl Loader<'_> {
     }
 
     /// A linear layer whose output is added to the residual stream.
-    fn added(&self, role: &'static str, inner: usize, bias: bool) -> Result<Linear, RuntimeError> {
-        let mut linear = self.linear(role, self.arch.hidden, inner, bias)?;
-        self.fold(&mut linear);
-        Ok(linear)
+    fn added(&self, role: &'static str, inner: usize, bias: bool) -> Result<Linear<HostWeight>, RuntimeError> {
+        Ok(self.folded(self.linear(role, self.arch.hidden, inner, bias)?))
     }
 
-    fn fold(&self, linear: &mut Linear) {
+    /// The factor on the residual stream folded into what is added to it. A weight that takes one is no longer the stored
+    /// one, so it is held in f32.
+    fn folded(&self, linear: Linear<HostWeight>) -> Linear<HostWeight> {
         let factor = self.arch.multipliers.residual as f32;
-        if factor != 1.0 {
-            linear.weight *= factor;
-            linear.bias.iter_mut().flatten().for_each(|b| *b *= factor);
+        if factor == 1.0 {
+            return linear;
         }
+        let bias = linear.bias.map(|bias| bias.into_iter().map(|b| b * factor).collect());
+        Linear { weight: HostWeight::from(linear.weight.into_f32() * factor), bias }
     }
 
-    fn dense(&self) -> Result<MlpTensors, RuntimeError> {
+    fn dense(&self) -> Result<MlpTensors<HostWeight>, RuntimeError> {
         let (d, i, bias) = (self.arch.hidden, self.arch.intermediate, self.arch.mlp_bias);
         Ok(MlpTensors {
             gate: match self.arch.mlp {
@@ -295,19 +362,18 @@ impl Loader<'_> {
     }
 
     /// One routed expert.
-    fn expert(&self, moe: &Moe, e: usize) -> Result<MlpTensors, RuntimeError> {
+    fn expert(&self, moe: &Moe, e: usize) -> Result<MlpTensors<HostWeight>, RuntimeError> {
         let (d, i) = (self.arch.hidden, moe.width);
         let names = self.arch.names.layer(self.layer);
-        let one = |role: &'static str, out: usize, inner: usize| -> Result<Linear, RuntimeError> {
+        let one = |role: &'static str, out: usize, inner: usize| -> Result<Linear<HostWeight>, RuntimeError> {
             let part = Part::whole(format!("{}.weight", names.expert(role, e)));
-            Ok(load_matrix(self.source, role, &part, out, inner)?.into())
+            Ok(self.weight(role, &part, out, inner)?.into())
         };
-        let mut down = one("expert_down", d, i)?;
-        self.fold(&mut down);
+        let down = self.folded(one("expert_down", d, i)?);
         Ok(MlpTensors { gate: Some(one("expert_gate", i, d)?), up: one("expert_up", i, d)?, down })
     }
 
-    fn experts(&self, routed: bool) -> Result<FeedForwardTensors, RuntimeError> {
+    fn experts(&self, routed: bool) -> Result<FeedForwardTensors<HostWeight>, RuntimeError> {
         let Some(moe) = &self.arch.moe else {
             return Err(RuntimeError::Variant { expected: "dense", found: "experts" });
         };
@@ -371,18 +437,25 @@ pub(super) fn add_offset(arch: &Architecture, gain: &mut [f32]) {
     }
 }
 
-/// Read one matrix `[out, in]` as f32.
-pub(super) fn load_matrix(
+/// One matrix `[out, in]`: in place if that is wanted and possible, else read, as f32.
+pub(super) fn load_weight(
     source: &ModelSource,
     role: &'static str,
     part: &Part,
-    out: usize,
-    inner: usize,
-) -> Result<Array2<f32>, RuntimeError> {
+    (out, inner): (usize, usize),
+    in_place: bool,
+) -> Result<HostWeight, RuntimeError> {
+    if in_place && let Some(weight) = HostWeight::in_place(&source.tensors, part)? {
+        let (rows, columns) = weight.shape();
+        if (rows, columns) != (out, inner) {
+            return Err(RuntimeError::Shape { role, expected: vec![out, inner], found: vec![rows, columns] });
+        }
+        return Ok(weight);
+    }
     let stored = StoredPart::find(&source.tensors, part)?;
     let shape = || RuntimeError::Shape { role, expected: vec![out, inner], found: stored.shape() };
     if stored.shape() != [out, inner] {
         return Err(shape());
     }
-    Array2::from_shape_vec((out, inner), stored.to_f32()).map_err(|_| shape())
+    Array2::from_shape_vec((out, inner), stored.to_f32()).map(HostWeight::from).map_err(|_| shape())
 }

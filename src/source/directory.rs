@@ -1,7 +1,8 @@
 //! All tensors of a checkpoint by name, read from their files when they are asked for.
 //!
-//! Nothing is mapped: a file that another program truncates is an error here and not a signal, the memory a tensor takes
-//! ends with its last use, and a checkpoint may be larger than the address space a job was given.
+//! Reading is the rule: a file that another program truncates is an error and not a signal, the memory a tensor takes ends
+//! with its last use, and a checkpoint may be larger than the address space a job was given. Who uses weights again and
+//! again can have them in place, in a map of their file ([`TensorDirectory::in_place`]).
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -11,15 +12,16 @@ use std::time::SystemTime;
 
 use fs_err as fs;
 
+use super::map::{MapSlot, MappedBytes};
 use super::path::{Impostor, impostor, open_regular};
-use super::{Dtype, Header, HeaderError, MAX_HEADER_BYTES, SourceError, TensorView, hash::sha256};
+use super::{Dtype, Header, HeaderError, Layout, MAX_HEADER_BYTES, SourceError, TensorView, hash::sha256};
 
 /// Bytes that [`TensorDirectory::for_each_piece`] reads at once; a multiple of every element size.
 const PIECE: usize = 16 << 20;
 
-/// Where a tensor lies and how to read it.
+/// Where a tensor of a checkpoint lies and how to read it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
+pub struct StoredTensor {
     /// Stored element type.
     pub dtype: Dtype,
     /// Shape, outermost first.
@@ -33,7 +35,7 @@ pub struct TensorInfo {
     shard: usize,
 }
 
-impl TensorInfo {
+impl StoredTensor {
     /// Stored size in bytes.
     pub fn bytes(&self) -> u64 {
         self.end - self.begin
@@ -72,17 +74,19 @@ pub(super) struct Shard {
     /// Path in the model folder.
     path: PathBuf,
     file: fs::File,
+    map: MapSlot,
     bytes: u64,
     /// Bytes that take no room on the disk: holes, which read as zeros.
     holes: u64,
     modified: Option<SystemTime>,
     header_sha256: String,
-    pub(super) header: Header,
+    /// Length of the header with its length field.
+    data_start: u64,
 }
 
 impl Shard {
-    /// Opens and validates the regular file at `real`, known as `dir/name`.
-    pub(super) fn open(dir: &Path, name: &str, real: &Path) -> Result<Self, SourceError> {
+    /// Opens and validates the regular file at `real`, known as `dir/name`; with the tensors it holds.
+    pub(super) fn open(dir: &Path, name: &str, real: &Path) -> Result<(Self, Layout), SourceError> {
         let path = dir.join(name);
         let file = open_regular(real)?;
         let meta = file.metadata()?;
@@ -103,7 +107,38 @@ impl Shard {
         };
         let header_sha256 = sha256(&stored);
         let holes = holes(&meta);
-        Ok(Shard { name: name.to_owned(), path, file, bytes, holes, modified, header_sha256, header })
+        let Header { tensors, data_start } = header;
+        let (name, map) = (name.to_owned(), MapSlot::default());
+        Ok((Shard { name, path, file, map, bytes, holes, modified, header_sha256, data_start }, tensors))
+    }
+
+    /// Fails when the open file is not what it was when it was opened. A file that took its place in the folder is another
+    /// one, and does not matter.
+    fn check_open(&self) -> Result<(), SourceError> {
+        let meta = self.file.metadata()?;
+        let what = if meta.len() < self.bytes {
+            "it became shorter"
+        } else if meta.len() > self.bytes {
+            "it became longer"
+        } else if meta.modified().ok() != self.modified {
+            "its modification time"
+        } else {
+            return Ok(());
+        };
+        Err(SourceError::Changed { path: self.path.clone(), what })
+    }
+
+    /// As [`Shard::check_open`], and fails when a page of the map could not be read.
+    fn check_in_place(&self) -> Result<(), SourceError> {
+        if !self.map.used() {
+            return Ok(());
+        }
+        // First the reason that says more.
+        self.check_open()?;
+        match self.map.failed() {
+            false => Ok(()),
+            true => Err(SourceError::Changed { path: self.path.clone(), what: "a part of it could not be read" }),
+        }
     }
 }
 
@@ -160,36 +195,37 @@ fn read_at(file: &fs::File, mut buffer: &mut [u8], mut offset: u64) -> std::io::
 /// Every tensor of a checkpoint, by name.
 #[derive(Debug, Default)]
 pub struct TensorDirectory {
-    tensors: BTreeMap<String, TensorInfo>,
+    tensors: BTreeMap<String, StoredTensor>,
     shards: Vec<Shard>,
     total_bytes: u64,
 }
 
 impl TensorDirectory {
     /// Joins validated shards. Names must not repeat across shards; [`super::index`] reports those beforehand.
-    pub(super) fn new(mut shards: Vec<Shard>) -> Self {
-        let mut tensors = BTreeMap::new();
+    pub(super) fn new(opened: Vec<(Shard, Layout)>) -> Self {
+        let (mut tensors, mut shards) = (BTreeMap::new(), Vec::with_capacity(opened.len()));
         let mut total_bytes = 0;
-        for (shard, file) in shards.iter_mut().enumerate() {
-            let start = file.header.data_start;
-            for t in std::mem::take(&mut file.header.tensors) {
-                total_bytes += t.end - t.begin;
-                let info = TensorInfo {
+        for (file, layout) in opened {
+            total_bytes += layout.data_bytes();
+            for (name, t) in layout.iter() {
+                let (begin, end) = t.data_offsets;
+                let stored = StoredTensor {
                     dtype: t.dtype,
-                    shape: t.shape,
+                    shape: t.shape.clone(),
                     file: file.path.clone(),
-                    begin: start + t.begin,
-                    end: start + t.end,
-                    shard,
+                    begin: file.data_start + begin as u64,
+                    end: file.data_start + end as u64,
+                    shard: shards.len(),
                 };
-                tensors.insert(t.name, info);
+                tensors.insert(name.to_owned(), stored);
             }
+            shards.push(file);
         }
         TensorDirectory { tensors, shards, total_bytes }
     }
 
     /// Where the tensor lies, if it exists.
-    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+    pub fn get(&self, name: &str) -> Option<&StoredTensor> {
         self.tensors.get(name)
     }
 
@@ -199,12 +235,12 @@ impl TensorDirectory {
     }
 
     /// All names and descriptions, sorted by name.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
         self.tensors.iter().map(|(n, i)| (n.as_str(), i))
     }
 
     /// All tensors by file and offset: the order in which reading is sequential.
-    pub fn in_file_order(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
+    pub fn in_file_order(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
         let mut all: Vec<_> = self.iter().collect();
         all.sort_by_key(|(_, i)| (i.shard, i.begin, i.end));
         all.into_iter()
@@ -251,6 +287,31 @@ impl TensorDirectory {
         let mut bytes = vec![0; (range.end - range.start) as usize];
         self.read(info, range.start, &mut bytes)?;
         Ok(TensorView { name, dtype: info.dtype, shape: &info.shape, bytes: Cow::Owned(bytes) })
+    }
+
+    /// Some rows of a tensor in place, `None` for all: bytes of a read-only map of its file, which stays mapped as long as
+    /// somebody holds such bytes. Rows that it has not are left out. `Ok(None)` where the file cannot be mapped, or would take
+    /// more than a quarter of an address space that is limited (`ulimit -v`); then [`TensorDirectory::rows`] reads them.
+    ///
+    /// What was computed with them is good if [`TensorDirectory::check_in_place`] says so afterwards.
+    ///
+    /// # Errors
+    /// [`SourceError::MissingTensor`]; [`SourceError::Changed`] when the file is not what it was when it was opened.
+    pub fn in_place(&self, name: &str, rows: Option<Range<usize>>) -> Result<Option<MappedBytes>, SourceError> {
+        let (_, info) = self.find(name)?;
+        let shard = &self.shards[info.shard];
+        shard.check_open()?;
+        let Range { start, end } = info.byte_range(rows);
+        Ok(shard.map.get(&shard.file, shard.bytes, info.begin + start..info.begin + end))
+    }
+
+    /// Whether what [`TensorDirectory::in_place`] gave was, all the time until now, what the files held when they were
+    /// opened: their size and modification time, and that no page failed to be read. Some microseconds.
+    ///
+    /// # Errors
+    /// [`SourceError::Changed`] for the first that was not. It stays so: the model has to be opened again.
+    pub fn check_in_place(&self) -> Result<(), SourceError> {
+        self.shards.iter().try_for_each(Shard::check_in_place)
     }
 
     /// Reads one row of a tensor: index `row` of its first dimension.
@@ -325,7 +386,7 @@ impl TensorDirectory {
         Ok(same)
     }
 
-    fn find(&self, name: &str) -> Result<(&str, &TensorInfo), SourceError> {
+    fn find(&self, name: &str) -> Result<(&str, &StoredTensor), SourceError> {
         match self.tensors.get_key_value(name) {
             Some((name, info)) => Ok((name, info)),
             None => Err(SourceError::MissingTensor { name: name.to_owned(), near: self.near(name) }),
@@ -333,7 +394,7 @@ impl TensorDirectory {
     }
 
     /// Fills `buffer` from byte `offset` of a tensor.
-    fn read(&self, info: &TensorInfo, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
+    fn read(&self, info: &StoredTensor, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
         let shard = &self.shards[info.shard];
         read_at(&shard.file, buffer, info.begin + offset).map_err(|e| match e.kind() {
             // In bounds when it was opened: `Header::parse_parts` proved that the ranges tile the data.
@@ -374,7 +435,7 @@ impl TensorDirectory {
             if meta.modified().ok() != s.modified {
                 return Err(changed("its modification time"));
             }
-            let mut header = vec![0; s.header.data_start as usize];
+            let mut header = vec![0; s.data_start as usize];
             read_at(&s.file, &mut header, 0)?;
             if sha256(&header) != s.header_sha256 {
                 return Err(changed("its header"));

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Dtype, SourceError, TensorDirectory, TensorView};
+use super::{Dtype, DtypeExt, SourceError, TensorDirectory, TensorView};
 
 /// Values that are not finite in one tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,15 +58,15 @@ impl Scan {
 
     fn add(&mut self, b: &[u8]) {
         let (count, first) = match self.dtype {
-            Dtype::Bf16 => scan::<2>(b, |x| u16::from_le_bytes(x) & 0x7f80 == 0x7f80),
+            Dtype::BF16 => scan::<2>(b, |x| u16::from_le_bytes(x) & 0x7f80 == 0x7f80),
             Dtype::F16 => scan::<2>(b, |x| u16::from_le_bytes(x) & 0x7c00 == 0x7c00),
             Dtype::F32 => scan::<4>(b, |x| u32::from_le_bytes(x) & 0x7f80_0000 == 0x7f80_0000),
             Dtype::F64 => scan::<8>(b, |x| u64::from_le_bytes(x) & (0x7ff << 52) == 0x7ff << 52),
-            Dtype::F8E5M2 => scan::<1>(b, |x| x[0] & 0x7c == 0x7c),
-            Dtype::F8E4M3 => scan::<1>(b, |x| x[0] & 0x7f == 0x7f),
+            Dtype::F8_E5M2 => scan::<1>(b, |x| x[0] & 0x7c == 0x7c),
+            Dtype::F8_E4M3 => scan::<1>(b, |x| x[0] & 0x7f == 0x7f),
             _ => (0, None),
         };
-        let size = self.dtype.size();
+        let size = self.dtype.byte_size();
         if let (None, Some(at)) = (self.first, first) {
             self.first = Some((self.elements + at, describe(self.dtype, &b[at * size..(at + 1) * size])));
         }
@@ -105,11 +105,11 @@ fn describe(dtype: Dtype, le: &[u8]) -> &'static str {
     wide[..le.len()].copy_from_slice(le);
     let bits = u64::from_le_bytes(wide);
     let (sign, mantissa) = match dtype {
-        Dtype::Bf16 => (15, 0x7f),
+        Dtype::BF16 => (15, 0x7f),
         Dtype::F16 => (15, 0x3ff),
         Dtype::F32 => (31, 0x7f_ffff),
         Dtype::F64 => (63, (1 << 52) - 1),
-        Dtype::F8E5M2 => (7, 0x3),
+        Dtype::F8_E5M2 => (7, 0x3),
         _ => (7, 0x7),
     };
     if bits & mantissa != 0 {
@@ -135,7 +135,7 @@ mod tests {
         for bits in 0..=u16::MAX {
             let bytes = bits.to_le_bytes();
             for (dtype, x) in
-                [(Dtype::Bf16, bf16::from_bits(bits).to_f32()), (Dtype::F16, f16::from_bits(bits).to_f32())]
+                [(Dtype::BF16, bf16::from_bits(bits).to_f32()), (Dtype::F16, f16::from_bits(bits).to_f32())]
             {
                 let found = find_non_finite(&view(dtype, &[1], &bytes));
                 assert_eq!(found.is_some(), !x.is_finite(), "{dtype} {bits:#x}");
@@ -165,6 +165,6 @@ mod tests {
         assert_eq!(find_non_finite(&view(Dtype::F32, &[0, 4], &[])), None);
         let found = find_non_finite(&view(Dtype::F64, &[], &f64::NAN.to_le_bytes())).unwrap();
         assert_eq!((found.count, found.first_index), (1, vec![]));
-        assert_eq!(find_non_finite(&view(Dtype::F8E4M3, &[2], &[0x7e, 0x7f])).unwrap().first_index, [1]);
+        assert_eq!(find_non_finite(&view(Dtype::F8_E4M3, &[2], &[0x7e, 0x7f])).unwrap().first_index, [1]);
     }
 }

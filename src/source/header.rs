@@ -1,14 +1,27 @@
 //! Strict parser of the safetensors header.
 //!
-//! Layout of a file: 8 bytes little-endian header length `n`, `n` bytes of JSON, then the data. Stricter than the
-//! reference crate: duplicate keys, unknown fields, and names with control characters are refused.
+//! Layout of a file: 8 bytes little-endian header length `n`, `n` bytes of JSON, then the data. Types are those of the crate
+//! `safetensors`, whose own parser wants the whole file in memory (or mapped) and is more lenient. What is checked by whom, in
+//! version 0.8 (`what_the_crate_takes_and_we_do_not` in `tests/io/read.rs` holds the crate to it):
+//!
+//! | check | crate | why it is ours |
+//! |---|---|---|
+//! | header of at most 100 MB, within the file, UTF-8 | yes | before any of it is read; the file is never read whole |
+//! | first byte is `{` | no | the format says so; other readers refuse white space before it |
+//! | no name twice | no: the last one counts | two readers could see two different tensors; also for keys of `__metadata__` |
+//! | no unknown field | no | a misspelt or newer field must not be ignored in silence |
+//! | names neither empty nor with control characters nor above [`MAX_NAME_CHARS`] | no | they reach terminals and messages |
+//! | at most [`MAX_TENSORS`] tensors of at most 16 dimensions | no | a header of 100 MB must not become gigabytes |
+//! | dtype is one that is read here | it knows more | see [`DtypeExt::is_supported`] |
+//! | shape does not overflow | all but behind a 0 | `[0, 2^40, 2^40]` is as suspect as `[2^40, 2^40]` |
+//! | no hole, no overlap, size fits shape and dtype, no byte left over | yes | its errors leave out what was expected and found |
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use super::Dtype;
+use super::format::{Dtype, DtypeExt, Layout, TensorInfo, stored_bytes};
 
 /// Largest header accepted, in bytes; the limit of the format.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -89,7 +102,7 @@ pub enum HeaderError {
         shape: Vec<usize>,
         /// Dtype claimed.
         dtype: Dtype,
-        /// `shape.product() * dtype.size()`.
+        /// `shape.product() * dtype.byte_size()`.
         expected: u64,
         /// `end - begin`.
         found: u64,
@@ -110,28 +123,12 @@ fn hint_truncated() -> &'static str {
     "\n\nhint: the file is truncated; download it again"
 }
 
-/// One tensor of a header. Offsets are relative to the start of the data.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeaderEntry {
-    /// Name; not empty, no control character, at most [`MAX_NAME_CHARS`].
-    pub name: String,
-    /// Element type.
-    pub dtype: Dtype,
-    /// Shape, outermost first; empty for a scalar.
-    pub shape: Vec<usize>,
-    /// First byte.
-    pub begin: u64,
-    /// One past the last byte.
-    pub end: u64,
-}
-
 /// A validated header.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Header {
-    /// Tensors in the order of their bytes; contiguous from 0.
-    pub tensors: Vec<HeaderEntry>,
-    /// `__metadata__`, in the order of the file.
-    pub metadata: Vec<(String, String)>,
+    /// Tensors in the order of their bytes, contiguous from 0; names are not empty, have no control character and at most
+    /// [`MAX_NAME_CHARS`]. With `__metadata__`.
+    pub tensors: Layout,
     /// Where the data begins in the file: 8 + header length.
     pub data_start: u64,
 }
@@ -166,47 +163,47 @@ impl Header {
         let data_start = header.len() as u64;
         let raw = parse_json(json)?;
         let mut tensors = raw.tensors;
-        tensors.sort_by(|a, b| (a.begin, a.end, &a.name).cmp(&(b.begin, b.end, &b.name)));
+        tensors.sort_by(|(a, x), (b, y)| (x.data_offsets, a).cmp(&(y.data_offsets, b)));
         let mut expected = 0;
-        for t in &tensors {
-            check_range(t, expected)?;
-            expected = t.end;
+        for (name, info) in &tensors {
+            check_range(name, info, expected)?;
+            expected = info.data_offsets.1 as u64;
         }
         let found = bytes.saturating_sub(data_start);
         if expected != found {
             return Err(HeaderError::DataLength { expected, found });
         }
-        Ok(Header { tensors, metadata: raw.metadata, data_start })
+        let tensors = Layout::new(raw.metadata, tensors).map_err(|e| HeaderError::Json { message: e.to_string() })?;
+        Ok(Header { tensors, data_start })
     }
 }
 
-fn check_range(t: &HeaderEntry, expected: u64) -> Result<(), HeaderError> {
-    let HeaderEntry { name, dtype, shape, begin, end } = t;
+/// Whether a tensor begins at byte `expected` and has as many bytes as its shape and dtype say. The crate asks the same
+/// ([`Layout::new`]), and answers without naming the tensor or the figures.
+fn check_range(name: &str, info: &TensorInfo, expected: u64) -> Result<(), HeaderError> {
+    let TensorInfo { dtype, shape, data_offsets } = info;
+    let (begin, end) = (data_offsets.0 as u64, data_offsets.1 as u64);
+    let name = || name.to_owned();
     if end < begin {
-        return Err(HeaderError::Reversed { name: name.clone(), begin: *begin, end: *end });
+        return Err(HeaderError::Reversed { name: name(), begin, end });
     }
-    if *begin != expected {
-        return Err(HeaderError::NotContiguous { name: name.clone(), begin: *begin, expected });
+    if begin != expected {
+        return Err(HeaderError::NotContiguous { name: name(), begin, expected });
     }
-    let Some(size) = byte_size(shape, *dtype) else {
-        return Err(HeaderError::Overflow { name: name.clone(), shape: shape.clone() });
+    let Some(expected) = byte_size(shape, *dtype) else {
+        return Err(HeaderError::Overflow { name: name(), shape: shape.clone() });
     };
-    if size != end - begin {
-        return Err(HeaderError::Size {
-            name: name.clone(),
-            shape: shape.clone(),
-            dtype: *dtype,
-            expected: size,
-            found: end - begin,
-        });
+    let found = stored_bytes(info);
+    if expected != found {
+        return Err(HeaderError::Size { name: name(), shape: shape.clone(), dtype: *dtype, expected, found });
     }
     Ok(())
 }
 
-/// `shape.product() * dtype.size()`, or `None` when any partial product leaves `usize`: `[2^32, 2^32, 0]` is as
+/// `shape.product() * dtype.byte_size()`, or `None` when any partial product leaves `usize`: `[2^32, 2^32, 0]` is as
 /// suspect as `[2^32, 2^32]`.
 pub(crate) fn byte_size(shape: &[usize], dtype: Dtype) -> Option<u64> {
-    let n = shape.iter().filter(|&&d| d != 0).try_fold(dtype.size(), |n, &d| n.checked_mul(d))?;
+    let n = shape.iter().filter(|&&d| d != 0).try_fold(dtype.byte_size(), |n, &d| n.checked_mul(d))?;
     Some(if shape.contains(&0) { 0 } else { n as u64 })
 }
 
@@ -224,8 +221,8 @@ pub(crate) fn check_name(name: &str) -> Option<&'static str> {
 }
 
 struct Raw {
-    tensors: Vec<HeaderEntry>,
-    metadata: Vec<(String, String)>,
+    tensors: Vec<(String, TensorInfo)>,
+    metadata: Option<HashMap<String, String>>,
 }
 
 fn parse_json(json: &[u8]) -> Result<Raw, HeaderError> {
@@ -252,7 +249,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Raw, A::Error> {
         let mut seen = HashSet::new();
-        let mut raw = Raw { tensors: Vec::new(), metadata: Vec::new() };
+        let mut raw = Raw { tensors: Vec::new(), metadata: None };
         while let Some(name) = map.next_key::<String>()? {
             if let Some(fault) = check_name(&name) {
                 let shown: String = name.chars().take(80).collect();
@@ -262,7 +259,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
                 return Err(de::Error::custom(format_args!("duplicate key `{name}`")));
             }
             if name == "__metadata__" {
-                raw.metadata = map.next_value::<Metadata>()?.0;
+                raw.metadata = Some(map.next_value::<Text>()?.0);
                 continue;
             }
             if raw.tensors.len() == MAX_TENSORS {
@@ -274,7 +271,12 @@ impl<'de> Visitor<'de> for HeaderVisitor {
                 return Err(de::Error::custom(format_args!("tensor `{name}` has unknown dtype {shown:?}")));
             };
             let (begin, end) = fields.data_offsets;
-            raw.tensors.push(HeaderEntry { name, dtype, shape: fields.shape.0, begin, end });
+            let (Ok(begin), Ok(end)) = (usize::try_from(begin), usize::try_from(end)) else {
+                return Err(de::Error::custom(format_args!(
+                    "tensor `{name}` lies beyond what this machine can address"
+                )));
+            };
+            raw.tensors.push((name, TensorInfo { dtype, shape: fields.shape.0, data_offsets: (begin, end) }));
         }
         Ok(raw)
     }
@@ -315,26 +317,25 @@ impl<'de> de::Deserialize<'de> for Shape {
 }
 
 /// `__metadata__`: strings to strings, no key twice.
-struct Metadata(Vec<(String, String)>);
+struct Text(HashMap<String, String>);
 
-impl<'de> de::Deserialize<'de> for Metadata {
+impl<'de> de::Deserialize<'de> for Text {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         struct V;
         impl<'de> Visitor<'de> for V {
-            type Value = Metadata;
+            type Value = Text;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a map of strings")
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
-                let mut seen = HashSet::new();
-                let mut list = Vec::new();
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Text, A::Error> {
+                let mut text = HashMap::new();
                 while let Some((key, value)) = map.next_entry::<String, String>()? {
-                    if !seen.insert(key.clone()) {
+                    if text.contains_key(&key) {
                         return Err(de::Error::custom(format_args!("duplicate metadata key {key:?}")));
                     }
-                    list.push((key, value));
+                    text.insert(key, value);
                 }
-                Ok(Metadata(list))
+                Ok(Text(text))
             }
         }
         d.deserialize_map(V)

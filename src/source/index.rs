@@ -116,14 +116,14 @@ fn open_sharded(dir: &Path) -> Result<(TensorDirectory, Vec<String>), SourceErro
             Err(e) => return Err(e),
         }
     }
-    let opened: HashSet<&str> = shards.iter().map(|s| s.name.as_str()).collect();
+    let opened: HashSet<&str> = shards.iter().map(|(s, _)| s.name.as_str()).collect();
     let mut holders: BTreeMap<&str, &str> = BTreeMap::new();
-    for shard in &shards {
-        for t in &shard.header.tensors {
-            if let Some(first) = holders.insert(&t.name, &shard.name) {
-                problems.add(format!("tensor `{}` is in both `{first}` and `{}`", t.name, shard.name));
-            } else if !weight_map.contains_key(&t.name) {
-                problems.add(format!("tensor `{}` of `{}` is not in the index", t.name, shard.name));
+    for (shard, tensors) in &shards {
+        for (name, _) in tensors.iter() {
+            if let Some(first) = holders.insert(name, &shard.name) {
+                problems.add(format!("tensor `{name}` is in both `{first}` and `{}`", shard.name));
+            } else if !weight_map.contains_key(name) {
+                problems.add(format!("tensor `{name}` of `{}` is not in the index", shard.name));
             }
         }
     }
@@ -137,7 +137,7 @@ fn open_sharded(dir: &Path) -> Result<(TensorDirectory, Vec<String>), SourceErro
         }
     }
 
-    let held: u64 = shards.iter().flat_map(|s| &s.header.tensors).map(|t| t.end - t.begin).sum();
+    let held: u64 = shards.iter().map(|(_, tensors)| tensors.data_bytes()).sum();
     let mut warnings = Vec::new();
     let gap = missing_number(&files);
     // `total_size` is informative: writers have counted tied weights twice, or parameters instead of bytes, and a

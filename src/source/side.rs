@@ -60,7 +60,12 @@ pub(super) fn wanted(name: &str) -> bool {
     let terms = |start: &&str| {
         upper.strip_prefix(start).is_some_and(|rest| text(&rest[rest.find('.').unwrap_or(rest.len())..]))
     };
-    COPIED.contains(&name) || (TERMS.iter().any(terms) && !name.chars().any(char::is_control))
+    // A tokenizer for some versions of transformers, such as `tokenizer.5.03.0.json`.
+    let versioned = name.strip_prefix("tokenizer.").and_then(|rest| rest.strip_suffix(".json"));
+    let version = |v: &str| !v.is_empty() && v.chars().all(|c| c.is_ascii_digit() || c == '.');
+    COPIED.contains(&name)
+        || versioned.is_some_and(version)
+        || (TERMS.iter().any(terms) && !name.chars().any(char::is_control))
 }
 
 /// Side files of `dir` sorted by name, and the names of regular files that are left behind (weights, `config.json`
@@ -110,6 +115,7 @@ mod tests {
             "tekken.json",
             "tokenizer.model",
             "spiece.model",
+            "tokenizer.5.03.0.json",
         ] {
             assert!(wanted(name), "{name}");
         }
@@ -133,6 +139,7 @@ mod tests {
             "notes.txt",
             ".gitattributes",
             "PYTORCH_MODEL.BIN",
+            "tokenizer.x.json",
         ] {
             assert!(!wanted(name), "{name}");
         }

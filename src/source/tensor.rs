@@ -16,7 +16,7 @@ pub struct TensorView<'a> {
     pub dtype: Dtype,
     /// Shape, outermost first; `[out, in]` for the weight of a linear layer.
     pub shape: &'a [usize],
-    /// `shape.product() * dtype.size()` bytes.
+    /// `shape.product() * dtype.byte_size()` bytes.
     pub bytes: Cow<'a, [u8]>,
 }
 
@@ -53,10 +53,10 @@ impl TensorView<'_> {
             Dtype::F32 => decode(b, |x| f(f64::from(f32::from_le_bytes(x)))),
             // A bf16 is the upper half of an f32; said this way the loop becomes a shift over whole vectors, where
             // `bf16::to_f32` branches on NaN to keep it quiet.
-            Dtype::Bf16 => decode(b, |x| f(f64::from(f32::from_bits(u32::from(u16::from_le_bytes(x)) << 16)))),
+            Dtype::BF16 => decode(b, |x| f(f64::from(f32::from_bits(u32::from(u16::from_le_bytes(x)) << 16)))),
             Dtype::F16 => decode(b, |x| f(f16::from_le_bytes(x).to_f64())),
             Dtype::F64 => decode(b, |x| f(f64::from_le_bytes(x))),
-            Dtype::F8E4M3 => decode(b, |[x]: [u8; 1]| f(e4m3(x))),
+            Dtype::F8_E4M3 => decode(b, |[x]: [u8; 1]| f(e4m3(x))),
             other => panic!("tensor `{}` has dtype {other}, which is not a float type", self.name),
         }
     }
@@ -95,13 +95,13 @@ mod tests {
     fn every_16_bit_pattern_converts_exactly() {
         let bytes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
         let shape = [256, 256];
-        for dtype in [Dtype::Bf16, Dtype::F16] {
+        for dtype in [Dtype::BF16, Dtype::F16] {
             let view = TensorView { name: "t", dtype, shape: &shape, bytes: Cow::Borrowed(&bytes) };
             let (narrow, wide) = (view.to_f32(), view.to_f64());
             assert_eq!(narrow.len(), view.len());
             for bits in 0..=u16::MAX {
                 let expected = match dtype {
-                    Dtype::Bf16 => bf16::from_bits(bits).to_f64(),
+                    Dtype::BF16 => bf16::from_bits(bits).to_f64(),
                     _ => f16::from_bits(bits).to_f64(),
                 };
                 let (n, w) = (narrow[usize::from(bits)], wide[usize::from(bits)]);

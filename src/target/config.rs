@@ -46,7 +46,7 @@ impl TargetSpec {
             "use_cache": true,
             "initializer_range": 0.02,
             "torch_dtype": match self.storage.base() {
-                Dtype::Bf16 => "bfloat16",
+                Dtype::BF16 => "bfloat16",
                 Dtype::F16 => "float16",
                 _ => "float32",
             },

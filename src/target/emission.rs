@@ -67,7 +67,7 @@ impl List<'_> {
     fn source(&mut self, name: &str, part: Part, shape: Vec<usize>, scale: f64, offset: f64) {
         let exact = offset == 0.0 && scale.log2().fract() == 0.0;
         let own = match (self.stored)(&part.name) {
-            Dtype::F8E4M3 => self.spec.storage.base(),
+            Dtype::F8_E4M3 => self.spec.storage.base(),
             own => own,
         };
         let dtype = match (scale == 1.0 && offset == 0.0, exact) {
@@ -223,7 +223,7 @@ impl List<'_> {
                 out.push(emit);
                 continue;
             }
-            planned.dtype = Dtype::F8E4M3;
+            planned.dtype = Dtype::F8_E4M3;
             let scales = PlannedTensor {
                 name: fp8::scale_name(&planned.name),
                 dtype: Dtype::F32,

@@ -81,7 +81,7 @@ mod tests {
 
     fn decoded(bytes: &[u8]) -> Vec<f64> {
         let shape = [bytes.len()];
-        TensorView { name: "t", dtype: Dtype::F8E4M3, shape: &shape, bytes: bytes.into() }.to_f64()
+        TensorView { name: "t", dtype: Dtype::F8_E4M3, shape: &shape, bytes: bytes.into() }.to_f64()
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod storage;
 mod tensor;
 #[cfg(test)]
 mod tests;
+mod tokenizer;
 
 pub use attention::{AttentionTensor, Holds};
 pub use choices::{OutputDtype, Padding, Profile, RopeGrid};
@@ -38,3 +39,4 @@ pub use select::{Wanted, choose, select};
 pub use spec::TargetSpec;
 pub use storage::Storage;
 pub use tensor::{OutTensor, encode};
+pub use tokenizer::{TokenizerFiles, tokenizer_files};

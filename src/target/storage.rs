@@ -14,14 +14,12 @@ pub enum Storage {
     /// Tensors that are copied keep the source's dtype.
     AsSource {
         /// Of what is computed.
-        #[serde(with = "dtype_by_name")]
         base: Dtype,
         /// Of what is computed and what `base` would round.
-        #[serde(with = "dtype_by_name")]
         inexact: Dtype,
     },
     /// Every tensor is rounded to this one.
-    Rounded(#[serde(with = "dtype_by_name")] Dtype),
+    Rounded(Dtype),
     /// Linear layers in blocks of FP8, the rest in bf16.
     Fp8,
 }
@@ -46,7 +44,7 @@ impl Storage {
 
     fn asked(dtype: OutputDtype, class: Target) -> Result<Self, ConvertError> {
         match dtype {
-            OutputDtype::Bf16 => Ok(Self::Rounded(Dtype::Bf16)),
+            OutputDtype::Bf16 => Ok(Self::Rounded(Dtype::BF16)),
             OutputDtype::F32 => Ok(Self::Rounded(Dtype::F32)),
             OutputDtype::F16 => match f16_obstacle(class) {
                 None => Ok(Self::Rounded(Dtype::F16)),
@@ -71,8 +69,8 @@ impl Storage {
     fn as_source(own: Dtype, class: Target, exact: bool) -> (Self, Option<&'static str>) {
         let rounding = |base: Dtype| Self::AsSource { base, inexact: base };
         match own {
-            Dtype::Bf16 if exact => (
-                Self::AsSource { base: Dtype::Bf16, inexact: Dtype::F32 },
+            Dtype::BF16 if exact => (
+                Self::AsSource { base: Dtype::BF16, inexact: Dtype::F32 },
                 Some(
                     "tensors that a fold would round in bf16 are written in f32, the others as they are (`--dtype bf16` rounds them)",
                 ),
@@ -87,11 +85,11 @@ impl Storage {
                     "the source is f16, in which the neutralised latent norm underflows: converted tensors are written in f32",
                 ),
             ),
-            Dtype::F8E4M3 => (
-                rounding(Dtype::Bf16),
+            Dtype::F8_E4M3 => (
+                rounding(Dtype::BF16),
                 Some("the source is FP8: weights are written in bf16 (`--dtype fp8` quantises them again)"),
             ),
-            Dtype::Bf16 => (rounding(Dtype::Bf16), None),
+            Dtype::BF16 => (rounding(Dtype::BF16), None),
             _ => (rounding(Dtype::F32), None),
         }
     }
@@ -100,7 +98,7 @@ impl Storage {
     pub fn base(self) -> Dtype {
         match self {
             Self::AsSource { base, .. } | Self::Rounded(base) => base,
-            Self::Fp8 => Dtype::Bf16,
+            Self::Fp8 => Dtype::BF16,
         }
     }
 
@@ -128,22 +126,6 @@ fn f16_obstacle(class: Target) -> Option<&'static str> {
     LatentNorm::of(class).and_then(LatentNorm::f16_obstacle)
 }
 
-/// A dtype as its name in a safetensors header.
-mod dtype_by_name {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-
-    use crate::source::Dtype;
-
-    pub fn serialize<S: Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(dtype.name())
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dtype, D::Error> {
-        let name = String::deserialize(deserializer)?;
-        Dtype::from_name(&name).ok_or_else(|| D::Error::custom(format!("unknown dtype `{name}`")))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,7 +134,7 @@ mod tests {
     #[test]
     fn a_journal_gives_the_same_storage_back() {
         let all =
-            [Storage::AsSource { base: Dtype::Bf16, inexact: Dtype::F32 }, Storage::Rounded(Dtype::F16), Storage::Fp8];
+            [Storage::AsSource { base: Dtype::BF16, inexact: Dtype::F32 }, Storage::Rounded(Dtype::F16), Storage::Fp8];
         for storage in all {
             let json = serde_json::to_string(&storage).expect("serialises");
             assert_eq!(serde_json::from_str::<Storage>(&json).expect("reads"), storage, "{json}");

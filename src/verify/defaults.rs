@@ -33,7 +33,7 @@ pub fn default_thresholds(source: &ModelSource, converted: &ModelSource) -> (Thr
     let cached = Thresholds { cached_vs_full: Some(CACHED_VS_FULL), ..Thresholds::default() };
     if let Some(rotation) = is_rotation_of(converted, source) {
         let narrow =
-            rotation["settings"]["dtype"] == "bf16" || source.tensors.iter().any(|(_, t)| t.dtype == Dtype::F8E4M3);
+            rotation["settings"]["dtype"] == "bf16" || source.tensors.iter().any(|(_, t)| t.dtype == Dtype::F8_E4M3);
         return if narrow {
             (Thresholds { kl: Some(5e-3), ppl_ratio: Some(1.01), ..cached }, "those of a rotation, rounded to bf16")
         } else {

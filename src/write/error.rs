@@ -199,6 +199,17 @@ pub enum WriteError {
         found: u64,
     },
 
+    /// A tensor with another dtype or shape than planned.
+    #[error("tensor `{name}`: expected {expected}, found {found}")]
+    NotAsPlanned {
+        /// Its name.
+        name: String,
+        /// Planned dtype and shape.
+        expected: String,
+        /// Those of the tensor offered.
+        found: String,
+    },
+
     /// Publishing was asked for before every tensor was written.
     #[error("{missing} planned tensors were not written, the first is `{first}`")]
     Incomplete {

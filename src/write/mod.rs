@@ -21,7 +21,7 @@ mod writer;
 pub use error::WriteError;
 pub use journal::JournalRecord;
 pub use manifest::{MANIFEST, Manifest, ManifestReport, verify_manifest};
-pub use plan::{PlacedTensor, PlannedShard, PlannedTensor, ShardPlan};
+pub use plan::{PlannedShard, PlannedTensor, ShardPlan};
 pub use publish::Published;
 pub use resume::{Mark, Progress, verify_marks};
 pub use staging::{Leftover, Staging, StagingOptions};

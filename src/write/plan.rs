@@ -1,11 +1,23 @@
 //! Which tensor goes to which byte of which shard, decided before anything is written.
+//!
+//! Places and headers are values of the crate `safetensors` ([`TensorInfo`], [`Metadata`](crate::source::Metadata)), and the
+//! JSON of a header is what its serialiser makes of them. Its own writer (`serialize_to_file`, version 0.8) is not used: it
+//! sorts tensors by dtype and name, and wants all of them at once, where a conversion has one layer at a time and writes in
+//! the order of the model; and it neither waits for the disk nor hashes. So these are ours:
+//!
+//! - **Alignment.** The crate reaches it by sorting wide types first. Here a shard is closed where the next tensor would not
+//!   begin at a multiple of its element size.
+//! - **Names.** The crate writes any: empty ones, control characters, `__metadata__` twice, the same name twice (of which its
+//!   map keeps the last, behind a hole). What our reader refuses is not written ([`ShardPlan::new`]).
+//! - **Sizes.** Names of more than a header may hold and shapes that overflow are refused before the first byte is written.
+//! - **Order, resumption, fsync**: [`StagedWriter`](super::StagedWriter).
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::WriteError;
-use crate::source::{Dtype, MAX_HEADER_BYTES, MAX_TENSORS, check_name};
+use crate::source::{Dtype, DtypeExt, Layout, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, check_name};
 
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,28 +30,13 @@ pub struct PlannedTensor {
     pub shape: Vec<usize>,
 }
 
-/// A tensor with its place. Offsets are relative to the start of the shard's data.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PlacedTensor {
-    /// Name in the checkpoint.
-    pub name: String,
-    /// Stored element type.
-    pub dtype: Dtype,
-    /// Shape, outermost first.
-    pub shape: Vec<usize>,
-    /// First byte.
-    pub begin: u64,
-    /// One past the last byte.
-    pub end: u64,
-}
-
 /// One weight file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct PlannedShard {
     /// File name.
     pub file: String,
-    /// Its tensors, in the order of their bytes.
-    pub tensors: Vec<PlacedTensor>,
+    /// Its tensors, in the order of their bytes; offsets are relative to the start of the data.
+    pub tensors: Layout,
     /// Length field and JSON header, padded with spaces so that the data begins at a multiple of 8.
     pub(super) header: Vec<u8>,
 }
@@ -47,7 +44,7 @@ pub struct PlannedShard {
 impl PlannedShard {
     /// Bytes of the tensors.
     pub fn data_bytes(&self) -> u64 {
-        self.tensors.last().map_or(0, |t| t.end)
+        self.tensors.data_bytes()
     }
 
     /// Size of the file.
@@ -57,7 +54,7 @@ impl PlannedShard {
 }
 
 /// Every weight file of a checkpoint, laid out to the byte.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct ShardPlan {
     shards: Vec<PlannedShard>,
     /// Whether several files are the parts of one checkpoint.
@@ -76,45 +73,30 @@ impl ShardPlan {
     /// of FP8 values, say), since readers that view the data in place need that and the format allows no padding.
     ///
     /// # Errors
-    /// No tensor; a name that repeats, is empty or reserved, or holds control characters; a shape that overflows.
+    /// No tensor; a name that repeats, is empty or reserved, or holds control characters; a dtype that is not supported
+    /// ([`DtypeExt::is_supported`]); a shape that overflows.
     pub fn new(tensors: &[PlannedTensor], max_shard_bytes: u64) -> Result<Self, WriteError> {
         if tensors.is_empty() {
             return Err(WriteError::EmptyPlan);
         }
         let mut seen = HashSet::with_capacity(tensors.len());
-        let mut groups: Vec<Vec<PlacedTensor>> = Vec::new();
+        let mut groups: Vec<Vec<(String, TensorInfo)>> = Vec::new();
         for t in tensors {
-            let bad = |reason: String| WriteError::BadTensor { name: t.name.clone(), reason };
-            if let Some(fault) = check_name(&t.name) {
-                return Err(bad(format!("its name {fault}")));
-            }
-            if t.name == "__metadata__" {
-                return Err(bad("its name is reserved by the format".to_owned()));
-            }
-            if !seen.insert(t.name.as_str()) {
-                return Err(bad("its name is planned twice".to_owned()));
-            }
-            let bytes = t.shape.iter().try_fold(t.dtype.size() as u64, |n, &d| n.checked_mul(d as u64));
-            let bytes = bytes.ok_or_else(|| bad(format!("shape {:?} overflows", t.shape)))?;
-            let size = t.dtype.size() as u64;
-            let open = groups.last().and_then(|g| g.last().map(|last| (last.end, g.len())));
-            let begin = open
+            let bytes = check(t, &mut seen)?;
+            let size = t.dtype.byte_size();
+            let last = groups.last().and_then(|g| Some((g.last()?.1.data_offsets.1, g.len())));
+            let begin = last
                 .filter(|(end, count)| {
-                    end.checked_add(bytes).is_some_and(|e| e <= max_shard_bytes)
+                    end.checked_add(bytes).is_some_and(|e| e as u64 <= max_shard_bytes)
                         && end % size == 0
                         && *count < MAX_TENSORS
                 })
                 .map_or(0, |(end, _)| end);
-            let placed = PlacedTensor {
-                name: t.name.clone(),
-                dtype: t.dtype,
-                shape: t.shape.clone(),
-                begin,
-                end: begin + bytes,
-            };
+            let info = TensorInfo { dtype: t.dtype, shape: t.shape.clone(), data_offsets: (begin, begin + bytes) };
+            let placed = (t.name.clone(), info);
             // Begin 0 after a shard that holds only empty tensors continues it: same offset, same file.
             match groups.last_mut() {
-                Some(group) if group.last().is_some_and(|l| l.end == begin) => group.push(placed),
+                Some(group) if last.is_some_and(|(end, _)| end == begin) => group.push(placed),
                 _ => groups.push(vec![placed]),
             }
         }
@@ -124,6 +106,7 @@ impl ShardPlan {
                 1 => "model.safetensors".to_owned(),
                 n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
             };
+            let tensors = layout(tensors)?;
             let header = header(&tensors)?;
             Ok(PlannedShard { file, tensors, header })
         });
@@ -142,7 +125,7 @@ impl ShardPlan {
             match (own.pop(), own.pop()) {
                 (Some(shard), None) => shards.push(PlannedShard { file: file.clone(), ..shard }),
                 (Some(shard), Some(_)) => {
-                    let name = shard.tensors.first().map_or_else(String::new, |t| t.name.clone());
+                    let name = first_name(&shard.tensors);
                     let reason = format!("it does not begin at a multiple of its element size in {file}");
                     return Err(WriteError::BadTensor { name, reason });
                 }
@@ -158,8 +141,8 @@ impl ShardPlan {
     }
 
     /// All tensors in the order in which they must be written.
-    pub fn tensors(&self) -> impl Iterator<Item = &PlacedTensor> {
-        self.shards.iter().flat_map(|s| &s.tensors)
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
+        self.shards.iter().flat_map(|s| s.tensors.iter())
     }
 
     /// Bytes of all tensors.
@@ -179,7 +162,7 @@ impl ShardPlan {
             return None;
         }
         let map: BTreeMap<&str, &str> =
-            self.shards.iter().flat_map(|s| s.tensors.iter().map(|t| (t.name.as_str(), s.file.as_str()))).collect();
+            self.shards.iter().flat_map(|s| s.tensors.iter().map(|(name, _)| (name, s.file.as_str()))).collect();
         let value = json!({"metadata": {"total_size": self.total_size()}, "weight_map": map});
         let mut text = format!("{value:#}").into_bytes();
         text.push(b'\n');
@@ -187,29 +170,46 @@ impl ShardPlan {
     }
 }
 
-/// Length field and JSON of a shard: metadata first, then the tensors in the order of their bytes.
-fn header(tensors: &[PlacedTensor]) -> Result<Vec<u8>, WriteError> {
-    use std::io::Write;
-    let mut out = vec![0u8; 8];
-    out.extend_from_slice(br#"{"__metadata__":{"format":"pt"}"#);
-    for t in tensors {
-        let name = Value::from(t.name.as_str());
-        let shape = Value::from(t.shape.as_slice());
-        write!(
-            out,
-            r#",{name}:{{"dtype":"{}","shape":{shape},"data_offsets":[{},{}]}}"#,
-            t.dtype.name(),
-            t.begin,
-            t.end
-        )?;
+/// Bytes of a tensor that may be written; `seen` are the names before it.
+fn check<'a>(t: &'a PlannedTensor, seen: &mut HashSet<&'a str>) -> Result<usize, WriteError> {
+    let bad = |reason: String| WriteError::BadTensor { name: t.name.clone(), reason };
+    if let Some(fault) = check_name(&t.name) {
+        return Err(bad(format!("its name {fault}")));
     }
-    out.push(b'}');
+    if t.name == "__metadata__" {
+        return Err(bad("its name is reserved by the format".to_owned()));
+    }
+    if !seen.insert(t.name.as_str()) {
+        return Err(bad("its name is planned twice".to_owned()));
+    }
+    if !t.dtype.is_supported() {
+        return Err(bad(format!("dtype {} is not written here", t.dtype)));
+    }
+    let bytes = t.shape.iter().try_fold(t.dtype.byte_size(), |n, &d| n.checked_mul(d));
+    // The crate counts bits.
+    bytes.filter(|n| n.checked_mul(8).is_some()).ok_or_else(|| bad(format!("shape {:?} overflows", t.shape)))
+}
+
+/// The tensors of a shard with the text by which transformers knows that they are PyTorch's.
+fn layout(tensors: Vec<(String, TensorInfo)>) -> Result<Layout, WriteError> {
+    let name = tensors.first().map_or_else(String::new, |(name, _)| name.clone());
+    let text = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    Layout::new(Some(text), tensors).map_err(|e| WriteError::BadTensor { name, reason: format!("its shard: {e}") })
+}
+
+fn first_name(tensors: &Layout) -> String {
+    tensors.get(0).map_or_else(String::new, |(name, _)| name.to_owned())
+}
+
+/// Length field and JSON of a shard: metadata first, then the tensors in the order of their bytes, as the crate writes them.
+fn header(tensors: &Layout) -> Result<Vec<u8>, WriteError> {
+    let mut out = vec![0u8; 8];
+    serde_json::to_writer(&mut out, tensors.metadata()).map_err(std::io::Error::from)?;
     out.resize(out.len().next_multiple_of(8), b' ');
     let length = (out.len() - 8) as u64;
     if length > MAX_HEADER_BYTES {
-        let name = tensors.first().map_or_else(String::new, |t| t.name.clone());
         let reason = format!("the header of its shard takes {length} bytes, the format allows {MAX_HEADER_BYTES}");
-        return Err(WriteError::BadTensor { name, reason });
+        return Err(WriteError::BadTensor { name: first_name(tensors), reason });
     }
     out[..8].copy_from_slice(&length.to_le_bytes());
     Ok(out)
@@ -235,6 +235,23 @@ mod tests {
         assert!(matches!(plan(&twice), Err(WriteError::BadTensor { .. })));
         let huge = [tensor("a", Dtype::F32, &[1 << 40, 1 << 40])];
         assert!(matches!(plan(&huge), Err(WriteError::BadTensor { .. })));
+        for dtype in [Dtype::F4, Dtype::F6_E2M3, Dtype::C64] {
+            assert!(matches!(plan(&[tensor("a", dtype, &[8])]), Err(WriteError::BadTensor { .. })), "{dtype}");
+        }
+    }
+
+    /// To the byte: a hash of the header is in every journal, and two releases write the same files.
+    #[test]
+    fn the_header_is_compact_json_in_the_order_of_the_bytes() {
+        let tensors =
+            [tensor("b\"\u{fc}", Dtype::BF16, &[2, 3]), tensor("a", Dtype::F8_E4M3, &[]), tensor("c", Dtype::U8, &[0])];
+        let plan = ShardPlan::new(&tensors, 100).unwrap();
+        let json = r#"{"__metadata__":{"format":"pt"},"b\"ü":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},"a":{"dtype":"F8_E4M3","shape":[],"data_offsets":[12,13]},"c":{"dtype":"U8","shape":[0],"data_offsets":[13,13]}}"#;
+        let header = &plan.shards()[0].header;
+        let (length, text) = header.split_at(8);
+        assert_eq!(length, (json.len().next_multiple_of(8) as u64).to_le_bytes());
+        assert_eq!(text.len() % 8, 0);
+        assert_eq!(std::str::from_utf8(text).unwrap().trim_end_matches(' '), json);
     }
 
     #[test]
@@ -251,7 +268,7 @@ mod tests {
         assert_eq!(files(1).len(), 4);
     }
 
-    const DTYPES: [Dtype; 4] = [Dtype::F8E4M3, Dtype::Bf16, Dtype::F32, Dtype::F64];
+    const DTYPES: [Dtype; 4] = [Dtype::F8_E4M3, Dtype::BF16, Dtype::F32, Dtype::F64];
 
     proptest! {
         #[test]
@@ -262,16 +279,17 @@ mod tests {
             let tensors: Vec<_> =
                 list.iter().enumerate().map(|(i, (d, s))| tensor(&format!("t{i}"), DTYPES[*d], s)).collect();
             let plan = ShardPlan::new(&tensors, max).unwrap();
-            let names: Vec<_> = plan.tensors().map(|t| t.name.clone()).collect();
+            let names: Vec<_> = plan.tensors().map(|(name, _)| name.to_owned()).collect();
             prop_assert_eq!(names, tensors.iter().map(|t| t.name.clone()).collect::<Vec<_>>());
             for shard in plan.shards() {
                 prop_assert_eq!(shard.header.len() % 8, 0);
-                prop_assert!(shard.data_bytes() <= max || shard.tensors.iter().filter(|t| t.end > t.begin).count() == 1);
+                let full = shard.tensors.iter().filter(|(_, t)| t.data_offsets.1 > t.data_offsets.0).count();
+                prop_assert!(shard.data_bytes() <= max || full == 1);
                 let mut end = 0;
-                for t in &shard.tensors {
-                    prop_assert_eq!(t.begin, end);
-                    prop_assert_eq!(t.begin % t.dtype.size() as u64, 0);
-                    end = t.end;
+                for (_, t) in shard.tensors.iter() {
+                    prop_assert_eq!(t.data_offsets.0, end);
+                    prop_assert_eq!(t.data_offsets.0 % t.dtype.byte_size(), 0);
+                    end = t.data_offsets.1;
                 }
                 // Our own strict reader accepts the header, with data of the planned length.
                 let mut file = shard.header.clone();

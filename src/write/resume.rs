@@ -73,7 +73,8 @@ fn place(plan: &ShardPlan, tensors: usize) -> Option<(usize, u64)> {
     let mut left = tensors;
     for (index, shard) in plan.shards().iter().enumerate() {
         if left < shard.tensors.len() {
-            let bytes = left.checked_sub(1).map_or(0, |last| shard.header.len() as u64 + shard.tensors[last].end);
+            let last = left.checked_sub(1).and_then(|last| shard.tensors.get(last));
+            let bytes = last.map_or(0, |(_, t)| shard.header.len() as u64 + t.data_offsets.1 as u64);
             return Some((index, bytes));
         }
         left -= shard.tensors.len();

@@ -8,11 +8,11 @@ use fs_err as fs;
 
 use super::leftover::COMPLETE;
 use super::manifest::{MANIFEST, Manifest};
-use super::plan::{INDEX, PlacedTensor, ShardPlan};
+use super::plan::{INDEX, ShardPlan};
 use super::publish::{Published, publish};
 use super::resume::Mark;
 use super::{Staging, WriteError, ops};
-use crate::source::{FileDigest, Sha256Stream, plain_file_name};
+use crate::source::{FileDigest, Sha256Stream, TensorInfo, View, plain_file_name, stored_bytes};
 
 /// Small tensors are gathered up to this many bytes before they are written.
 const BUFFER: usize = 4 << 20;
@@ -53,8 +53,8 @@ impl StagedWriter {
         StagedWriter { current, plan, next, written: 0, files, poisoned: false, staging }
     }
 
-    /// The tensor that has to be written next; `None` when all are.
-    pub fn next_tensor(&self) -> Option<&PlacedTensor> {
+    /// Name and place of the tensor that has to be written next; `None` when all are.
+    pub fn next_tensor(&self) -> Option<(&str, &TensorInfo)> {
         self.plan.shards().get(self.next.0)?.tensors.get(self.next.1)
     }
 
@@ -97,7 +97,7 @@ impl StagedWriter {
     }
 
     fn incomplete(&self) -> WriteError {
-        let first = self.next_tensor().map_or_else(String::new, |t| t.name.clone());
+        let first = self.next_tensor().map_or_else(String::new, |(name, _)| name.to_owned());
         WriteError::Incomplete { missing: self.plan.tensors().count() - self.count(), first }
     }
 
@@ -107,6 +107,25 @@ impl StagedWriter {
     /// [`WriteError::OutOfOrder`] or [`WriteError::WrongSize`] when it is not the one planned; I/O errors.
     pub fn write_tensor(&mut self, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
         self.guarded(|w| w.write_tensor_inner(name, bytes))
+    }
+
+    /// Writes the next tensor of the plan from anything that the crate `safetensors` could write.
+    ///
+    /// # Errors
+    /// As [`StagedWriter::write_tensor`], and [`WriteError::NotAsPlanned`] for another dtype or shape than the plan's: that the
+    /// bytes are as many does not make them the same values.
+    pub fn write_view(&mut self, name: &str, view: &impl View) -> Result<(), WriteError> {
+        if let Some((_, planned)) = self.next_tensor().filter(|(next, _)| *next == name)
+            && (planned.dtype != view.dtype() || planned.shape != view.shape())
+        {
+            let shown = |dtype, shape: &[usize]| format!("{dtype} {shape:?}");
+            return Err(WriteError::NotAsPlanned {
+                name: name.to_owned(),
+                expected: shown(planned.dtype, &planned.shape),
+                found: shown(view.dtype(), view.shape()),
+            });
+        }
+        self.write_tensor(name, &view.data())
     }
 
     /// Writes a piece of the next tensor of the plan; the tensor ends with the piece that fills it.
@@ -190,8 +209,8 @@ impl StagedWriter {
 
     fn write_tensor_inner(&mut self, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
         match self.next_tensor() {
-            Some(t) if t.name == name && t.end - t.begin != bytes.len() as u64 => {
-                Err(wrong_size(t, bytes.len() as u64))
+            Some((next, info)) if next == name && stored_bytes(info) != bytes.len() as u64 => {
+                Err(wrong_size(name, info, bytes.len() as u64))
             }
             _ => self.write_piece_inner(name, bytes),
         }
@@ -199,13 +218,13 @@ impl StagedWriter {
 
     fn write_piece_inner(&mut self, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
         let next = self.next_tensor();
-        let Some(planned) = next.filter(|t| t.name == name) else {
-            let expected = next.map(|t| t.name.clone());
+        let Some((_, planned)) = next.filter(|(next, _)| *next == name) else {
+            let expected = next.map(|(next, _)| next.to_owned());
             return Err(WriteError::OutOfOrder { expected, found: name.to_owned() });
         };
-        let (expected, found) = (planned.end - planned.begin, self.written + bytes.len() as u64);
+        let (expected, found) = (stored_bytes(planned), self.written + bytes.len() as u64);
         if found > expected {
-            return Err(wrong_size(planned, found));
+            return Err(wrong_size(name, planned, found));
         }
         let shard = &self.plan.shards()[self.next.0];
         let mut file = match self.current.take() {
@@ -255,9 +274,9 @@ impl StagedWriter {
     }
 }
 
-fn wrong_size(t: &PlacedTensor, found: u64) -> WriteError {
-    let (name, shape, dtype) = (t.name.clone(), t.shape.clone(), t.dtype);
-    WriteError::WrongSize { name, shape, dtype, expected: t.end - t.begin, found }
+fn wrong_size(name: &str, planned: &TensorInfo, found: u64) -> WriteError {
+    let (name, shape, dtype) = (name.to_owned(), planned.shape.clone(), planned.dtype);
+    WriteError::WrongSize { name, shape, dtype, expected: stored_bytes(planned), found }
 }
 
 /// A file that is hashed while it is written.

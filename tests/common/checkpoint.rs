@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use gqa2mla::observe::{Event, Observer, Silent};
-use gqa2mla::source::{Dtype, ModelSource, OpenOptions, SourceError};
+use gqa2mla::source::{Dtype, DtypeExt, ModelSource, OpenOptions, SourceError};
 use gqa2mla::write::{PlannedTensor, Published, ShardPlan, StagedWriter, Staging, StagingOptions, WriteError};
 
 /// A tensor with its bytes.
@@ -12,7 +12,7 @@ pub type Sample = (PlannedTensor, Vec<u8>);
 
 /// A tensor of finite values.
 pub fn sample(name: &str, dtype: Dtype, shape: &[usize]) -> Sample {
-    let bytes = shape.iter().product::<usize>() * dtype.size();
+    let bytes = shape.iter().product::<usize>() * dtype.byte_size();
     // Values below 0x40 in the high byte: finite in every float type.
     let data = (0..bytes).map(|i| (i * 7 + name.len()) as u8 & 0x3f).collect();
     (PlannedTensor { name: name.to_owned(), dtype, shape: shape.to_vec() }, data)
@@ -21,10 +21,10 @@ pub fn sample(name: &str, dtype: Dtype, shape: &[usize]) -> Sample {
 /// Every kind of tensor.
 pub fn samples() -> Vec<Sample> {
     vec![
-        sample("model.embed_tokens.weight", Dtype::Bf16, &[10, 8]),
-        sample("model.layers.0.self_attn.q_proj.weight", Dtype::Bf16, &[8, 8]),
+        sample("model.embed_tokens.weight", Dtype::BF16, &[10, 8]),
+        sample("model.layers.0.self_attn.q_proj.weight", Dtype::BF16, &[8, 8]),
         sample("model.layers.0.self_attn.k_proj.weight", Dtype::F32, &[4, 8]),
-        sample("odd", Dtype::F8E4M3, &[3]),
+        sample("odd", Dtype::F8_E4M3, &[3]),
         sample("after_odd", Dtype::F32, &[2]),
         sample("scalar", Dtype::F64, &[]),
         sample("empty", Dtype::F16, &[0, 4]),

@@ -21,6 +21,7 @@ pub fn open(dir: &Path) -> (ModelSource, Architecture) {
 }
 
 /// A method at its defaults.
+#[allow(dead_code, reason = "not every binary of tests converts")]
 pub fn method(name: &str) -> MethodChoice {
     MethodChoice::named(name).expect("a method of that name")
 }

@@ -93,9 +93,10 @@ fn plan_tells_what_convert_writes() {
         let report = convert(&source, &arch, &s, &to, &|_| Vec::new(), &Silent).expect("converts");
         assert_eq!(planned.geometry, report.geometry);
         let (written, _) = open(&to);
-        let mut names: Vec<_> = planned.tensors.iter().map(|(n, d, s)| (n.as_str(), d.as_str(), s.clone())).collect();
+        let mut names: Vec<_> = planned.tensors.iter().map(|(n, d, s)| (n.clone(), d.clone(), s.clone())).collect();
         names.sort();
-        let found: Vec<_> = written.tensors.iter().map(|(n, t)| (n, t.dtype.name(), t.shape.clone())).collect();
+        let found: Vec<_> =
+            written.tensors.iter().map(|(n, t)| (n.to_owned(), t.dtype.to_string(), t.shape.clone())).collect();
         assert_eq!(names, found, "{method}");
         assert_eq!(planned.predicted_error.is_some(), method.compresses());
     }

@@ -51,9 +51,10 @@ fn products_whose_parts_are_large_are_cut() {
     }
     let card = open_limited(first().unwrap(), Precision::F32, 4 * 3 * 20 * 9).unwrap();
     let (x, weight, bias) = (noise(20, 31, 1), bf16(45, 31, 2), noise(1, 45, 3));
-    let (x_there, w, b) = (card.upload(x.clone()), card.upload_weight(weight.clone()), card.upload(bias.clone()));
+    let (x_there, w, b) =
+        (card.upload(x.clone()), card.upload_weight(weight.clone().into()), card.upload(bias.clone()));
     let found = card.download(card.linear(&x_there, &w, Some(&b))).unwrap();
-    assert_close("linear", &found, &Cpu.linear(&x, &weight, Some(&bias)), 31, 31f32.sqrt());
+    assert_close("linear", &found, &Cpu.linear(&x, &weight.clone().into(), Some(&bias)), 31, 31f32.sqrt());
 }
 
 #[test]
@@ -82,16 +83,17 @@ fn products_in_bf16_are_those_of_rounded_operands() {
     let card = open(first().unwrap(), Precision::Bf16).unwrap();
     let rounded = |x: &Array2<f32>| x.mapv(|v| half::bf16::from_f32(v).to_f32());
     let (x, weight, bias) = (noise(20, 31, 1), noise(45, 31, 2), noise(1, 45, 3));
-    let (x_there, w, b) = (card.upload(x.clone()), card.upload_weight(weight.clone()), card.upload(bias.clone()));
+    let (x_there, w, b) =
+        (card.upload(x.clone()), card.upload_weight(weight.clone().into()), card.upload(bias.clone()));
     let found = card.download(card.linear(&x_there, &w, Some(&b))).unwrap();
-    let expected = Cpu.linear(&rounded(&x), &rounded(&weight), Some(&bias));
+    let expected = Cpu.linear(&rounded(&x), &rounded(&weight).into(), Some(&bias));
     assert_close("linear", &found, &expected, 31, 31f32.sqrt());
     let of = HeadColumns { start: 0, stride: 15, width: 9 };
     let x = noise(20, 3 * 31, 4);
     let found = card.download(card.head_linear(&card.upload(x.clone()), &w, of, 3, false)).unwrap();
-    let expected = Cpu.head_linear(&rounded(&x), &rounded(&weight), of, 3, false);
+    let expected = Cpu.head_linear(&rounded(&x), &rounded(&weight).into(), of, 3, false);
     assert_close("head_linear", &found, &expected, 31, 31f32.sqrt());
-    assert!(found != Cpu.head_linear(&x, &weight, of, 3, false));
+    assert!(found != Cpu.head_linear(&x, &weight.clone().into(), of, 3, false));
 }
 
 #[test]
@@ -103,7 +105,7 @@ fn products_on_tensor_cores_lose_no_bit_of_an_activation() {
     let rows = 16;
     for value in values {
         let x = Array2::from_elem((rows, 1), value);
-        let w = card.upload_weight(Array2::from_elem((8, 1), 1.0));
+        let w = card.upload_weight(Array2::from_elem((8, 1), 1.0).into());
         let found = card.download(card.linear(&card.upload(x), &w, None)).unwrap();
         assert!(found.iter().all(|y| *y == value || (y.is_nan() && value.is_nan())), "{value}: {found}");
     }

@@ -38,10 +38,10 @@ fn what_a_kernel_may_not_see_at_once_is_worked_on_in_tiles() {
     for weight in [noise(250, 100, 3), bf16(400, 100, 3)] {
         let outs = weight.nrows().min(250);
         let weight = weight.slice(s![..outs, ..]).to_owned();
-        let w = gpu.upload_weight(weight.clone());
+        let w = gpu.upload_weight(weight.clone().into());
         for rows in [3, 300] {
             let part = gpu.rows(&x_gpu, 0..rows);
-            let expected = Cpu.linear(&x.slice(s![..rows, ..]).to_owned(), &weight, None);
+            let expected = Cpu.linear(&x.slice(s![..rows, ..]).to_owned(), &weight.clone().into(), None);
             assert_close("linear", &gpu.download(gpu.linear(&part, &w, None)).unwrap(), &expected, 100, 10.0);
         }
     }

@@ -61,9 +61,9 @@ pub fn products_of_any_size_are_those_of_the_cpu<B: Backend>(device: &B) {
             let weight = if packed { bf16(outs, inner, 1) } else { noise(outs, inner, 1) };
             let (x, on_there) = both(device, &noise(rows, inner, 2));
             let (bias, bias_there) = both(device, &noise(1, outs, 3));
-            let w = device.upload_weight(weight.clone());
+            let w = device.upload_weight(weight.clone().into());
             for with_bias in [false, true] {
-                let expected = Cpu.linear(&x, &weight, with_bias.then_some(&bias));
+                let expected = Cpu.linear(&x, &weight.clone().into(), with_bias.then_some(&bias));
                 let found = device.download(device.linear(&on_there, &w, with_bias.then_some(&bias_there))).unwrap();
                 let what = format!("{rows} x {inner} x {outs}, packed {packed}, bias {with_bias}");
                 assert_close(&what, &found, &expected, inner, (inner as f32).sqrt());
@@ -76,11 +76,11 @@ pub fn head_products_are_those_of_the_cpu<B: Backend>(device: &B) {
     let (heads, nope, value, r) = (3, 12, 10, 20);
     for rows in [1, 13, 70] {
         for weight in [noise(heads * (nope + value), r, 1), bf16(heads * (nope + value), r, 1)] {
-            let w = device.upload_weight(weight.clone());
+            let w = device.upload_weight(weight.clone().into());
             for (start, width, absorb) in [(0, nope, true), (nope, value, false)] {
                 let of = HeadColumns { start, stride: nope + value, width };
                 let (x, x_there) = both(device, &noise(rows, heads * if absorb { width } else { r }, 2));
-                let expected = Cpu.head_linear(&x, &weight, of, heads, absorb);
+                let expected = Cpu.head_linear(&x, &weight.clone().into(), of, heads, absorb);
                 let found = device.download(device.head_linear(&x_there, &w, of, heads, absorb)).unwrap();
                 assert_close("head_linear", &found, &expected, r, (r as f32).sqrt());
             }
@@ -93,10 +93,10 @@ pub fn absorbed_queries_are_those_of_the_cpu<B: Backend>(device: &B) {
     let (heads, nope, value) = (3, 12, 10);
     for (rows, rope, r) in [(1, 0, 20), (1, 6, 20), (13, 6, 35), (70, 8, 64)] {
         for weight in [noise(heads * (nope + value), r, 1), bf16(heads * (nope + value), r, 1)] {
-            let w = device.upload_weight(weight.clone());
+            let w = device.upload_weight(weight.clone().into());
             let of = HeadColumns { start: 0, stride: nope + value, width: nope };
             let (x, x_there) = both(device, &noise(rows, heads * (nope + rope), 2));
-            let expected = Cpu.absorb(&x, &weight, of, heads);
+            let expected = Cpu.absorb(&x, &weight.clone().into(), of, heads);
             let found = device.download(device.absorb(&x_there, &w, of, heads)).unwrap();
             assert_eq!(found.dim(), (rows, heads * (r + rope)));
             assert_close("absorb", &found, &expected, nope, (nope as f32).sqrt());
@@ -290,7 +290,7 @@ pub fn what_does_not_fit_is_an_error_that_says_what_to_do<B: Backend>(device: &B
     assert!(error.contains("out of memory") && error.contains("--device cpu"), "{error}");
     // Whatever is asked of it now is told the same.
     let x = device.upload(noise(9, 20, 1));
-    let w = device.upload_weight(noise(5, 20, 2));
+    let w = device.upload_weight(noise(5, 20, 2).into());
     assert!(device.download(device.linear(&x, &w, None)).unwrap_err().to_string().contains("out of memory"));
 }
 

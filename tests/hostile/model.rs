@@ -31,6 +31,7 @@ fn raw_config(name: &str, verdict: Verdict, bytes: impl Into<Vec<u8>>) -> Case {
     })
 }
 
+#[allow(clippy::too_many_lines, reason = "a table")]
 pub fn configs() -> Vec<Case> {
     let huge = "1099511627776";
     let mut all = Vec::new();
@@ -190,6 +191,7 @@ fn shards(name: &str, verdict: Verdict, index: impl Into<String>) -> Case {
     })
 }
 
+#[allow(clippy::too_many_lines, reason = "a table")]
 pub fn weights() -> Vec<Case> {
     let mut all = Vec::new();
     for dtype in [

@@ -30,6 +30,7 @@ fn template(name: &str, text: &str) -> Case {
     written("tokenizer_config.json", name, Clean, bytes)
 }
 
+#[allow(clippy::too_many_lines, reason = "a table")]
 pub fn cases() -> Vec<Case> {
     let mut all = vec![
         written(TOKENIZER, "100 MB", Clean, vec![b' '; 100_000_000]),

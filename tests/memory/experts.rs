@@ -1,11 +1,12 @@
-//! Memory of a model with many experts: the heap, counted within this process, holds one expert, not a layer of them.
+//! Memory of a model with many experts. The heap, counted within this process, holds one expert where experts are read as
+//! tokens go to them, and next to nothing where weights are used in place.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use gqa2mla::arch::Architecture;
 use gqa2mla::observe::Silent;
-use gqa2mla::runtime::{Cpu, Model};
+use gqa2mla::runtime::{Cpu, Model, Resident, Session};
 use serde_json::{Value, json};
 
 use super::peak::{HELD, PEAK, alone};
@@ -56,10 +57,14 @@ fn peak(experts: usize, layers: usize, limit: u64) -> u64 {
 
 #[test]
 fn one_expert_is_held_however_many_there_are() {
+    alone_on_one_thread(compare);
+}
+
+/// Runs a test by itself and on one thread, which keeps one buffer for matrix products: with more, a later product may be
+/// the first of its thread.
+fn alone_on_one_thread(test: fn()) {
     let _alone = alone();
-    // One thread, which keeps one such buffer: with more, a later product may be the first of its thread.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool");
-    pool.install(compare);
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool").install(test);
 }
 
 fn compare() {
@@ -76,4 +81,43 @@ fn compare() {
     // One layer's experts, not two layers'.
     assert!((256 * expert..2 * 256 * expert).contains(&held), "{held}");
     assert!(many < held / 20, "{many} streamed, {held} held");
+}
+
+/// Resident memory of this process that is no page of a file, in bytes.
+#[cfg(target_os = "linux")]
+fn anonymous() -> u64 {
+    let status = fs_err::read_to_string("/proc/self/status").expect("readable");
+    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:")).expect("a kernel that tells");
+    1024 * line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number")
+}
+
+/// Both counted: what the allocator gave, and what the system says the process has of its own.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_model_in_place_takes_a_fraction_of_its_file() {
+    alone_on_one_thread(run_in_place);
+}
+
+#[cfg(target_os = "linux")]
+fn run_in_place() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    checkpoint(dir.path(), 256, 8);
+    let (source, arch) = open(dir.path());
+    let file = source.tensors.total_bytes();
+    assert!(file > 400_000_000, "{file}");
+    let model = Model::new(&source, &arch, &Cpu).in_place();
+    model.final_hidden(&[(0..40).collect()], &Silent).expect("runs");
+    let (heap, own) = (HELD.load(Ordering::Relaxed), anonymous());
+    PEAK.store(heap, Ordering::Relaxed);
+    let resident = Resident::load(model).expect("loads");
+    // Many rows and few.
+    resident.logits(&[(0..40).collect()]).expect("runs");
+    let mut session = Session::new(&resident, 8).expect("fits");
+    session.prefill(&[1, 2, 3]).expect("runs");
+    session.step(4).expect("runs");
+    let heap = (PEAK.load(Ordering::Relaxed) - heap) as u64;
+    let own = anonymous().saturating_sub(own);
+    println!("{file} bytes of weights in place: heap {heap} at most, anonymous memory {own} more");
+    assert!(heap < file / 20, "{heap} of {file}");
+    assert!(own < file / 20, "{own} of {file}");
 }

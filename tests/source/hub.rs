@@ -85,76 +85,17 @@ impl Hub {
     /// short goes unnoticed by the transport.
     fn answer(&self, mut stream: TcpStream) -> Option<()> {
         let mut reader = BufReader::new(stream.try_clone().ok()?);
-        let mut line = String::new();
-        reader.read_line(&mut line).ok()?;
-        let mut range = None;
-        loop {
-            let mut header = String::new();
-            if reader.read_line(&mut header).ok()? == 0 || header == "\r\n" {
-                break;
-            }
-            if let Some(bytes) = header.to_ascii_lowercase().strip_prefix("range: bytes=") {
-                range = bytes.split('-').next().and_then(|n| n.parse::<usize>().ok());
-            }
-        }
-        let mut words = line.split(' ');
-        let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
-        let from = range.map_or_else(String::new, |n| format!(" from {n}"));
-        self.requests.lock().unwrap().push(format!("{method} {target}{from}"));
-        let path = target.split('?').next()?;
+        let request = Request::read(&mut reader)?;
+        let from = request.range.map_or_else(String::new, |n| format!(" from {n}"));
+        self.requests.lock().unwrap().push(format!("{} {}{from}", request.method, request.target));
+        let path = request.target.split('?').next()?;
         let files = self.files.lock().unwrap().clone();
+        let file = path.strip_prefix("/org/pico/resolve/").and_then(|rest| rest.split_once('/'));
         let response = if path.starts_with("/api/models/org/pico/tree/") {
-            let list: Vec<_> = files
-                .iter()
-                .map(|(n, f)| {
-                    let lfs = serde_json::json!({"oid": f.etag, "size": f.announced, "pointerSize": 134});
-                    let lfs = if n.ends_with(".safetensors") { lfs } else { serde_json::Value::Null };
-                    serde_json::json!({
-                        "type": "file", "oid": f.etag[..40], "size": f.announced, "path": n, "lfs": lfs
-                    })
-                })
-                .collect();
-            let body = serde_json::to_vec(&list).ok()?;
-            let mut r = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n".to_vec();
-            r.extend(body);
-            r
-        } else if let Some((name, file)) = path
-            .strip_prefix("/org/pico/resolve/")
-            .and_then(|rest| rest.split_once('/'))
-            .and_then(|(_, name)| files.get_key_value(name))
-        {
-            let start = if matches!(file.manner, Manner::Rangeless(_)) { 0 } else { range.unwrap_or(0) };
-            let place = match file.manner {
-                Manner::Redirected => format!("location: {}/cdn/{name}\r\n", self.endpoint),
-                Manner::Circling => format!("location: {}{path}\r\n", self.endpoint),
-                Manner::Claimed(off) if method == "GET" => {
-                    format!("content-length: {}\r\n", (file.body.len() - start) as i64 + off)
-                }
-                Manner::Broken(_) if method == "GET" => format!("content-length: {}\r\n", file.body.len() - start),
-                _ => String::new(),
-            };
-            let status = match () {
-                () if place.starts_with("location") => "302 Found",
-                () if start > file.body.len() || start == file.body.len() && start > 0 => "416 Range Not Satisfiable",
-                () if start > 0 => "206 Partial Content",
-                () => "200 OK",
-            };
-            let mut r = format!(
-                "HTTP/1.1 {status}\r\netag: \"{0}\"\r\nx-linked-etag: \"{0}\"\r\nx-repo-commit: {COMMIT}\r\n\
-                 x-linked-size: {1}\r\n{place}connection: close\r\n\r\n",
-                file.etag, file.announced
-            )
-            .into_bytes();
-            if method == "GET" && status.starts_with("20") {
-                let most = match file.manner {
-                    Manner::Cut(n) | Manner::Broken(n) => n,
-                    // Only the first request is cut.
-                    Manner::Rangeless(n) if range.is_none() => n,
-                    _ => usize::MAX,
-                };
-                r.extend(file.body[start..].iter().take(most));
-            }
-            if method == "GET" && file.manner == Manner::Stalled {
+            listing(&files)?
+        } else if let Some((name, file)) = file.and_then(|(_, name)| files.get_key_value(name)) {
+            let mut r = self.file(&request, path, name, file);
+            if request.method == "GET" && file.manner == Manner::Stalled {
                 r.truncate(r.len() - file.body.len() / 2);
                 stream.write_all(&r).ok()?;
                 std::thread::sleep(std::time::Duration::from_secs(30));
@@ -162,7 +103,7 @@ impl Hub {
             }
             r
         } else if let Some(file) = path.strip_prefix("/cdn/").and_then(|name| files.get(name)) {
-            let start = range.unwrap_or(0).min(file.body.len());
+            let start = request.range.unwrap_or(0).min(file.body.len());
             let status = if start > 0 { "206 Partial Content" } else { "200 OK" };
             let mut r = format!("HTTP/1.1 {status}\r\nconnection: close\r\n\r\n").into_bytes();
             r.extend(&file.body[start..]);
@@ -178,6 +119,43 @@ impl Hub {
         Some(())
     }
 
+    /// The answer to a request for a file, in its manner.
+    fn file(&self, request: &Request, path: &str, name: &str, file: &Served) -> Vec<u8> {
+        let get = request.method == "GET";
+        let start = if matches!(file.manner, Manner::Rangeless(_)) { 0 } else { request.range.unwrap_or(0) };
+        let place = match file.manner {
+            Manner::Redirected => format!("location: {}/cdn/{name}\r\n", self.endpoint),
+            Manner::Circling => format!("location: {}{path}\r\n", self.endpoint),
+            Manner::Claimed(off) if get => {
+                format!("content-length: {}\r\n", (file.body.len() - start) as i64 + off)
+            }
+            Manner::Broken(_) if get => format!("content-length: {}\r\n", file.body.len() - start),
+            _ => String::new(),
+        };
+        let status = match () {
+            () if place.starts_with("location") => "302 Found",
+            () if start > file.body.len() || start == file.body.len() && start > 0 => "416 Range Not Satisfiable",
+            () if start > 0 => "206 Partial Content",
+            () => "200 OK",
+        };
+        let mut r = format!(
+            "HTTP/1.1 {status}\r\netag: \"{0}\"\r\nx-linked-etag: \"{0}\"\r\nx-repo-commit: {COMMIT}\r\n\
+             x-linked-size: {1}\r\n{place}connection: close\r\n\r\n",
+            file.etag, file.announced
+        )
+        .into_bytes();
+        if get && status.starts_with("20") {
+            let most = match file.manner {
+                Manner::Cut(n) | Manner::Broken(n) => n,
+                // Only the first request is cut.
+                Manner::Rangeless(n) if request.range.is_none() => n,
+                _ => usize::MAX,
+            };
+            r.extend(file.body[start..].iter().take(most));
+        }
+        r
+    }
+
     fn options(&self, cache: &Path) -> OpenOptions {
         let mut options = OpenOptions::default();
         options.hub_offline = Some(false);
@@ -185,6 +163,46 @@ impl Hub {
         options.hub_endpoint = Some(self.endpoint.clone());
         options
     }
+}
+
+/// What a client asks for.
+struct Request {
+    method: String,
+    target: String,
+    /// The first byte that it wants.
+    range: Option<usize>,
+}
+
+impl Request {
+    fn read(reader: &mut impl BufRead) -> Option<Self> {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        let mut range = None;
+        loop {
+            let mut header = String::new();
+            if reader.read_line(&mut header).ok()? == 0 || header == "\r\n" {
+                break;
+            }
+            if let Some(bytes) = header.to_ascii_lowercase().strip_prefix("range: bytes=") {
+                range = bytes.split('-').next().and_then(|n| n.parse::<usize>().ok());
+            }
+        }
+        let mut words = line.split(' ');
+        Some(Self { method: words.next()?.to_owned(), target: words.next()?.to_owned(), range })
+    }
+}
+
+/// The list of files, as the hub gives it.
+fn listing(files: &BTreeMap<String, Served>) -> Option<Vec<u8>> {
+    let one = |(n, f): (&String, &Served)| {
+        let lfs = serde_json::json!({"oid": f.etag, "size": f.announced, "pointerSize": 134});
+        let lfs = if n.ends_with(".safetensors") { lfs } else { serde_json::Value::Null };
+        serde_json::json!({"type": "file", "oid": f.etag[..40], "size": f.announced, "path": n, "lfs": lfs})
+    };
+    let list: Vec<_> = files.iter().map(one).collect();
+    let mut r = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n".to_vec();
+    r.extend(serde_json::to_vec(&list).ok()?);
+    Some(r)
 }
 
 fn setup() -> (tempfile::TempDir, Hub) {

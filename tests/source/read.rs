@@ -103,11 +103,11 @@ fn every_truncation_is_refused_and_no_byte_change_panics() {
             bad[at] = value;
             // Some changes make another valid header; what holds then is that the ranges tile the data.
             if let Ok(h) = Header::parse(&bad) {
-                let end = h.tensors.iter().fold(0, |end, t| {
-                    assert_eq!(t.begin, end);
-                    t.end
+                let end = h.tensors.iter().fold(0, |end, (_, t)| {
+                    assert_eq!(t.data_offsets.0, end);
+                    t.data_offsets.1
                 });
-                assert_eq!(h.data_start + end, bad.len() as u64);
+                assert_eq!(h.data_start as usize + end, bad.len());
             }
         }
     }
@@ -115,6 +115,37 @@ fn every_truncation_is_refused_and_no_byte_change_panics() {
     fs_err::write(out.join("model.safetensors"), &good[..good.len() - 1]).unwrap();
     let text = open(&out).unwrap_err().to_string();
     assert!(text.contains("model.safetensors") && text.contains("hint:"), "{text}");
+}
+
+/// The table in `source/header.rs`: what the crate of the format lets pass. Where a release of it no longer does, the table
+/// wants a new line.
+#[test]
+fn what_the_crate_takes_and_we_do_not() {
+    let t = |name: &str, rest: &str| format!(r#""{name}":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]{rest}}}"#);
+    let (a, b) = (t("a", ""), r#""b":{"dtype":"F32","shape":[0,1099511627776,1099511627776],"data_offsets":[8,8]}"#);
+    let lenient = [
+        file(&format!(" {{{a}}}"), 8),
+        // The same place twice; elsewhere the first would leave a hole.
+        file(&format!("{{{a},{a}}}"), 8),
+        file(&format!(r#"{{"__metadata__":{{"k":"1","k":"2"}},{a}}}"#), 8),
+        file(&format!("{{{}}}", t("a", r#","strides":[1]"#)), 8),
+        file(&format!("{{{}}}", t("", "")), 8),
+        file(&format!("{{{}}}", t("\\u001b[2J", "")), 8),
+        file(&format!("{{{}}}", t(&"x".repeat(1025), "")), 8),
+        file(&format!(r#"{{"a":{{"dtype":"F32","shape":[{}2],"data_offsets":[0,8]}}}}"#, "1,".repeat(16)), 8),
+        file(r#"{"a":{"dtype":"F4","shape":[16],"data_offsets":[0,8]}}"#, 8),
+        file(&format!("{{{a},{b}}}"), 8),
+    ];
+    for bytes in &lenient {
+        let text = String::from_utf8_lossy(bytes);
+        assert!(safetensors::SafeTensors::deserialize(bytes).is_ok(), "the crate refuses {text}");
+        assert!(Header::parse(bytes).is_err(), "{text}");
+    }
+    // What both refuse, and the crate without a figure.
+    let hole = file(&format!(r#"{{{a},"b":{{"dtype":"F32","shape":[1],"data_offsets":[12,16]}}}}"#), 16);
+    let crates = safetensors::SafeTensors::deserialize(&hole).unwrap_err().to_string();
+    let ours = Header::parse(&hole).unwrap_err().to_string();
+    assert!(!crates.contains('8') && ours.contains("begins at byte 12, expected 8"), "{crates} {ours}");
 }
 
 proptest::proptest! {

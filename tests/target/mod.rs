@@ -146,7 +146,7 @@ fn fp8_is_within_the_format_s_error_and_reads_back() {
     let (source, _) = open(&narrow);
     assert_eq!(source.config["quantization_config"]["quant_method"], "fp8");
     let name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight";
-    assert_eq!(source.tensors.get(name).expect("there").dtype, Dtype::F8E4M3);
+    assert_eq!(source.tensors.get(name).expect("there").dtype, Dtype::F8_E4M3);
     assert_eq!(source.tensors.get(&fp8::scale_name(name)).expect("there").dtype, Dtype::F32);
     // Each weight is off by at most 2^-4 of itself, 2^-5 on average: about that share of each layer's output.
     let c = worst_window(&wide, &narrow, &golden_tokens(&fixture("pico-trained")));

@@ -6,7 +6,7 @@ mod crash;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use gqa2mla::source::{Dtype, find_non_finite, sha256_file};
+use gqa2mla::source::{Dtype, TensorView, find_non_finite, sha256_file};
 use gqa2mla::write::{ShardPlan, StagedWriter, Staging, StagingOptions, WriteError, verify_manifest};
 use tempfile::TempDir;
 
@@ -29,7 +29,7 @@ fn round_trip_through_the_reference_crate_and_our_reader() {
             let content = fs_err::read(out.join(name)).unwrap();
             let file = safetensors::SafeTensors::deserialize(&content).unwrap();
             for (name, view) in file.iter() {
-                let stored = (format!("{:?}", view.dtype()), view.shape().to_vec(), view.data().to_vec());
+                let stored = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
                 assert!(seen.insert(name.to_owned(), stored).is_none());
             }
             let (_, meta) = safetensors::SafeTensors::read_metadata(&content).unwrap();
@@ -43,8 +43,8 @@ fn round_trip_through_the_reference_crate_and_our_reader() {
         for (tensor, bytes) in &samples {
             let view = source.tensors.view(&tensor.name).unwrap();
             assert_eq!((view.dtype, view.shape, &*view.bytes), (tensor.dtype, &tensor.shape[..], &bytes[..]));
-            let (_, shape, data) = &seen[&tensor.name];
-            assert_eq!((shape, data), (&tensor.shape, bytes), "{}", tensor.name);
+            let (dtype, shape, data) = &seen[&tensor.name];
+            assert_eq!((dtype, shape, data), (&tensor.dtype, &tensor.shape, bytes), "{}", tensor.name);
             assert_eq!(find_non_finite(&view), None);
         }
         let order: Vec<_> = source.tensors.in_file_order().map(|(n, _)| n.to_owned()).collect();
@@ -134,6 +134,12 @@ fn dropping_or_misusing_a_writer_leaves_nothing() {
     let mut writer = start();
     assert!(matches!(writer.write_tensor("odd", &[0; 3]), Err(WriteError::OutOfOrder { .. })));
     assert!(matches!(writer.write_tensor(&first.0.name, &[0; 3]), Err(WriteError::WrongSize { .. })));
+    // As many bytes, and still not what was planned.
+    for (dtype, shape) in [(Dtype::F16, &first.0.shape[..]), (first.0.dtype, &[8, 10])] {
+        let view = TensorView { name: "", dtype, shape, bytes: first.1.as_slice().into() };
+        let error = writer.write_view(&first.0.name, &view).unwrap_err();
+        assert!(matches!(error, WriteError::NotAsPlanned { .. }), "{error}");
+    }
     for name in ["../x", "manifest.json", "model-00001-of-00004.safetensors", "model.safetensors.index.json", ""] {
         let result = writer.write_file(name, b"");
         let known = writer.plan().shards().iter().any(|s| s.file == name);

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::arch::{Architecture, Attention, RopeLayout};
 use crate::mla::Geometry;
-use crate::source::TensorDirectory;
+use crate::source::{DtypeExt, TensorDirectory};
 use crate::target::{RopeGrid, Target};
 
 /// Why a folder cannot be judged.

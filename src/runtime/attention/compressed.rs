@@ -5,7 +5,7 @@ use std::ops::Range;
 use ndarray::{Array2, Axis, concatenate, s};
 
 use super::{AttentionBlock, Cache, Kind};
-use crate::runtime::cpu::TiledAttention;
+use crate::runtime::cpu::{TiledAttention, product};
 use crate::runtime::{Backend, Cpu, HeadColumns, Rotation, RuntimeError};
 
 /// Prompt rows that are reconstructed at a time.
@@ -22,7 +22,7 @@ pub(in crate::runtime) struct Factored<'a> {
 
 impl Factored<'_> {
     fn rows(&self, rows: Range<usize>) -> Array2<f32> {
-        Cpu.linear(&Cpu.rows(self.left, rows), self.right, None)
+        product(self.left.slice(s![rows, ..]), self.right.view())
     }
 }
 
@@ -51,7 +51,7 @@ fn tiles(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(TILE).map(move |first| first..rows.min(first + TILE))
 }
 
-impl AttentionBlock<Array2<f32>> {
+impl AttentionBlock<Cpu> {
     /// As [`AttentionBlock::decode`] for rows at `positions` of one sequence, behind a compressed prompt: rows from position
     /// `P` on are in `tail`, the new ones are appended to it. Keys of the prompt are reconstructed tile by tile, then
     /// rotated (latents: normed). `rotation` covers every position from 0 on.

@@ -3,25 +3,25 @@
 use ndarray::Array2;
 
 use crate::runtime::tensors::Linear;
-use crate::runtime::{Backend, LinearWeights, RuntimeError};
+use crate::runtime::{Backend, HostWeight, LinearWeights, RuntimeError};
 
 /// A linear layer on a backend.
-pub(in crate::runtime) struct Projection<T> {
+pub(in crate::runtime) struct Projection<B: Backend> {
     /// `[out, in]`.
-    pub(super) weight: T,
-    bias: Option<T>,
+    pub(super) weight: B::Weight,
+    bias: Option<B::Tensor>,
 }
 
-impl<T> Projection<T> {
+impl<B: Backend> Projection<B> {
     /// Check the shape and move the weights over.
-    pub(in crate::runtime) fn new<B: Backend<Tensor = T>>(
+    pub(in crate::runtime) fn new(
         backend: &B,
         role: &'static str,
-        linear: Linear,
+        linear: Linear<HostWeight>,
         out: usize,
         inner: usize,
     ) -> Result<Self, RuntimeError> {
-        check(role, &[out, inner], linear.weight.shape())?;
+        check(role, &[out, inner], &<[usize; 2]>::from(linear.weight.shape()))?;
         let bias = match linear.bias {
             Some(bias) => Some(vector(backend, role, bias, out)?),
             None => None,
@@ -30,11 +30,11 @@ impl<T> Projection<T> {
     }
 
     /// As backends take it.
-    pub(in crate::runtime) fn weights(&self) -> LinearWeights<'_, T> {
+    pub(in crate::runtime) fn weights(&self) -> LinearWeights<'_, B::Weight, B::Tensor> {
         LinearWeights { weight: &self.weight, bias: self.bias.as_ref() }
     }
 
-    pub(in crate::runtime) fn apply<B: Backend<Tensor = T>>(&self, backend: &B, x: &T) -> T {
+    pub(in crate::runtime) fn apply(&self, backend: &B, x: &B::Tensor) -> B::Tensor {
         backend.linear(x, &self.weight, self.bias.as_ref())
     }
 }

@@ -19,9 +19,9 @@ pub struct RawKv {
     pub rope_key: Option<Array2<f32>>,
 }
 
-impl<T: Send + Sync> AttentionBlock<T> {
+impl<B: Backend> AttentionBlock<B> {
     /// [`RawKv`] of attention inputs `x [T, D]`.
-    pub(in crate::runtime) fn raw<B: Backend<Tensor = T>>(&self, backend: &B, x: &T) -> Result<RawKv, RuntimeError> {
+    pub(in crate::runtime) fn raw(&self, backend: &B, x: &B::Tensor) -> Result<RawKv, RuntimeError> {
         match &self.kind {
             Kind::Gqa(a) => {
                 let mut keys = a.k.apply(backend, x);

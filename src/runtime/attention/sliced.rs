@@ -33,21 +33,21 @@ pub struct RankTensors {
 }
 
 /// The ranks of a layer on a backend.
-pub struct Ranks<T> {
-    ranks: Vec<Rank<T>>,
+pub struct Ranks<B: Backend> {
+    ranks: Vec<Rank<B>>,
     shared_rms: bool,
 }
 
-impl<T> std::fmt::Debug for Ranks<T> {
+impl<B: Backend> std::fmt::Debug for Ranks<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Ranks").field("ranks", &self.ranks.len()).field("shared_rms", &self.shared_rms).finish()
     }
 }
 
-struct Rank<T> {
+struct Rank<B: Backend> {
     columns: Range<usize>,
-    gain: Option<T>,
-    kv_b: T,
+    gain: Option<B::Tensor>,
+    kv_b: B::Weight,
 }
 
 /// Rows of some windows: what they attend with, and what they leave in a cache.
@@ -60,8 +60,8 @@ pub(in crate::runtime) struct LatentRows<T> {
     raw: Option<T>,
 }
 
-impl<T: Send + Sync> AttentionBlock<T> {
-    fn mla(&self) -> Result<&Mla<T>, RuntimeError> {
+impl<B: Backend> AttentionBlock<B> {
+    fn mla(&self) -> Result<&Mla<B>, RuntimeError> {
         match &self.kind {
             Kind::Mla(mla) => Ok(mla),
             Kind::Gqa(_) => Err(RuntimeError::Variant { expected: "mla", found: "gqa" }),
@@ -70,12 +70,12 @@ impl<T: Send + Sync> AttentionBlock<T> {
 
     /// Put the ranks of this layer on a backend. With `shared_rms` every rank knows the whole latent's root mean square, else
     /// each norms its slice by the slice's own.
-    pub(in crate::runtime) fn ranks<B: Backend<Tensor = T>>(
+    pub(in crate::runtime) fn ranks(
         &self,
         backend: &B,
         tensors: Vec<RankTensors>,
         shared_rms: bool,
-    ) -> Result<Ranks<T>, RuntimeError> {
+    ) -> Result<Ranks<B>, RuntimeError> {
         let s = &self.mla()?.shape;
         let rows = self.mla()?.heads * (s.qk_nope_head_dim + s.v_head_dim);
         let rank = |t: RankTensors| {
@@ -92,20 +92,20 @@ impl<T: Send + Sync> AttentionBlock<T> {
                 true => Some(vector(backend, "kv_a_norm of a rank", t.gain, width)?),
                 false => None,
             };
-            Ok(Rank { columns: t.columns, gain, kv_b: backend.upload_weight(t.kv_b) })
+            Ok(Rank { columns: t.columns, gain, kv_b: backend.upload_weight(t.kv_b.into()) })
         };
         Ok(Ranks { ranks: tensors.into_iter().map(rank).collect::<Result<_, _>>()?, shared_rms })
     }
 
     /// What rows `x [T, D]` attend with and leave behind.
-    pub(in crate::runtime) fn latent_rows<B: Backend<Tensor = T>>(
+    pub(in crate::runtime) fn latent_rows(
         &self,
         backend: &B,
-        x: &T,
+        x: &B::Tensor,
         rotation: &Rotation,
         positions: &[usize],
-        ranks: &Ranks<T>,
-    ) -> Result<LatentRows<T>, RuntimeError> {
+        ranks: &Ranks<B>,
+    ) -> Result<LatentRows<B::Tensor>, RuntimeError> {
         let mla = self.mla()?;
         let rank = mla.shape.kv_lora_rank;
         // Without a norm the latent is what it is.
@@ -122,13 +122,13 @@ impl<T: Send + Sync> AttentionBlock<T> {
     }
 
     /// The layer's own attention among some rows: head outputs of rows `rows`, windows as `spans` has them.
-    pub(in crate::runtime) fn attend_whole<B: Backend<Tensor = T>>(
+    pub(in crate::runtime) fn attend_whole(
         &self,
         backend: &B,
-        all: &LatentRows<T>,
+        all: &LatentRows<B::Tensor>,
         rows: &[usize],
         spans: &[Span],
-    ) -> Result<T, RuntimeError> {
+    ) -> Result<B::Tensor, RuntimeError> {
         let queries = backend.gather_rows(&all.queries, rows)?;
         let cached = backend.gather_rows(&all.whole, rows)?;
         let expanded = self.mla()?.expand(backend, queries, &cached);
@@ -136,15 +136,15 @@ impl<T: Send + Sync> AttentionBlock<T> {
     }
 
     /// What each rank caches of some rows: `[T, r/T + d_R]`.
-    pub(in crate::runtime) fn sliced_rows<B: Backend<Tensor = T>>(
+    pub(in crate::runtime) fn sliced_rows(
         &self,
         backend: &B,
-        all: &LatentRows<T>,
-        ranks: &Ranks<T>,
-    ) -> Result<Vec<T>, RuntimeError> {
+        all: &LatentRows<B::Tensor>,
+        ranks: &Ranks<B>,
+    ) -> Result<Vec<B::Tensor>, RuntimeError> {
         let s = &self.mla()?.shape;
         let rope = HeadColumns { start: s.kv_lora_rank, stride: 0, width: s.qk_rope_head_dim };
-        let slice = |rank: &Rank<T>| {
+        let slice = |rank: &Rank<B>| {
             let columns = HeadColumns { start: rank.columns.start, stride: 0, width: rank.columns.len() };
             let (own, columns) = match (&all.raw, &rank.gain) {
                 (Some(raw), Some(gain)) => {
@@ -161,15 +161,15 @@ impl<T: Send + Sync> AttentionBlock<T> {
     }
 
     /// What the queries of `rows` pool from each rank's cache, `sum_j p_t(j) c_{j,S_t}`: `[rows, H r / T]` per rank.
-    pub(in crate::runtime) fn pool_sliced<B: Backend<Tensor = T>>(
+    pub(in crate::runtime) fn pool_sliced(
         &self,
         backend: &B,
-        all: &LatentRows<T>,
+        all: &LatentRows<B::Tensor>,
         rows: &[usize],
-        caches: &[T],
-        ranks: &Ranks<T>,
+        caches: &[B::Tensor],
+        ranks: &Ranks<B>,
         spans: &[Span],
-    ) -> Result<Vec<T>, RuntimeError> {
+    ) -> Result<Vec<B::Tensor>, RuntimeError> {
         let mla = self.mla()?;
         let s = &mla.shape;
         let (nope, rope, value) = (s.qk_nope_head_dim, s.qk_rope_head_dim, s.v_head_dim);
@@ -177,7 +177,7 @@ impl<T: Send + Sync> AttentionBlock<T> {
         let plain = HeadColumns { start: 0, stride: mla.qk(), width: nope };
         let plain = backend.gather_heads(&[HeadPart { from: &queries, columns: plain }], mla.heads);
         let key_rows = HeadColumns { start: 0, stride: nope + value, width: nope };
-        let pool = |(rank, cached): (&Rank<T>, &T)| {
+        let pool = |(rank, cached): (&Rank<B>, &B::Tensor)| {
             let width = rank.columns.len();
             let absorbed = backend.head_linear(&plain, &rank.kv_b, key_rows, mla.heads, true);
             let parts = [
@@ -199,15 +199,15 @@ impl<T: Send + Sync> AttentionBlock<T> {
     }
 
     /// Attention of the queries of `rows` over the ranks' caches, summed over the ranks: `[rows, H d_V]`.
-    pub(in crate::runtime) fn attend_sliced<B: Backend<Tensor = T>>(
+    pub(in crate::runtime) fn attend_sliced(
         &self,
         backend: &B,
-        all: &LatentRows<T>,
+        all: &LatentRows<B::Tensor>,
         rows: &[usize],
-        caches: &[T],
-        ranks: &Ranks<T>,
+        caches: &[B::Tensor],
+        ranks: &Ranks<B>,
         spans: &[Span],
-    ) -> Result<T, RuntimeError> {
+    ) -> Result<B::Tensor, RuntimeError> {
         let mla = self.mla()?;
         let (nope, value) = (mla.shape.qk_nope_head_dim, mla.shape.v_head_dim);
         let value_rows = HeadColumns { start: nope, stride: nope + value, width: value };

@@ -5,8 +5,8 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 use super::elementwise;
-use crate::factor::linalg::gemm;
-use crate::runtime::{LinearWeights, MlpWeights};
+use super::gemm::serial_linear;
+use crate::runtime::{HostWeight, LinearWeights, MlpWeights};
 
 /// From this many tokens on there are strips for every thread. Fixed, as is all that follows, so that sums are cut the same
 /// way for any number of threads.
@@ -17,8 +17,8 @@ const STRIP: usize = 128;
 const PANEL: usize = 512;
 
 /// `x [T, D]` through `mlp`, to `[T, D]`.
-pub(super) fn mlp(x: ArrayView2<'_, f32>, mlp: &MlpWeights<'_, Array2<f32>>) -> Array2<f32> {
-    let mut out = Array2::zeros((x.nrows(), mlp.down.weight.nrows()));
+pub(super) fn mlp(x: ArrayView2<'_, f32>, mlp: &MlpWeights<'_, HostWeight, Array2<f32>>) -> Array2<f32> {
+    let mut out = Array2::zeros((x.nrows(), mlp.down.weight.shape().0));
     let strips = out.axis_chunks_iter_mut(Axis(0), STRIP).into_par_iter().zip(x.axis_chunks_iter(Axis(0), STRIP));
     let room = || [(); 2].map(|()| Array2::zeros((STRIP, PANEL)));
     strips.for_each_init(room, |panels, (out, x)| strip(out, x, mlp, panels));
@@ -29,10 +29,10 @@ pub(super) fn mlp(x: ArrayView2<'_, f32>, mlp: &MlpWeights<'_, Array2<f32>>) -> 
 fn strip(
     mut out: ArrayViewMut2<'_, f32>,
     x: ArrayView2<'_, f32>,
-    mlp: &MlpWeights<'_, Array2<f32>>,
+    mlp: &MlpWeights<'_, HostWeight, Array2<f32>>,
     panels: &mut [Array2<f32>; 2],
 ) {
-    let width = mlp.up.weight.nrows();
+    let width = mlp.up.weight.shape().0;
     if let Some(bias) = mlp.down.bias {
         out += bias;
     }
@@ -54,8 +54,7 @@ fn strip(
                 first.mapv_inplace(|v| elementwise::activate(v, mlp.activation));
             }
         }
-        let down = mlp.down.weight.slice(s![.., columns]);
-        gemm(out.view_mut(), Accum::Add, first.view(), down.reversed_axes(), 1.0);
+        serial_linear(out.view_mut(), Accum::Add, first.view(), mlp.down.weight.view().columns(columns));
     }
 }
 
@@ -63,11 +62,10 @@ fn strip(
 fn project(
     mut panel: ArrayViewMut2<'_, f32>,
     x: ArrayView2<'_, f32>,
-    linear: &LinearWeights<'_, Array2<f32>>,
+    linear: &LinearWeights<'_, HostWeight, Array2<f32>>,
     columns: std::ops::Range<usize>,
 ) {
-    let weight = linear.weight.slice(s![columns.clone(), ..]);
-    gemm(panel.view_mut(), Accum::Replace, x, weight.reversed_axes(), 1.0);
+    serial_linear(panel.view_mut(), Accum::Replace, x, linear.weight.view().rows(columns.clone()));
     if let Some(bias) = linear.bias {
         panel += &bias.slice(s![.., columns]);
     }
@@ -87,7 +85,7 @@ mod tests {
     fn panels_give_what_whole_products_give() {
         let (d, i) = (24, PANEL + 40);
         let x = data(STRIP + 3, d, 0.1);
-        let (gate, up, down) = (data(i, d, 0.2), data(i, d, 0.3), data(d, i, 0.4) / 20.0);
+        let [gate, up, down] = [data(i, d, 0.2), data(i, d, 0.3), data(d, i, 0.4) / 20.0].map(HostWeight::from);
         let (b1, b2) = (data(1, i, 0.5), data(1, d, 0.6));
         for (gate, activation) in
             [(Some(&gate), Activation::Silu), (Some(&gate), Activation::GeluTanh), (None, Activation::Relu2)]

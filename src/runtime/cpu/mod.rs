@@ -18,7 +18,8 @@ use rayon::prelude::*;
 use crate::arch::Activation;
 
 use super::backend::mlp_in_steps;
-use super::{AttentionShape, Backend, HeadColumns, HeadPart, MlpWeights, Rotation, RuntimeError, Span};
+use super::{AttentionShape, Backend, HeadColumns, HeadPart, HostWeight, MlpWeights, Rotation, RuntimeError, Span};
+use crate::runtime::weight::WeightView;
 
 pub(crate) use elementwise::softmax;
 pub(crate) use mlp::LONG as LONG_MLP;
@@ -55,6 +56,11 @@ fn flat_mut(x: &mut Array2<f32>) -> &mut [f32] {
     x.as_slice_mut().expect("cpu tensors are in standard layout")
 }
 
+/// `x W^T` of matrices in memory: `x [T, in]`, `w [out, in]`, both in standard layout.
+pub(super) fn product(x: ArrayView2<'_, f32>, w: ArrayView2<'_, f32>) -> Array2<f32> {
+    gemm::linear(x, WeightView::F32(w))
+}
+
 /// Run `f(first row, rows)` over blocks of rows of `x`, in parallel.
 fn for_row_blocks(x: &mut Array2<f32>, f: impl Fn(usize, &mut [f32]) + Sync + Send) {
     let columns = x.ncols();
@@ -67,6 +73,7 @@ fn for_row_blocks(x: &mut Array2<f32>, f: impl Fn(usize, &mut [f32]) + Sync + Se
 
 impl Backend for Cpu {
     type Tensor = Array2<f32>;
+    type Weight = HostWeight;
 
     fn name(&self) -> &str {
         "cpu"
@@ -78,6 +85,18 @@ impl Backend for Cpu {
 
     fn upload_view(&self, host: ArrayView2<'_, f32>) -> Array2<f32> {
         copied(host)
+    }
+
+    fn upload_weight(&self, host: HostWeight) -> HostWeight {
+        host
+    }
+
+    fn weight_shape(&self, weight: &HostWeight) -> (usize, usize) {
+        weight.shape()
+    }
+
+    fn takes_weights_in_place(&self) -> bool {
+        true
     }
 
     fn download(&self, tensor: Array2<f32>) -> Result<Array2<f32>, RuntimeError> {
@@ -102,7 +121,7 @@ impl Backend for Cpu {
         x.slice(s![rows, ..]).to_owned()
     }
 
-    fn linear(&self, x: &Array2<f32>, weight: &Array2<f32>, bias: Option<&Array2<f32>>) -> Array2<f32> {
+    fn linear(&self, x: &Array2<f32>, weight: &HostWeight, bias: Option<&Array2<f32>>) -> Array2<f32> {
         let mut out = gemm::linear(x.view(), weight.view());
         if let Some(bias) = bias {
             let columns = out.ncols();
@@ -118,20 +137,22 @@ impl Backend for Cpu {
     fn head_linear(
         &self,
         x: &Array2<f32>,
-        weight: &Array2<f32>,
+        weight: &HostWeight,
         of: HeadColumns,
         heads: usize,
         absorb: bool,
     ) -> Array2<f32> {
-        let (inner, outer) = if absorb { (of.width, weight.ncols()) } else { (weight.ncols(), of.width) };
+        let columns = weight.shape().1;
+        let (inner, outer) = if absorb { (of.width, columns) } else { (columns, of.width) };
         let mut out = Array2::zeros((x.nrows(), heads * outer));
         if outer == 0 || inner == 0 {
             return out;
         }
         out.axis_chunks_iter_mut(Axis(1), outer).into_par_iter().enumerate().for_each(|(h, out)| {
             let x = x.slice(s![.., h * inner..(h + 1) * inner]);
-            let w = weight.slice(s![of.of(h), ..]);
-            gemm::serial(out, x, if absorb { w } else { w.reversed_axes() }, 1.0);
+            gemm::with_wide(weight.view().rows(of.of(h)), |w| {
+                gemm::serial(out, x, if absorb { w } else { w.reversed_axes() }, 1.0);
+            });
         });
         out
     }
@@ -201,7 +222,7 @@ impl Backend for Cpu {
         Ok(attention::attention(q.view(), k.view(), v.view(), shape, Some(cap), spans))
     }
 
-    fn mlp(&self, x: &Array2<f32>, mlp: &MlpWeights<'_, Array2<f32>>) -> Result<Array2<f32>, RuntimeError> {
+    fn mlp(&self, x: &Array2<f32>, mlp: &MlpWeights<'_, HostWeight, Array2<f32>>) -> Result<Array2<f32>, RuntimeError> {
         if x.nrows() >= mlp::LONG {
             return Ok(mlp::mlp(x.view(), mlp));
         }

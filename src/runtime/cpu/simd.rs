@@ -1,46 +1,126 @@
-//! Products of a few rows with many: bound by reading the many once, so a packed gemm would lose.
+//! Products of a few rows with many: bound by reading the many once, so a packed gemm would lose. The many may be bf16, of
+//! which half as many bytes are read; they are widened in registers, so sums are those of f32 rows with the same values.
 //!
 //! Vectors are as wide as the processor's (pulp chooses at run time), so the last bits of a sum differ between kinds of
 //! processors, never between runs on one.
 
+use half::bf16;
 use pulp::{Arch, Simd, WithSimd};
+
+use crate::runtime::weight::widened;
+
+/// What the many rows are stored as.
+pub(super) trait Element: Copy + Send + Sync {
+    /// One value in f32.
+    fn wide(self) -> f32;
+
+    /// A vector of `S::F32_LANES` values in f32.
+    fn load<S: Simd>(values: &[Self]) -> S::f32s;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(values: &[Self]) -> S::f32s {
+        S::as_simd_f32s(values).0[0]
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn wide(self) -> f32 {
+        widened(self)
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(values: &[Self]) -> S::f32s {
+        // As many as any vector has; compilers make a load, a widening and a shift of it.
+        let mut wide = [0.0; 16];
+        for (wide, value) in wide.iter_mut().zip(&values[..S::F32_LANES]) {
+            *wide = widened(*value);
+        }
+        S::as_simd_f32s(&wide).0[0]
+    }
+}
+
+/// `to[i] = from[i]`.
+pub(super) fn widen(to: &mut [f32], from: &[bf16]) {
+    Arch::new().dispatch(Widen { to, from });
+}
+
+struct Widen<'a> {
+    to: &'a mut [f32],
+    from: &'a [bf16],
+}
+
+impl WithSimd for Widen<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (to, from) in self.to.iter_mut().zip(self.from) {
+            *to = widened(*from);
+        }
+    }
+}
 
 /// Rows of a row-major matrix: row `i` is `data[i * stride..][..width]`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Rows<'a> {
-    pub data: &'a [f32],
+pub(super) struct Rows<'a, E = f32> {
+    pub data: &'a [E],
     pub stride: usize,
     pub width: usize,
     pub count: usize,
 }
 
-impl<'a> Rows<'a> {
+impl<'a, E> Rows<'a, E> {
     #[inline(always)]
-    fn row(&self, i: usize) -> &'a [f32] {
+    fn row(&self, i: usize) -> &'a [E] {
         &self.data[i * self.stride..][..self.width]
     }
 }
 
+/// Rows of `w` at a time: few stay in the nearest cache while all rows of `x` pass over them.
+const WIDE: usize = 4;
+/// Bytes that a cache takes at a time.
+const LINE: usize = 64;
+
+/// Asks for memory that is needed soon. The processor sees by itself where a long row goes on, not where the next ones
+/// begin: rows of a kilobyte, as bf16 makes them, take a third less time with this.
+#[inline(always)]
+fn prefetch<E>(at: *const E) {
+    // SAFETY: a hint, for whatever address.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// `out[i][j] = scale * <x_i, w_j>`, row `i` of the result at `out[i * out_stride..]`.
-pub(super) fn dots(out: &mut [f32], out_stride: usize, x: Rows<'_>, w: Rows<'_>, scale: f32) {
+pub(super) fn dots<E: Element>(out: &mut [f32], out_stride: usize, x: Rows<'_>, w: Rows<'_, E>, scale: f32) {
     Arch::new().dispatch(Dots { out, out_stride, x, w, scale });
 }
 
-struct Dots<'a> {
+struct Dots<'a, E> {
     out: &'a mut [f32],
     out_stride: usize,
     x: Rows<'a>,
-    w: Rows<'a>,
+    w: Rows<'a, E>,
     scale: f32,
 }
 
-impl WithSimd for Dots<'_> {
+impl<E: Element> WithSimd for Dots<'_, E> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        // Few rows of `w` at a time stay in the nearest cache while all rows of `x` pass over them.
-        const WIDE: usize = 4;
         let whole = self.w.count - self.w.count % WIDE;
         for j in (0..whole).step_by(WIDE) {
             self.column::<S, WIDE>(simd, j);
@@ -51,7 +131,7 @@ impl WithSimd for Dots<'_> {
     }
 }
 
-impl Dots<'_> {
+impl<E: Element> Dots<'_, E> {
     #[inline(always)]
     fn column<S: Simd, const W: usize>(&mut self, simd: S, j: usize) {
         let mut i = 0;
@@ -68,20 +148,27 @@ impl Dots<'_> {
     #[inline(always)]
     fn block<S: Simd, const X: usize, const W: usize>(&mut self, simd: S, i: usize, j: usize) -> usize {
         let x: [_; X] = std::array::from_fn(|a| S::as_simd_f32s(self.x.row(i + a)));
-        let w: [_; W] = std::array::from_fn(|b| S::as_simd_f32s(self.w.row(j + b)));
-        let mut sums = [[simd.splat_f32s(0.0); W]; X];
         let length = x[0].0.len();
-        let (xs, ws) = (x.map(|x| &x.0[..length]), w.map(|w| &w.0[..length]));
+        let xs = x.map(|x| &x.0[..length]);
+        let w: [_; W] = std::array::from_fn(|b| self.w.row(j + b).split_at(length * S::F32_LANES));
+        let mut sums = [[simd.splat_f32s(0.0); W]; X];
+        #[allow(clippy::needless_range_loop, reason = "`l` is a place in rows of `x` and of `w`, of other types")]
         for l in 0..length {
+            let at = l * S::F32_LANES;
+            // The same place of the rows that come next, by the first rows of `x` alone.
+            if i == 0 && (at * size_of::<E>()).is_multiple_of(LINE) {
+                w.iter().for_each(|w| prefetch(w.0.as_ptr().wrapping_add(at + WIDE * self.w.stride)));
+            }
+            let ws: [_; W] = std::array::from_fn(|b| E::load::<S>(&w[b].0[at..][..S::F32_LANES]));
             for a in 0..X {
                 for b in 0..W {
-                    sums[a][b] = simd.mul_add_f32s(xs[a][l], ws[b][l], sums[a][b]);
+                    sums[a][b] = simd.mul_add_f32s(xs[a][l], ws[b], sums[a][b]);
                 }
             }
         }
         for a in 0..X {
             for b in 0..W {
-                let tail: f32 = x[a].1.iter().zip(w[b].1).map(|(x, w)| x * w).sum();
+                let tail: f32 = x[a].1.iter().zip(w[b].1).map(|(x, w)| x * w.wide()).sum();
                 self.out[(i + a) * self.out_stride + j + b] = self.scale * (simd.reduce_sum_f32s(sums[a][b]) + tail);
             }
         }

@@ -139,7 +139,7 @@ fn try_out(cuda: &Cuda) -> Result<(), RuntimeError> {
     let integers = |rows, columns| Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 7 + j * 3) % 11) as f32 - 5.0);
     for rows in [1, 16] {
         let (x, w) = (integers(rows, 12), integers(20, 12));
-        for weight in [cuda.upload(w.clone()), cuda.upload_weight(w.clone())] {
+        for weight in [cuda.upload(w.clone()), cuda.upload_weight(w.clone().into())] {
             let found = cuda.download(cuda.linear(&cuda.upload(x.clone()), &weight, None))?;
             if found != x.dot(&w.t()) {
                 let message = "a product of small integers comes out wrong".to_owned();

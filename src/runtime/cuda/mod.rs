@@ -22,7 +22,7 @@ use ndarray::{Array2, ArrayView2};
 use self::kernels::{Kernel, NORM_THREADS, THREADS};
 use self::stream::{Arg, Memory, Stream};
 use super::accelerator::{pack, pack_rounded, words};
-use super::{AttentionShape, Backend, HeadColumns, HeadPart, Precision, Rotation, RuntimeError, Span};
+use super::{AttentionShape, Backend, HeadColumns, HeadPart, HostWeight, Precision, Rotation, RuntimeError, Span};
 use crate::arch::{Activation, RopeLayout};
 
 pub use cards::{CardDescription, cards, open, open_limited};
@@ -152,6 +152,7 @@ impl Cuda {
 
 impl Backend for Cuda {
     type Tensor = CudaTensor;
+    type Weight = CudaTensor;
 
     fn name(&self) -> &str {
         &self.stream.name
@@ -167,7 +168,8 @@ impl Backend for Cuda {
         CudaTensor { memory, rows: host.nrows(), columns: host.ncols(), packed: false }
     }
 
-    fn upload_weight(&self, host: Array2<f32>) -> CudaTensor {
+    fn upload_weight(&self, host: HostWeight) -> CudaTensor {
+        let host = host.into_f32();
         let packed = host.as_slice().and_then(|values| match self.precision {
             Precision::F32 => pack(values),
             Precision::Bf16 => Some(pack_rounded(values)),
@@ -179,6 +181,10 @@ impl Backend for Cuda {
             }
             None => self.upload(host),
         }
+    }
+
+    fn weight_shape(&self, weight: &CudaTensor) -> (usize, usize) {
+        self.shape(weight)
     }
 
     fn download(&self, tensor: CudaTensor) -> Result<Array2<f32>, RuntimeError> {

@@ -7,7 +7,9 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2};
 
-use super::{AttentionShape, Backend, Cpu, HeadColumns, HeadPart, MlpWeights, Rotation, RuntimeError, Span};
+use super::{
+    AttentionShape, Backend, Cpu, HeadColumns, HeadPart, HostWeight, MlpWeights, Rotation, RuntimeError, Span,
+};
 use crate::arch::Activation;
 
 #[cfg(feature = "cuda")]
@@ -39,6 +41,19 @@ pub enum Device {
 pub enum DeviceTensor {
     /// In host memory.
     Cpu(Array2<f32>),
+    /// On a GPU.
+    #[cfg(feature = "gpu")]
+    Gpu(GpuTensor),
+    /// On an NVIDIA card.
+    #[cfg(feature = "cuda")]
+    Cuda(CudaTensor),
+}
+
+/// The weight of a linear layer on a [`Device`].
+#[derive(Debug)]
+pub enum DeviceWeight {
+    /// In host memory, or in place in its file.
+    Cpu(HostWeight),
     /// On a GPU.
     #[cfg(feature = "gpu")]
     Gpu(GpuTensor),
@@ -129,7 +144,7 @@ fn open_gpu(choice: DeviceChoice) -> Result<Device, RuntimeError> {
 
 /// Functions that open a matrix of one device.
 macro_rules! open {
-    ($variant:ident, $tensor:ty, $get:ident, $get_mut:ident, $into:ident) => {
+    ($variant:ident, $tensor:ty, $weight:ty, $get:ident, $get_mut:ident, $into:ident) => {
         // The only device there is, if all features are off.
         #[allow(unreachable_patterns)]
         impl DeviceTensor {
@@ -154,14 +169,24 @@ macro_rules! open {
                 }
             }
         }
+
+        #[allow(unreachable_patterns)]
+        impl DeviceWeight {
+            fn $get(&self) -> &$weight {
+                match self {
+                    Self::$variant(w) => w,
+                    _ => unreachable!("a weight of another device"),
+                }
+            }
+        }
     };
 }
 
-open!(Cpu, Array2<f32>, cpu, cpu_mut, into_cpu);
+open!(Cpu, Array2<f32>, HostWeight, cpu, cpu_mut, into_cpu);
 #[cfg(feature = "gpu")]
-open!(Gpu, GpuTensor, gpu, gpu_mut, into_gpu);
+open!(Gpu, GpuTensor, GpuTensor, gpu, gpu_mut, into_gpu);
 #[cfg(feature = "cuda")]
-open!(Cuda, CudaTensor, cuda, cuda_mut, into_cuda);
+open!(Cuda, CudaTensor, CudaTensor, cuda, cuda_mut, into_cuda);
 
 /// Do the same on any device: `$b` is its backend, `$get`, `$get_mut` and `$into` open matrices, `$made` wraps one.
 macro_rules! on {
@@ -191,8 +216,31 @@ macro_rules! on {
     };
 }
 
+/// As [`on`], for what takes weights: `$weight` opens one.
+macro_rules! on_weights {
+    ($device:expr, |$b:ident, $get:ident, $weight:ident, $made:ident| $e:expr) => {
+        match $device {
+            Device::Cpu($b) => {
+                let ($get, $weight, $made) = (DeviceTensor::cpu, DeviceWeight::cpu, DeviceTensor::Cpu);
+                $e
+            }
+            #[cfg(feature = "gpu")]
+            Device::Gpu($b) => {
+                let ($get, $weight, $made) = (DeviceTensor::gpu, DeviceWeight::gpu, DeviceTensor::Gpu);
+                $e
+            }
+            #[cfg(feature = "cuda")]
+            Device::Cuda($b) => {
+                let ($get, $weight, $made) = (DeviceTensor::cuda, DeviceWeight::cuda, DeviceTensor::Cuda);
+                $e
+            }
+        }
+    };
+}
+
 impl Backend for Device {
     type Tensor = DeviceTensor;
+    type Weight = DeviceWeight;
 
     fn name(&self) -> &str {
         on!(self, |b, get, get_mut, into, made| b.name())
@@ -206,8 +254,28 @@ impl Backend for Device {
         on!(self, |b, get, get_mut, into, made| made(b.upload_view(host)))
     }
 
-    fn upload_weight(&self, host: Array2<f32>) -> DeviceTensor {
-        on!(self, |b, get, get_mut, into, made| made(b.upload_weight(host)))
+    fn upload_weight(&self, host: HostWeight) -> DeviceWeight {
+        match self {
+            Self::Cpu(b) => DeviceWeight::Cpu(b.upload_weight(host)),
+            #[cfg(feature = "gpu")]
+            Self::Gpu(b) => DeviceWeight::Gpu(b.upload_weight(host)),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(b) => DeviceWeight::Cuda(b.upload_weight(host)),
+        }
+    }
+
+    fn weight_shape(&self, weight: &DeviceWeight) -> (usize, usize) {
+        match self {
+            Self::Cpu(b) => b.weight_shape(weight.cpu()),
+            #[cfg(feature = "gpu")]
+            Self::Gpu(b) => b.weight_shape(weight.gpu()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(b) => b.weight_shape(weight.cuda()),
+        }
+    }
+
+    fn takes_weights_in_place(&self) -> bool {
+        on!(self, |b, get, get_mut, into, made| b.takes_weights_in_place())
     }
 
     fn download(&self, tensor: DeviceTensor) -> Result<Array2<f32>, RuntimeError> {
@@ -230,23 +298,23 @@ impl Backend for Device {
         on!(self, |b, get, get_mut, into, made| made(b.rows(get(x), rows)))
     }
 
-    fn linear(&self, x: &DeviceTensor, weight: &DeviceTensor, bias: Option<&DeviceTensor>) -> DeviceTensor {
-        on!(self, |b, get, get_mut, into, made| made(b.linear(get(x), get(weight), bias.map(get))))
+    fn linear(&self, x: &DeviceTensor, weight: &DeviceWeight, bias: Option<&DeviceTensor>) -> DeviceTensor {
+        on_weights!(self, |b, get, w, made| made(b.linear(get(x), w(weight), bias.map(get))))
     }
 
     fn head_linear(
         &self,
         x: &DeviceTensor,
-        weight: &DeviceTensor,
+        weight: &DeviceWeight,
         of: HeadColumns,
         heads: usize,
         absorb: bool,
     ) -> DeviceTensor {
-        on!(self, |b, get, get_mut, into, made| made(b.head_linear(get(x), get(weight), of, heads, absorb)))
+        on_weights!(self, |b, get, w, made| made(b.head_linear(get(x), w(weight), of, heads, absorb)))
     }
 
-    fn absorb(&self, x: &DeviceTensor, weight: &DeviceTensor, of: HeadColumns, heads: usize) -> DeviceTensor {
-        on!(self, |b, get, get_mut, into, made| made(b.absorb(get(x), get(weight), of, heads)))
+    fn absorb(&self, x: &DeviceTensor, weight: &DeviceWeight, of: HeadColumns, heads: usize) -> DeviceTensor {
+        on_weights!(self, |b, get, w, made| made(b.absorb(get(x), w(weight), of, heads)))
     }
 
     fn rms_norm(&self, x: &DeviceTensor, gain: &DeviceTensor, eps: f64) -> DeviceTensor {
@@ -287,12 +355,16 @@ impl Backend for Device {
         on!(self, |b, get, get_mut, into, made| b.copy_to_host(get(x)))
     }
 
-    fn mlp(&self, x: &DeviceTensor, mlp: &MlpWeights<'_, DeviceTensor>) -> Result<DeviceTensor, RuntimeError> {
-        on!(self, |b, get, get_mut, into, made| {
+    fn mlp(
+        &self,
+        x: &DeviceTensor,
+        mlp: &MlpWeights<'_, DeviceWeight, DeviceTensor>,
+    ) -> Result<DeviceTensor, RuntimeError> {
+        on_weights!(self, |b, get, of, made| {
             let mlp = MlpWeights {
-                gate: mlp.gate.as_ref().map(|gate| gate.map(get)),
-                up: mlp.up.map(get),
-                down: mlp.down.map(get),
+                gate: mlp.gate.as_ref().map(|gate| gate.map(of, get)),
+                up: mlp.up.map(of, get),
+                down: mlp.down.map(of, get),
                 activation: mlp.activation,
             };
             b.mlp(get(x), &mlp).map(made)

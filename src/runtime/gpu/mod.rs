@@ -18,7 +18,7 @@ use wgpu::{BufferBinding, BufferSize};
 use self::kernels::{Kernel, MATVEC_OUTS, THREADS};
 use self::queue::Queue;
 use super::accelerator::{pack, words};
-use super::{AttentionShape, Backend, HeadColumns, HeadPart, Rotation, RuntimeError, Span};
+use super::{AttentionShape, Backend, HeadColumns, HeadPart, HostWeight, Rotation, RuntimeError, Span};
 use crate::arch::RopeLayout;
 
 pub use adapter::{AdapterDescription, AdapterKind, adapters, open, open_limited};
@@ -185,6 +185,7 @@ impl Gpu {
 
 impl Backend for Gpu {
     type Tensor = GpuTensor;
+    type Weight = GpuTensor;
 
     fn name(&self) -> &str {
         &self.queue.name
@@ -200,11 +201,16 @@ impl Backend for Gpu {
         self.filled(bytemuck::cast_slice(values), host.nrows(), host.ncols(), false)
     }
 
-    fn upload_weight(&self, host: Array2<f32>) -> GpuTensor {
+    fn upload_weight(&self, host: HostWeight) -> GpuTensor {
+        let host = host.into_f32();
         match host.as_slice().filter(|_| host.ncols().is_multiple_of(2)).and_then(pack) {
             Some(words) => self.filled(bytemuck::cast_slice(&words), host.nrows(), host.ncols(), true),
             None => self.upload(host),
         }
+    }
+
+    fn weight_shape(&self, weight: &GpuTensor) -> (usize, usize) {
+        self.shape(weight)
     }
 
     fn download(&self, tensor: GpuTensor) -> Result<Array2<f32>, RuntimeError> {

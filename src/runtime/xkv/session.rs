@@ -100,7 +100,7 @@ impl<'r, 'a> XkvSession<'r, 'a> {
             let mut raws = Vec::with_capacity(layers.len());
             for (index, layer) in layers.iter().enumerate() {
                 let (raw, bytes) = exact_layer(layer, &mut hidden, &self.rotation)?;
-                check_finite(hidden.view(), || format!("layer {}", first + index))?;
+                self.resident.model().check_layer(first + index, hidden.view())?;
                 raws.push(raw);
                 exact += bytes;
             }
@@ -118,7 +118,7 @@ impl<'r, 'a> XkvSession<'r, 'a> {
         for (n, (group, layers)) in self.groups.iter_mut().zip(of_group).enumerate() {
             for (index, layer) in layers.iter().enumerate() {
                 group.decode(index, layer, &mut hidden, (&self.rotation, positions.clone()))?;
-                check_finite(hidden.view(), || format!("layer {}", n * self.settings.group + index))?;
+                self.resident.model().check_layer(n * self.settings.group + index, hidden.view())?;
             }
         }
         Ok(hidden)

@@ -91,6 +91,7 @@ impl Class for Remote {
         let mut map = object(json!({
             "auto_map": {
                 "AutoConfig": format!("{module}.Gqa2MlaConfig"),
+                "AutoModel": format!("{module}.Gqa2MlaModel"),
                 "AutoModelForCausalLM": format!("{module}.{}", self.architecture()),
             },
             "latent_norm": false,
