@@ -8,7 +8,7 @@ use crate::source::TensorDirectory;
 use crate::target::{Emission, RopeGrid, TargetSpec};
 use crate::write::{PlannedTensor, ShardPlan, WriteError};
 
-/// Every decision of a conversion. It is made once, by [`survey`](super::survey), goes to the journal whole, and is only read
+/// Every decision of a conversion. It is made once, by `survey`, goes to the journal whole, and is only read
 /// from then on: by the conversion loop, a run that resumes, `plan` and the report.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Blueprint {
