@@ -1,12 +1,13 @@
 //! Method `exact`: the source's attention in an MLA container.
 
-use gqa2mla::convert::{ConvertSettings, OutputDtype};
+use gqa2mla::convert::{ConvertSettings, OutputDtype, RopeGrid, plan};
+use gqa2mla::observe::Silent;
 
 use super::settings;
 use crate::common::copies::changed;
 use crate::common::golden::golden_tokens;
 use crate::common::judge::{ROUNDING, converted, side_by_side};
-use crate::common::models::{fixture, method};
+use crate::common::models::{fixture, method, open};
 
 #[test]
 fn exact_loses_nothing_on_any_family() {
@@ -25,6 +26,16 @@ fn exact_loses_nothing_on_any_family() {
                 assert!(c.cached_vs_full_max_abs_dlogit < ROUNDING, "{name} {dtype:?}: {c:?}");
             }
         }
+    }
+}
+
+#[test]
+fn a_plan_says_that_frequencies_are_on_no_stock_grid() {
+    // Several KV heads keep each frequency several times, which only LongRoPE factors express: engines are judged by that.
+    for name in ["pico-llama", "pico-mha", "pico-trained"] {
+        let (source, arch) = open(&fixture(name));
+        let made = plan(&source, &arch, &settings(method("exact")), false, &Silent).expect("a plan");
+        assert_eq!(made.rope_grid, RopeGrid::Free, "{name}");
     }
 }
 

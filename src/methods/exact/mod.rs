@@ -64,7 +64,8 @@ impl Method for Exact {
         Ok(Candidates {
             // Keys without rotation go to the latent.
             splits: vec![Split { rope, rank: g * (2 * d - rotated) }],
-            grid: RopeGrid::Stock,
+            // Every frequency is kept as often as there are KV heads.
+            grid: if g > 1 { RopeGrid::Free } else { RopeGrid::Stock },
             bias: shape.qkv_bias || shape.out_bias,
             query_bias: shape.qkv_bias,
             q_rank: None,
