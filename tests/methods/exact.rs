@@ -31,7 +31,7 @@ fn exact_loses_nothing_on_any_family() {
 
 #[test]
 fn a_plan_says_that_frequencies_are_on_no_stock_grid() {
-    // Several KV heads keep each frequency several times, which only LongRoPE factors express: engines are judged by that.
+    // With several KV heads each frequency is there several times, which only LongRoPE factors express.
     for name in ["pico-llama", "pico-mha", "pico-trained"] {
         let (source, arch) = open(&fixture(name));
         let made = plan(&source, &arch, &settings(method("exact")), false, &Silent).expect("a plan");
