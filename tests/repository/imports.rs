@@ -135,7 +135,7 @@ fn against(order: &[String], graph: &Graph) -> Vec<String> {
     let rooms: BTreeSet<&String> = graph.keys().flat_map(|(from, to)| [from, to]).collect();
     out.extend(rooms.iter().filter(|room| place(room).is_none()).map(|room| format!("`{room}` is not in the table")));
     for ((from, to), places) in graph {
-        if place(from) < place(to) {
+        if place(from).zip(place(to)).is_some_and(|(from, to)| from < to) {
             out.push(format!("`{from}` stands above `{to}` and imports it: {}", places[0]));
         }
     }
