@@ -8,6 +8,7 @@ mod common {
     pub mod counting;
     pub mod models;
     pub mod products;
+    pub mod xkv;
 }
 
 mod memory {

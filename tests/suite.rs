@@ -13,6 +13,7 @@ mod common {
     pub mod models;
     pub mod products;
     pub mod random;
+    pub mod xkv;
 }
 
 mod analyze;

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
 use gqa2mla::convert::{CalibrationSettings, ConvertSettings, MethodChoice};
 use gqa2mla::methods::METHODS;
 use gqa2mla::methods::setting_options::{AFTER_METHODS, BEFORE_METHODS, CALIBRATION, SettingOption};
 
-use super::method_args::MethodArgs;
+use super::method_args::{MethodArgs, given, typed_arg};
 use super::values::{self, Count};
 
 /// Parser of a method's name, for any command.
@@ -67,16 +67,10 @@ struct Given(Vec<(&'static SettingOption, String)>);
 
 impl Given {
     fn read(options: impl Iterator<Item = &'static SettingOption>, matches: &ArgMatches) -> Self {
-        let mut out = Vec::new();
-        for option in options {
-            if option.value_name.is_empty() {
-                out.extend(matches.get_flag(option.name).then(|| (option, String::new())));
-            } else {
-                let values = matches.get_many::<String>(option.name).into_iter().flatten();
-                out.extend(values.map(|value| (option, value.clone())));
-            }
-        }
-        Self(out)
+        let of = |option: &'static SettingOption| {
+            given(matches, option.name, option.value_name).into_iter().map(move |value| (option, value))
+        };
+        Self(options.flat_map(of).collect())
     }
 
     /// The settings that these options make of the defaults.
@@ -92,20 +86,9 @@ impl Given {
 /// An option as the command line has it.
 fn arg(option: &'static SettingOption) -> Arg {
     let arg = Arg::new(option.name).long(option.name).help(option.help).help_heading(option.heading);
-    if option.value_name.is_empty() {
-        return arg.action(ArgAction::SetTrue);
-    }
-    let action = if option.repeatable { ArgAction::Append } else { ArgAction::Set };
-    let mut arg = arg.value_name(option.value_name).action(action);
-    if !option.default.is_empty() {
-        arg = arg.default_value(option.default);
-    }
-    let values = (option.values)();
-    if !values.is_empty() {
-        return arg.value_parser(PossibleValuesParser::new(values));
-    }
-    let set = option.set;
-    arg.value_parser(move |value: &str| set(&mut ConvertSettings::default(), value).map(|()| value.to_owned()))
+    let check = |value: &str| (option.set)(&mut ConvertSettings::default(), value);
+    let arg = typed_arg(arg, option.value_name, option.repeatable, (option.values)(), check);
+    if option.default.is_empty() { arg } else { arg.default_value(option.default) }
 }
 
 /// Calibration text, as `convert` has it, for other commands.

@@ -162,13 +162,12 @@ impl Run<'_> {
         let method = &case.settings.method;
         let mut source = SourceLayer::load(&self.checked.model(), self.device, index)?;
         let (pass, own) = match method.streams().source {
-            SourceStream::Pass(keep) => (Some(source.attend(stream.stream()?, keep)?), None),
+            SourceStream::Pass(keep) => (Some(source.attend(stream.stream()?, keep)?), Array2::default((0, 0))),
             SourceStream::None | SourceStream::Inputs => {
-                (None, Some(source.layer.attention_input(stream.stream()?.hidden.view())?))
+                (None, source.layer.attention_input(stream.stream()?.hidden.view())?)
             }
         };
-        let of_source = pass.as_ref().map(|pass| pass.x.view()).or(own.as_ref().map(|x| x.view()));
-        let Some(of_source) = of_source else { return self.without_tokens(index) };
+        let of_source = pass.as_ref().map_or(own.view(), |pass| pass.x.view());
         let explained = source.linearise(index, of_source)?;
         stream.release(self.spill);
         let of_converted = match &mut converted {
@@ -192,8 +191,9 @@ impl Run<'_> {
         let convert = || method.layer(&made, &input);
         // The source's stream needs nothing of the conversion, whose decompositions leave threads idle. What waits on the disk
         // is not read back before there is room for it.
+        let overlapped = pass.is_some() && !self.spill;
         let mut out = match &pass {
-            Some(pass) if !self.spill => {
+            Some(pass) if overlapped => {
                 let (out, advanced) = rayon::join(convert, || self.advance(&mut step, stream, &pass.output));
                 advanced?;
                 out?
@@ -206,12 +206,8 @@ impl Run<'_> {
         // The other parts of the pass are as large as a stream.
         let output = pass.map(|SourcePass { output, .. }| output);
         let LayerOutput { layer, figures, next, converted: made } = out;
-        if self.spill || output.is_none() {
-            if let Some(output) = output.or(next) {
-                self.advance(&mut step, stream, &output)?;
-            }
-        } else {
-            drop(output);
+        if let Some(output) = output.or(next).filter(|_| !overlapped) {
+            self.advance(&mut step, stream, &output)?;
         }
         if let (Some(c), Some(output)) = (converted, made) {
             self.advance(&mut step, c, &output)?;

@@ -67,9 +67,8 @@ pub fn convert(
         observer.event(Event::Warning("the source has no tokenizer.json, so the output has none".into()));
     }
     let device = Device::open(settings.device)?;
-    let resumed = saved.plan();
-    let blueprint = match &resumed {
-        Some(blueprint) => blueprint.clone(),
+    let (blueprint, resumed) = match saved.plan() {
+        Some(blueprint) => (blueprint, true),
         None => {
             if settings.leftover == Leftover::Resume && staging.record().is_none() {
                 observer.event(Event::Note("there is no unfinished run to resume: beginning anew".into()));
@@ -77,20 +76,19 @@ pub fn convert(
             staging.open_journal(identity.clone(), 0)?;
             let blueprint = survey(&checked, &text, false, &device, observer)?;
             journal::planned(&mut staging, &blueprint, observer)?;
-            blueprint
+            (blueprint, false)
         }
     };
     let windows = settings.method.order(text.windows);
     let run = Run { checked: &checked, blueprint: &blueprint, device: &device, windows: &windows, spill, observer };
     let emission = emission(arch, &blueprint.spec, &source.tensors);
     let shards = blueprint.shards(&emission.planned(), settings.max_shard_bytes)?;
-    let start = match resumed {
-        None => Start::default(),
-        Some(_) => {
-            let start = run.start(saved, &staging, &shards)?;
-            staging.open_journal(identity, start.entries)?;
-            start
-        }
+    let start = if resumed {
+        let start = run.start(saved, &staging, &shards)?;
+        staging.open_journal(identity, start.entries)?;
+        start
+    } else {
+        Start::default()
     };
     for decision in &blueprint.decisions {
         observer.event(Event::Note(decision.clone()));

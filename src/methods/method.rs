@@ -445,3 +445,10 @@ pub struct Entry {
     /// The method with options set, in order. They are among `options` and parse.
     pub make: Make,
 }
+
+impl Entry {
+    /// Whether the option of that name is one of the method's own.
+    pub fn takes(&self, option: &str) -> bool {
+        self.options.iter().any(|own| own.name == option)
+    }
+}

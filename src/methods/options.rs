@@ -24,6 +24,18 @@ pub struct MethodOption {
 }
 
 impl MethodOption {
+    /// What most options have in common: any value, once.
+    pub const PLAIN: Self = Self {
+        name: "",
+        methods: &[],
+        value_name: "",
+        values: &[],
+        repeatable: false,
+        help: "",
+        heading: "",
+        check: |_| Ok(()),
+    };
+
     /// Help as the command line shows it.
     pub fn full_help(&self) -> String {
         format!("{}: {}", self.methods.join(", "), self.help)

@@ -27,10 +27,10 @@ pub(super) const PARTIAL_ROPE: MethodOption = MethodOption {
     methods: &["x-ecomla", "mha2mla"],
     value_name: "RULE",
     values: &["high", "low", "uniform", "2-norm"],
-    repeatable: false,
     help: "pairs of a head that keep RoPE [default: uniform for x-ecomla, high for mha2mla]",
     heading: HEADING,
     check: |value| checked(rule(value)),
+    ..MethodOption::PLAIN
 };
 
 /// A rule for pairs by its name.

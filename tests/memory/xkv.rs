@@ -2,24 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
-use gqa2mla::arch::Architecture;
 use gqa2mla::runtime::{Cpu, Model, Resident, Session, SessionSize, XkvSession, XkvSettings};
 
 use super::peak::{HELD, alone};
 use crate::common::models::{fixture, open};
-
-fn tokens(count: usize, vocab: usize) -> Vec<u32> {
-    (0..count).map(|i| ((i * 7919 + 13 + i * i % 31) % vocab) as u32).collect()
-}
-
-/// Widths of keys (latents) and, of GQA, values in one layer.
-fn widths(arch: &Architecture) -> (usize, usize) {
-    match (arch.gqa(), arch.mla()) {
-        (Some(a), _) => (a.kv_heads * a.head_dim, a.kv_heads * a.head_dim),
-        (_, Some(a)) => (a.kv_lora_rank, 0),
-        _ => unreachable!("attention is one of the two"),
-    }
-}
+use crate::common::xkv::{tokens, widths};
 
 /// `r_k (P + G w) + r_v (P + G w)` values per group of GQA, `r_k (P + G r) + G P d_R` of MLA; the rest as any cache has it.
 #[test]

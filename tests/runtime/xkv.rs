@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::common::command::gqa2mla;
 use crate::common::models::{fixture, open};
+use crate::common::xkv::{tokens, widths};
 
 const TRAINED: &str = "pico-trained";
 /// The trained fixture, as commands take it.
@@ -38,19 +39,6 @@ const MODELS: [&str; 17] = [
     "pico-deepseek-v3-moe",
     "pico-deepseek-v3-fp8",
 ];
-
-fn tokens(count: usize, vocab: usize) -> Vec<u32> {
-    (0..count).map(|i| ((i * 7919 + 13 + i * i % 31) % vocab) as u32).collect()
-}
-
-/// Widths of keys (latents) and, of GQA, values in one layer.
-fn widths(arch: &Architecture) -> (usize, usize) {
-    match (arch.gqa(), arch.mla()) {
-        (Some(a), _) => (a.kv_heads * a.head_dim, a.kv_heads * a.head_dim),
-        (_, Some(a)) => (a.kv_lora_rank, 0),
-        _ => unreachable!("attention is one of the two"),
-    }
-}
 
 /// The largest ranks that a prompt allows.
 fn full(arch: &Architecture, prompt: usize, group: usize) -> XkvSettings {

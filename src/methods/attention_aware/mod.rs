@@ -4,6 +4,7 @@
 //! [`draft`] is the closed form; `scores`, `values` and `output` hold the refits, in that order; [`refine`] adds gradient
 //! steps; `survey` chooses slots and split; `text` says how much calibration text is used.
 
+mod curvature;
 mod draft;
 mod layer;
 mod output;
@@ -51,23 +52,21 @@ const REFINE: MethodOption = MethodOption {
     name: "refine",
     methods: &["attention-aware"],
     value_name: "STEPS",
-    values: &[],
-    repeatable: false,
     help: "gradient steps per layer after the closed form [default: 0]",
     heading: HEADING,
     check: |value| checked(count(value)),
+    ..MethodOption::PLAIN
 };
 
 const FIT_TOKENS: MethodOption = MethodOption {
     name: "fit-tokens",
     methods: &["attention-aware"],
     value_name: "TOKENS",
-    values: &[],
-    repeatable: false,
     help: "use at most this many tokens of the calibration text [default: 28 per value of the hidden state, 16384 at \
            least; all with --refine]",
     heading: HEADING,
     check: |value| checked(positive(value)),
+    ..MethodOption::PLAIN
 };
 
 /// Registry line of the method.

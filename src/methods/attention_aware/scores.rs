@@ -11,11 +11,12 @@ use faer::Accum;
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 use rayon::prelude::*;
 
+use super::curvature::{Curvature, pair_means, regularised};
 use super::{At, ScoreGradient, ScoreTarget, Step, Steps};
 use crate::calibrate::{Moments, add_products};
 use crate::factor::FactorError;
 use crate::factor::conjugate::{System, conjugate_gradients};
-use crate::factor::linalg::{gemm, matmul, matmul_f32, solve_right_spd, symmetrise};
+use crate::factor::linalg::{gemm, matmul, matmul_f32, symmetrise};
 use crate::mla::MlaLayer;
 use crate::runtime::{HeadColumns, Qkv, Rotation, Span, query_tiles};
 use crate::stream::pick_rows;
@@ -34,8 +35,6 @@ const KEY_STEPS: usize = 1;
 const RIDGE: f64 = 0.01;
 /// Rows of queries or keys per task.
 const BLOCK: usize = 256;
-/// Ridge of the preconditioner's two factors, as a share of their mean diagonal.
-const PRECONDITIONER_RIDGE: f64 = 1e-3;
 
 /// What the refits of one layer share. Queries and keys of a head lie side by side, `n` values without rotation and `r` with:
 /// `w = n + r` columns of activations, or rows of weights.
@@ -160,68 +159,6 @@ fn add(weight: &mut Array2<f64>, bias: Option<&mut Array1<f64>>, change: &Array2
     *weight += &change.slice(s![.., ..columns]);
     if let Some(b) = bias {
         *b += &change.column(columns);
-    }
-}
-
-fn regularised(mut m: Array2<f64>) -> Array2<f64> {
-    let level = PRECONDITIONER_RIDGE * m.diag().mean().unwrap_or(0.0).max(f64::MIN_POSITIVE);
-    m.diag_mut().mapv_inplace(|v| v + level);
-    m
-}
-
-/// Mean of the two rows of each pair, for both, held above zero.
-fn pair_means(rows: &Array1<f64>) -> Array1<f64> {
-    let level = PRECONDITIONER_RIDGE * rows.mean().unwrap_or(0.0).max(f64::MIN_POSITIVE);
-    Array1::from_shape_fn(rows.len(), |i| (rows[i / 2 * 2] + rows[i / 2 * 2 + 1]) / 2.0 + level)
-}
-
-/// Curvature that uniform, independent queries and keys would have: `blkdiag(K_h) X C` for the rows of each head in
-/// `X [H w, C]`, with `K_h` a full matrix where nothing turns and, since rotation mixes the two rows of a pair and hardly any
-/// pair with another, one number per row where pairs turn.
-struct Curvature {
-    /// `[n, n]` per head, none where only one shared rotated key is meant.
-    nope: Vec<Array2<f64>>,
-    /// `[r]` per head.
-    rope: Vec<Array1<f64>>,
-    /// `C`, moments of what the weight meets.
-    moment: Array2<f64>,
-}
-
-impl Curvature {
-    /// `blkdiag(K_h) X C`.
-    fn apply(&self, x: &Array2<f64>) -> Array2<f64> {
-        let mut out = matmul(x, &self.moment);
-        for (h, mut rows) in out.axis_chunks_iter_mut(Axis(0), self.width()).enumerate() {
-            let n = self.nope.get(h).map_or(0, Array2::nrows);
-            if let Some(k) = self.nope.get(h) {
-                let product = matmul(k, &rows.slice(s![..n, ..]));
-                rows.slice_mut(s![..n, ..]).assign(&product);
-            }
-            let mut turned = rows.slice_mut(s![n.., ..]);
-            turned *= &self.rope[h].view().insert_axis(Axis(1));
-        }
-        out
-    }
-
-    /// `blkdiag(K_h)^-1 R C^-1`.
-    fn divide(&self, r: &Array2<f64>) -> Result<Array2<f64>, FactorError> {
-        let (mut out, _) = solve_right_spd(&self.moment, r, 0.0, "moments of the layer's input")?;
-        for (h, mut rows) in out.axis_chunks_iter_mut(Axis(0), self.width()).enumerate() {
-            let n = self.nope.get(h).map_or(0, Array2::nrows);
-            if let Some(k) = self.nope.get(h) {
-                let right = rows.slice(s![..n, ..]).t().to_owned();
-                let (left, _) = solve_right_spd(k, &right, 0.0, "moments of queries and keys")?;
-                rows.slice_mut(s![..n, ..]).assign(&left.t());
-            }
-            let mut turned = rows.slice_mut(s![n.., ..]);
-            turned /= &self.rope[h].view().insert_axis(Axis(1));
-        }
-        Ok(out)
-    }
-
-    /// `w`.
-    fn width(&self) -> usize {
-        (self.nope.first().map_or(0, Array2::nrows) + self.rope.first().map_or(0, Array1::len)).max(1)
     }
 }
 

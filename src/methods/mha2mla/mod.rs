@@ -22,10 +22,10 @@ const SVD: MethodOption = MethodOption {
     methods: &["mha2mla"],
     value_name: "KIND",
     values: &["joint", "split"],
-    repeatable: false,
     help: "decompose keys and values together, or each by themselves [default: joint]",
     heading: HEADING,
     check: |value| checked(kind(value)),
+    ..MethodOption::PLAIN
 };
 
 /// Registry line of the method.

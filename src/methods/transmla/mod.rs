@@ -25,11 +25,10 @@ pub const FREQFOLD: MethodOption = MethodOption {
     name: "freqfold",
     methods: &["transmla", "care"],
     value_name: "N|auto",
-    values: &[],
-    repeatable: false,
     help: "neighbouring frequencies that share one rotation [default: auto]",
     heading: "Method and cache size",
     check: |value| checked(value.parse::<FreqFold>()),
+    ..MethodOption::PLAIN
 };
 
 /// `--balance-kv-ratio`.
@@ -37,11 +36,10 @@ pub const BALANCE_KV_RATIO: MethodOption = MethodOption {
     name: "balance-kv-ratio",
     methods: &["transmla", "care"],
     value_name: "X|none",
-    values: &[],
-    repeatable: false,
     help: "scale keys to this multiple of the values' norm before the joint low rank, or `none` [default: 1]",
     heading: "Method and cache size",
     check: |value| checked(ratio(value)),
+    ..MethodOption::PLAIN
 };
 
 /// Registry line of the method.

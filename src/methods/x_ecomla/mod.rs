@@ -26,44 +26,38 @@ const Q_ENERGY_OPTION: MethodOption = MethodOption {
     name: "q-energy",
     methods: &["x-ecomla"],
     value_name: "SHARE",
-    values: &[],
-    repeatable: false,
     help: "rank of each layer's queries by share of their energy, above 0 and at most 1 [default: 0.99]",
     heading: HEADING,
     check: |value| checked(energy(value)),
+    ..MethodOption::PLAIN
 };
 
 const KV_ENERGY_OPTION: MethodOption = MethodOption {
     name: "kv-energy",
     methods: &["x-ecomla"],
     value_name: "SHARE",
-    values: &[],
-    repeatable: false,
     help: "rank of each layer's keys and values by share of their energy, above 0 and at most 1",
     heading: HEADING,
     check: |value| checked(energy(value)),
+    ..MethodOption::PLAIN
 };
 
 const RANK_DIVISOR_OPTION: MethodOption = MethodOption {
     name: "rank-divisor",
     methods: &["x-ecomla"],
     value_name: "N",
-    values: &[],
-    repeatable: false,
     help: "round ranks by energy up to multiples of this [default: 8]",
     heading: HEADING,
     check: |value| checked(positive(value)),
+    ..MethodOption::PLAIN
 };
 
 const PUBLISHED_LAYOUT: MethodOption = MethodOption {
     name: "published-layout",
     methods: &["x-ecomla"],
-    value_name: "",
-    values: &[],
-    repeatable: false,
     help: "rows and frequencies as the published code has them, for comparison",
     heading: HEADING,
-    check: |_| Ok(()),
+    ..MethodOption::PLAIN
 };
 
 /// Registry line of the method.
