@@ -16,8 +16,9 @@ use super::output::width;
 
 /// Say which engines run an MLA folder right, and what to change where one does not.
 ///
-/// Takes any MLA checkpoint, also of other tools: the rules look at its config.json and the names of its tensors. Exit code
-/// 1 where the named engine would not load it or would run it wrongly, without an engine where none runs it right.
+/// Takes any MLA checkpoint, also of other tools: the rules read its config.json, the names of its tensors and the size of the
+/// latent's weights. Exit code 1 where the named engine would not load it or would run it wrongly, without an engine where
+/// none runs it right; 0 where the class is not known here.
 #[derive(Debug, Args)]
 pub struct CheckArgs {
     /// Model folder or hub id `org/name[@revision]`

@@ -15,13 +15,13 @@ pub struct Check {
     pub model: String,
     /// `model_type` of its config.
     pub model_type: String,
-    /// Whether tensors were looked at, or the config alone.
+    /// Whether tensors were read, or the config alone.
     pub weights_present: bool,
     /// The engine that was asked about; all otherwise.
     pub engine: Option<String>,
     /// Every verdict, or those of the engine that was asked about: its own class and, of vLLM, transformers' code.
     pub engines: Vec<EngineVerdict>,
-    /// Whether the engine runs it right by itself; with none named, whether any engine does.
+    /// Whether nothing is known against the engine's running it right by itself; with none named, of any engine.
     pub passed: bool,
 }
 

@@ -148,7 +148,8 @@ fn kimi_k2_is_deepseek_v3_under_another_name() {
     let v3 = changed("pico-deepseek-v3-moe", &[("auto_map", json!({ "AutoConfig": "x.Y" }))]);
     let verdicts = judge(&Facts::read(&v3, Some(&source.tensors)).expect("an MLA folder"));
     assert_eq!(verdicts[0].loads, Loads::Yes, "{:?}", verdicts[0]);
-    assert!(verdicts.iter().all(|v| v.loads != Loads::No), "{verdicts:?}");
+    // mistral.rs takes values as wide as queries, which the fixture's are not.
+    assert!(verdicts.iter().all(|v| (v.loads == Loads::No) == (v.engine == "mistral.rs")), "{verdicts:?}");
 }
 
 #[test]

@@ -172,8 +172,11 @@ fn check_knows_the_engines() {
     assert_snapshot!("check", transcript(&["check", "fixtures/pico-deepseek-v3-bias"], &[]));
     let (code, all) = json(&["check", "fixtures/pico-deepseek-v3", "--json"]);
     assert_eq!((code, &all["passed"]), (Some(0), &true.into()));
-    assert_eq!(all["engines"].as_array().map(Vec::len), Some(6));
+    assert_eq!(all["engines"].as_array().map(Vec::len), Some(8));
     for (model, engine, code) in [
+        ("fixtures/pico-deepseek-v3", "transformers-4", 0),
+        ("fixtures/pico-youtu", "transformers-4", 1),
+        ("fixtures/pico-deepseek-v3-bias", "mistral.rs", 1),
         ("fixtures/pico-deepseek-v3", "transformers", 0),
         ("fixtures/pico-deepseek-v3-bias", "transformers", 0),
         ("fixtures/pico-deepseek-v3-bias", "vllm", 1),

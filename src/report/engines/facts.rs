@@ -64,12 +64,18 @@ pub struct Facts {
     pub head_norms: bool,
     /// Whether every latent norm has a weight; `true` where the tensors are not known.
     pub latent_norms: bool,
-    /// Whether the latent norms look neutralised: large weights behind tiny rows.
+    /// Whether the latent norms look neutralised: large weights after tiny rows.
     pub neutral_norms: bool,
+    /// Size of the latent's rows of `kv_a_proj_with_mqa` (and of `q_a_proj`, where that is smaller).
+    pub rows: LatentRows,
+    /// Whether the config is the language model's inside that of a model of several kinds of input.
+    pub wrapped: bool,
     /// RoPE scheme.
     pub rope: CandidateRope,
     /// Name of the scheme.
     pub rope_name: String,
+    /// Whether `rope_scaling` is missing or null.
+    pub no_scaling: bool,
     /// Whether a llama3 scheme has YaRN's betas fitted to it.
     pub fitted: bool,
     /// Whether a `rope_theta` stands beside the RoPE parameters rather than only in them.
@@ -104,6 +110,17 @@ pub struct Facts {
     pub sentencepiece: bool,
 }
 
+/// How large the rows are that make a latent, which decides the dtypes that hold them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LatentRows {
+    /// Zero, where a norm with large weights says that they were not.
+    Lost,
+    /// The largest is below the smallest normal number of f16, 2^-14.
+    Tiny,
+    /// As weights are.
+    Usual,
+}
+
 /// RoPE scheme as engines tell them apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CandidateRope {
@@ -121,6 +138,17 @@ pub enum CandidateRope {
 
 /// Model types that engines have classes for, whatever code a folder brings.
 const NATIVE: [&str; 5] = ["deepseek_v2", "deepseek_v3", "kimi_k2", "youtu", "minicpm3"];
+
+/// The config of an MLA language model: the document itself, or what a model of several kinds of input (Kimi-K2.5, Mistral Large 3,
+/// DeepSeek-VL2) keeps of its language model. The flag says which.
+fn language_model(config: &Value) -> Option<(&Value, bool)> {
+    const KEYS: [&str; 4] = ["text_config", "language_config", "llm_config", "language_model"];
+    let is_mla = |c: &&Value| c.get("kv_lora_rank").is_some_and(|v| !v.is_null());
+    if is_mla(&config) {
+        return Some((config, false));
+    }
+    KEYS.iter().filter_map(|key| config.get(key)).find(is_mla).map(|inner| (inner, true))
+}
 
 impl CandidateRope {
     fn of(name: &str) -> Self {
@@ -151,8 +179,11 @@ impl Facts {
             head_norms: false,
             latent_norms: true,
             neutral_norms: true,
+            rows: LatentRows::Usual,
+            wrapped: false,
             rope: CandidateRope::Default,
             rope_name: "default".into(),
+            no_scaling: true,
             fitted: false,
             top_level_theta: true,
             interleaved: true,
@@ -173,7 +204,7 @@ impl Facts {
     }
 
     /// What a conversion to `geometry` on `grid` writes for `target`: the free grid carries frequencies as LongRoPE factors
-    /// and constants as biases, the stock grid has neither.
+    /// and constants as biases, the stock grid has neither. Its latent norm is neutralised by tiny rows.
     pub fn planned(geometry: Geometry, grid: RopeGrid, target: Target) -> Self {
         let free = grid == RopeGrid::Free;
         Self {
@@ -183,6 +214,7 @@ impl Facts {
             rope: if free { CandidateRope::LongRope } else { CandidateRope::Default },
             rope_name: if free { "longrope" } else { "default" }.into(),
             interleaved: target.interleaves_pairs(),
+            rows: LatentRows::Tiny,
             ..Self::plain(geometry)
         }
     }
@@ -219,10 +251,8 @@ impl Facts {
     /// # Errors
     /// [`FactsError`] for a config that is not MLA's.
     pub fn read(config: &Value, tensors: Option<&TensorDirectory>) -> Result<Self, FactsError> {
+        let (config, wrapped) = language_model(config).ok_or(FactsError::NotMla)?;
         let get = |key: &str| config.get(key).filter(|v| !v.is_null());
-        if get("kv_lora_rank").is_none() {
-            return Err(FactsError::NotMla);
-        }
         let number = |key: &'static str| {
             let found = get(key).map_or_else(|| "missing".to_owned(), Value::to_string);
             get(key).and_then(Value::as_u64).map(|n| n as usize).ok_or(FactsError::BadValue { key, found })
@@ -265,6 +295,8 @@ impl Facts {
             layers,
             bias: flag("attention_bias"),
             rope: CandidateRope::of(&rope_name),
+            no_scaling: get("rope_scaling").is_none(),
+            wrapped,
             fitted: rope_name == "llama3" && scaling.is_some_and(|s| s.get("beta_fast").is_some()),
             rope_name,
             top_level_theta: get("rope_theta").is_some(),
@@ -288,12 +320,12 @@ impl Facts {
             ..Self::plain(geometry)
         };
         if let Some(tensors) = tensors {
-            facts.look_at(tensors);
+            facts.read_tensors(tensors);
         }
         Ok(facts)
     }
 
-    fn look_at(&mut self, tensors: &TensorDirectory) {
+    fn read_tensors(&mut self, tensors: &TensorDirectory) {
         let ends = |suffix: &str| tensors.names().any(|n| n.ends_with(suffix));
         self.stray_biases =
             ["q_proj.bias", "q_b_proj.bias", "kv_b_proj.bias"].iter().any(|b| ends(&format!("self_attn.{b}")));
@@ -306,8 +338,29 @@ impl Facts {
         // A norm that is made the identity has weights of hundreds, where trained ones are near one.
         let weight = tensors.names().find(|n| n.ends_with("self_attn.kv_a_layernorm.weight"));
         self.neutral_norms = weight.and_then(|n| tensors.view(n).ok()).is_some_and(|view| {
-            view.dtype.is_float() && view.to_f32().iter().fold(f32::INFINITY, |m, x| m.min(x.abs())) > 16.0
+            // A constant slot of the latent has a weight of zero.
+            let of_slots = |x: &&f32| **x != 0.0;
+            view.dtype.is_float()
+                && view.to_f32().iter().filter(of_slots).fold(f32::INFINITY, |m, x| m.min(x.abs())) > 16.0
         });
+        let (latent, query) = (self.geometry.kv_lora_rank, self.geometry.q_lora_rank);
+        let kv = self.rows_of(tensors, "self_attn.kv_a_proj_with_mqa.weight", latent);
+        let q = query.and_then(|rank| self.rows_of(tensors, "self_attn.q_a_proj.weight", rank));
+        self.rows = kv.into_iter().chain(q).min().unwrap_or(LatentRows::Usual);
+    }
+
+    /// Size of the first `rank` rows of the first tensor of this name; `None` where there is none in floating point.
+    fn rows_of(&self, tensors: &TensorDirectory, suffix: &str, rank: usize) -> Option<LatentRows> {
+        /// 2^-14.
+        const SMALLEST_F16: f32 = 6.103_515_6e-5;
+        let name = tensors.names().find(|n| n.ends_with(suffix))?;
+        let view = tensors.view(name).ok().filter(|view| view.dtype.is_float() && view.shape.len() == 2)?;
+        let largest = view.to_f32().iter().take(rank * view.shape[1]).fold(0f32, |m, x| m.max(x.abs()));
+        Some(match largest {
+            0.0 if self.neutral_norms => LatentRows::Lost,
+            x if x > 0.0 && x < SMALLEST_F16 => LatentRows::Tiny,
+            _ => LatentRows::Usual,
+        })
     }
 
     /// Values the latent cache holds per token and layer, `r + d_R`.

@@ -1,13 +1,13 @@
 //! Which engines run an MLA checkpoint, as data.
 //!
-//! The rules state what was read in the sources of transformers 5.23, vLLM 0.33, SGLang 0.5.23, llama.cpp and MLX-LM of
-//! mid-2026; but for transformers, no engine was started to find them. An engine whose rules have nothing to say about a
-//! checkpoint runs it as it is.
+//! Rules about transformers, MLX-LM, llama.cpp and mistral.rs are held to runs of these engines: `scripts/engines/check_engines.py`
+//! asks `check` first and then the engine (docs/engines.md has the versions). Those about SGLang, and about GPU kernels of
+//! vLLM, state what was read in their sources. An engine whose rules have nothing to say about a checkpoint runs it as it is.
 
 mod facts;
 mod rules;
 
-pub use facts::{CandidateRope, Facts, FactsError, Routing};
+pub use facts::{CandidateRope, Facts, FactsError, LatentRows, Routing};
 
 use serde::Serialize;
 
@@ -19,6 +19,8 @@ pub enum Loads {
     Yes,
     /// With the setting, or the limit, that the reasons name.
     Conditionally,
+    /// No rule is about this class of model.
+    NotKnown,
     /// Not, or only with wrong results.
     No,
 }
@@ -29,6 +31,7 @@ impl Loads {
         match self {
             Loads::Yes => "yes",
             Loads::Conditionally => "if",
+            Loads::NotKnown => "not known",
             Loads::No => "no",
         }
     }
@@ -48,12 +51,16 @@ pub struct EngineVerdict {
 }
 
 /// Engines as `check --engine` names them.
-pub const ENGINE_NAMES: [&str; 5] = ["transformers", "vllm", "sglang", "llama.cpp", "mlx"];
+pub const ENGINE_NAMES: [&str; 7] =
+    ["transformers", "transformers-4", "vllm", "sglang", "llama.cpp", "mlx", "mistral.rs"];
 
 /// Verdicts of every engine, in a fixed order.
 pub fn judge(facts: &Facts) -> Vec<EngineVerdict> {
     let verdict = |engine: &'static str| {
-        let hits: Vec<_> = rules::RULES.iter().filter(|r| r.engines.contains(&engine) && (r.when)(facts)).collect();
+        let applies = |r: &&rules::Rule| r.engines.contains(&engine) && (r.when)(facts);
+        // What other rules would say of a class that none of them is about means nothing.
+        let speaks = |r: &&rules::Rule| !rules::unknown(facts) || r.then == Loads::NotKnown;
+        let hits: Vec<_> = rules::RULES.iter().filter(applies).filter(speaks).collect();
         let loads = hits.iter().map(|r| r.then).max().unwrap_or(Loads::Yes);
         let decisive = || hits.iter().filter(|r| r.then == loads);
         EngineVerdict {
@@ -70,12 +77,14 @@ pub fn judge(facts: &Facts) -> Vec<EngineVerdict> {
 pub fn default_path(engine: &str, facts: &Facts) -> Option<&'static str> {
     match engine {
         "transformers" => Some(rules::TRANSFORMERS),
+        "transformers-4" => Some(rules::TRANSFORMERS_4),
         // vLLM runs transformers' code for classes it has not.
         "vllm" if facts.is(&["youtu"]) => Some(rules::VLLM_TF),
         "vllm" => Some(rules::VLLM),
         "sglang" => Some(rules::SGLANG),
         "llama.cpp" => Some(rules::LLAMA),
         "mlx" => Some(rules::MLX),
+        "mistral.rs" => Some(rules::MISTRAL),
         _ => None,
     }
 }
@@ -129,6 +138,55 @@ mod tests {
             assert!(rule.engines.iter().all(|e| rules::ENGINES.contains(e)), "{}", rule.why);
             assert!(!rule.why.is_empty() && !rule.change.is_empty());
         }
+    }
+
+    #[test]
+    fn a_class_that_no_rule_is_about_is_not_judged() {
+        let config = serde_json::json!({
+            "model_type": "glm4_moe_lite", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+            "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16
+        });
+        let verdicts = judge(&Facts::read(&config, None).expect("an MLA config"));
+        assert!(verdicts.iter().all(|v| v.loads == Loads::NotKnown && v.reasons.len() == 1), "{verdicts:?}");
+        // Code beside the weights is judged as such.
+        let mut own = config;
+        own["auto_map"] = serde_json::json!({ "AutoConfig": "x.Y" });
+        let verdicts = judge(&Facts::read(&own, None).expect("an MLA config"));
+        assert!(verdicts.iter().all(|v| v.loads != Loads::NotKnown), "{verdicts:?}");
+    }
+
+    #[test]
+    fn the_language_model_in_a_wrapper_is_judged() {
+        let plain = shape(512, 64, 64, 128);
+        let inner = serde_json::json!({
+            "model_type": "kimi_k2", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+            "kv_lora_rank": plain.kv_lora_rank, "qk_nope_head_dim": plain.qk_nope_head_dim,
+            "qk_rope_head_dim": plain.qk_rope_head_dim, "v_head_dim": plain.v_head_dim, "n_routed_experts": 2,
+            "n_shared_experts": 1, "first_k_dense_replace": 2, "moe_layer_freq": 1, "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc", "rms_norm_eps": 1e-6, "rope_theta": 1e4
+        });
+        for key in ["text_config", "language_config"] {
+            let config = serde_json::json!({ "model_type": "kimi_k25", key: inner.clone() });
+            let facts = Facts::read(&config, None).expect("an MLA config inside");
+            assert_eq!((facts.model_type.as_str(), facts.geometry), ("kimi_k2", plain));
+            assert!(
+                facts.wrapped && judge(&facts).iter().all(|v| v.loads == Loads::Conditionally),
+                "{:?}",
+                judge(&facts)
+            );
+        }
+    }
+
+    #[test]
+    fn rows_that_a_dtype_lost_are_told() {
+        let mut c = Facts::planned(shape(512, 64, 64, 128), RopeGrid::Stock, TARGET);
+        c.rows = LatentRows::Lost;
+        assert!(judge(&c).iter().all(|v| v.loads == Loads::No && v.reasons.len() == 1), "{:?}", judge(&c));
+        c.rows = LatentRows::Tiny;
+        c.f16 = true;
+        assert_eq!(verdict(&c, "transformers"), Loads::No);
+        c.rows = LatentRows::Usual;
+        assert_eq!(verdict(&c, "transformers"), Loads::Yes);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The rules: which property of a checkpoint makes an engine refuse it, or run it wrongly.
 
-use super::Loads::{self, Conditionally, No};
-use super::facts::{CandidateRope, Facts};
+use super::Loads::{self, Conditionally, No, NotKnown};
+use super::facts::{CandidateRope, Facts, LatentRows};
 
 /// A rule about some engines.
 pub(super) struct Rule {
@@ -16,17 +16,19 @@ pub(super) struct Rule {
 }
 
 pub(super) const TRANSFORMERS: &str = "transformers";
+pub(super) const TRANSFORMERS_4: &str = "transformers 4";
 pub(super) const VLLM_TF: &str = "vLLM (--model-impl transformers)";
 pub(super) const VLLM: &str = "vLLM";
 pub(super) const SGLANG: &str = "SGLang";
 pub(super) const LLAMA: &str = "llama.cpp";
 pub(super) const MLX: &str = "MLX-LM";
+pub(super) const MISTRAL: &str = "mistral.rs";
 
 /// Every engine, in the order tables show them.
-pub(super) const ENGINES: [&str; 6] = [TRANSFORMERS, VLLM_TF, VLLM, SGLANG, LLAMA, MLX];
+pub(super) const ENGINES: [&str; 8] = [TRANSFORMERS, TRANSFORMERS_4, VLLM_TF, VLLM, SGLANG, LLAMA, MLX, MISTRAL];
 
-const HF: &[&str] = &[TRANSFORMERS, VLLM_TF];
-const OTHERS: &[&str] = &[VLLM, SGLANG, LLAMA, MLX];
+const HF: &[&str] = &[TRANSFORMERS, TRANSFORMERS_4, VLLM_TF];
+const OTHERS: &[&str] = &[VLLM, SGLANG, LLAMA, MLX, MISTRAL];
 const ALL: &[&str] = &ENGINES;
 
 /// `(nope, rope, v)` widths that vLLM's CUDA prefill kernels accept.
@@ -38,6 +40,16 @@ fn deepseek(f: &Facts) -> bool {
     f.is(&["deepseek_v2", "deepseek_v3", "kimi_k2"])
 }
 
+/// Whether `rows` weights in blocks of 128 do not divide by the number of blocks.
+fn uneven_blocks(rows: usize) -> bool {
+    !rows.is_multiple_of(rows.div_ceil(128).max(1))
+}
+
+/// Whether the class is one that no rule is about; nothing else is said of it then.
+pub(super) fn unknown(f: &Facts) -> bool {
+    !f.own_code && !f.is(&["deepseek_v2", "deepseek_v3", "kimi_k2", "youtu", "minicpm3", "plm"])
+}
+
 fn scaled(f: &Facts) -> bool {
     f.rope != CandidateRope::Default
 }
@@ -46,27 +58,34 @@ pub(super) const RULES: &[Rule] = &[
     // Classes.
     Rule {
         engines: ALL,
-        when: |f| !f.own_code && !f.is(&["deepseek_v2", "deepseek_v3", "kimi_k2", "youtu", "minicpm3", "plm"]),
-        then: No,
+        when: unknown,
+        then: NotKnown,
         why: "this model type is none of the MLA classes whose rules are known here",
-        change: "write it as deepseek_v3, deepseek_v2, youtu or minicpm3, or ship its code with `auto_map`",
+        change: "try it in the engine: nothing is said against it either",
     },
     Rule {
-        engines: &[TRANSFORMERS, VLLM_TF, MLX],
+        engines: ALL,
+        when: |f| f.wrapped,
+        then: Conditionally,
+        why: "a model of several kinds of input: what is judged is the language model in it",
+        change: "whether the engine has the class of the whole is not known here",
+    },
+    Rule {
+        engines: &[TRANSFORMERS, TRANSFORMERS_4, VLLM_TF, MLX, MISTRAL],
         when: |f| f.is(&["kimi_k2"]),
         then: Conditionally,
         why: "knows this layout as deepseek_v3 only",
         change: "set model_type to deepseek_v3 in config.json: tensors and keys are the same",
     },
     Rule {
-        engines: &[TRANSFORMERS],
+        engines: &[TRANSFORMERS, TRANSFORMERS_4],
         when: |f| f.is(&["plm"]) && !f.own_code,
         then: No,
         why: "has no class for PLM",
         change: "load it with the code it is published with",
     },
     Rule {
-        engines: &[VLLM_TF, VLLM, SGLANG, MLX],
+        engines: &[VLLM_TF, VLLM, SGLANG, MLX, MISTRAL],
         when: |f| f.is(&["plm"]),
         then: No,
         why: "has no class for PLM",
@@ -80,14 +99,14 @@ pub(super) const RULES: &[Rule] = &[
         change: "nothing has to be done",
     },
     Rule {
-        engines: &[TRANSFORMERS],
+        engines: &[TRANSFORMERS, TRANSFORMERS_4],
         when: |f| f.own_code,
         then: Conditionally,
         why: "the class is code in the folder",
         change: "load it with trust_remote_code=True",
     },
     Rule {
-        engines: &[VLLM_TF, VLLM, SGLANG, LLAMA, MLX],
+        engines: &[VLLM_TF, VLLM, SGLANG, LLAMA, MLX, MISTRAL],
         when: |f| f.own_code && !f.is(&["plm"]),
         then: No,
         why: "the class is code in the folder, which the engine does not run",
@@ -126,6 +145,27 @@ pub(super) const RULES: &[Rule] = &[
         when: |f| f.is(&["minicpm3"]),
         then: No,
         why: "norms MiniCPM3's latents with an epsilon of 1e-5, transformers with 1e-6",
+        change: "write the target deepseek_v3",
+    },
+    Rule {
+        engines: &[TRANSFORMERS_4],
+        when: |f| f.is(&["youtu", "minicpm3"]),
+        then: No,
+        why: "has no class for it before release 5",
+        change: "use transformers 5, or write the target deepseek_v3",
+    },
+    Rule {
+        engines: &[TRANSFORMERS_4],
+        when: |f| deepseek(f),
+        then: Conditionally,
+        why: "caches expanded keys and values before release 5: the small cache is lost",
+        change: "use transformers 5",
+    },
+    Rule {
+        engines: &[MISTRAL],
+        when: |f| f.is(&["youtu", "minicpm3"]),
+        then: No,
+        why: "has no class for it",
         change: "write the target deepseek_v3",
     },
     // Shapes and config keys.
@@ -243,18 +283,18 @@ pub(super) const RULES: &[Rule] = &[
         change: "compare a few logits: small latents feel the difference",
     },
     Rule {
-        engines: HF,
-        when: |f| f.f16 && f.neutral_norms,
+        engines: ALL,
+        when: |f| f.rows == LatentRows::Lost,
         then: No,
-        why: "in f16 the rows behind the neutralised latent norm underflow",
-        change: "load it in bfloat16 or float32: set torch_dtype",
+        why: "rows of the latent are zero in the file: it was saved in a dtype that does not hold weights this small",
+        change: "convert again, or save the conversion in bfloat16 or float32; nothing brings these rows back",
     },
     Rule {
-        engines: OTHERS,
-        when: |f| f.f16 && f.neutral_norms,
+        engines: ALL,
+        when: |f| f.f16 && f.rows == LatentRows::Tiny,
         then: No,
-        why: "in f16 the rows behind the neutralised latent norm underflow",
-        change: "serve it in bfloat16 or float32",
+        why: "in f16 the latent's rows, which are tiny where its norm is neutralised by their scale, become zero",
+        change: "run it in bfloat16 or float32: set torch_dtype, or give the engine's dtype option",
     },
     // Rotation.
     Rule {
@@ -322,6 +362,27 @@ pub(super) const RULES: &[Rule] = &[
     },
     Rule {
         engines: &[MLX],
+        when: |f| f.is(&["deepseek_v2"]) && f.no_scaling,
+        then: No,
+        why: "reads rope_scaling of DeepSeek-V2 as if it were always there, and it is null",
+        change: "write the target deepseek_v3",
+    },
+    Rule {
+        engines: &[MISTRAL],
+        when: |f| scaled(f) && f.rope != CandidateRope::Yarn,
+        then: No,
+        why: "takes no RoPE scaling but YaRN",
+        change: "convert with --profile portable",
+    },
+    Rule {
+        engines: &[MISTRAL],
+        when: |f| !f.interleaved,
+        then: No,
+        why: "ignores rope_interleave: rotates other pairs",
+        change: "permute rotated rows to neighbours and set rope_interleave to true",
+    },
+    Rule {
+        engines: &[MLX],
         when: |f| !f.top_level_theta && !f.own_code,
         then: No,
         why: "reads rope_theta and rope_scaling beside each other, not rope_parameters: it takes its default base",
@@ -379,11 +440,11 @@ pub(super) const RULES: &[Rule] = &[
     },
     // Quantisation.
     Rule {
-        engines: &[LLAMA, MLX],
-        when: |f| f.quantised.is_some(),
+        engines: &[TRANSFORMERS, TRANSFORMERS_4],
+        when: |f| f.quantised.as_deref() == Some("fp8") && uneven_blocks(f.cache_width()),
         then: No,
-        why: "does not read block-scaled FP8",
-        change: "write bf16 and quantise with the engine's own tools",
+        why: "its FP8 weights want as many rows in every block: those of kv_a_proj_with_mqa do not divide by its rows of scales",
+        change: "write bf16, or quantise with widths where kv_lora_rank + qk_rope_head_dim is a multiple of 128",
     },
     Rule {
         engines: &[VLLM, SGLANG],
@@ -401,14 +462,15 @@ pub(super) const RULES: &[Rule] = &[
         when: |f| !f.own_code && !f.is(&["minicpm3"]) && !PREFILL.contains(&f.head_shape()),
         then: Conditionally,
         why: "CUDA prefill kernels take head shapes (nope, rope, v) of (128,64,128), (64,64,128), (192,64,256) only; other \
-              shapes run on CPU, or with VLLM_MLA_DISABLE=1 and an expanded cache",
+              shapes run with VLLM_MLA_DISABLE=1 and an expanded cache",
         change: "convert with --pad kernels",
     },
     Rule {
         engines: &[VLLM_TF, VLLM],
         when: |f| !f.own_code && !f.is(&["minicpm3"]) && !DECODE.contains(&f.cache_width()),
         then: Conditionally,
-        why: "default decode kernels take caches of 320, 512 or 576 values; others need VLLM_ATTENTION_BACKEND=TRITON_MLA",
+        why: "default decode kernels take caches of 320, 512 or 576 values, those of CPUs 576 only; others need \
+              VLLM_ATTENTION_BACKEND=TRITON_MLA on a GPU, VLLM_MLA_DISABLE=1 (expanded cache) on a CPU",
         change: "convert with --pad kernels, or set that variable",
     },
     Rule {
@@ -419,11 +481,18 @@ pub(super) const RULES: &[Rule] = &[
         change: "give that option, or convert with --pad kernels and a latent of more than 256 values",
     },
     Rule {
-        engines: &[LLAMA],
+        engines: &[LLAMA, MLX],
         when: |f| f.geometry.qk_nope_head_dim == 0,
         then: No,
         why: "wants at least one value per head without rotation",
         change: "convert with --pad kernels",
+    },
+    Rule {
+        engines: &[MISTRAL],
+        when: |f| f.geometry.v_head_dim != f.geometry.qk_nope_head_dim + f.geometry.qk_rope_head_dim,
+        then: No,
+        why: "takes values as wide as queries on a CPU: v_head_dim is not qk_nope_head_dim + qk_rope_head_dim",
+        change: "convert with --pad kernels, whose widths are 64 + 64 and 128",
     },
     Rule {
         engines: &[LLAMA],
@@ -436,8 +505,15 @@ pub(super) const RULES: &[Rule] = &[
         engines: &[LLAMA],
         when: |f| f.geometry.q_lora_rank.is_none() && !f.is(&["plm"]),
         then: Conditionally,
-        why: "convert to GGUF from a copy of config.json with \"q_lora_rank\": 0, and keep attn_kv_a_mqa in F32 or BF16 when quantising",
+        why: "convert to GGUF from a copy of config.json with \"q_lora_rank\": 0",
         change: "change that copy; the folder itself stays as it is",
+    },
+    Rule {
+        engines: &[LLAMA],
+        when: |f| f.rows == LatentRows::Tiny,
+        then: Conditionally,
+        why: "F16 and quantised types lose rows of the latent, which are tiny where its norm is neutralised by their scale",
+        change: "convert to GGUF with --outtype f32 or bf16, and quantise with --tensor-type attn_kv_a_mqa=f32 (and attn_q_a=f32)",
     },
     Rule {
         engines: &[LLAMA],
