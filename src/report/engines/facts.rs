@@ -66,6 +66,8 @@ pub struct Facts {
     pub latent_norms: bool,
     /// Whether the latent norms look neutralised: large weights behind tiny rows.
     pub neutral_norms: bool,
+    /// Whether a constant in the latent outweighs the rest, so that its norm does nothing whatever its epsilon.
+    pub constant_latent: bool,
     /// RoPE scheme.
     pub rope: CandidateRope,
     /// Name of the scheme.
@@ -151,6 +153,7 @@ impl Facts {
             head_norms: false,
             latent_norms: true,
             neutral_norms: true,
+            constant_latent: false,
             rope: CandidateRope::Default,
             rope_name: "default".into(),
             fitted: false,
@@ -284,6 +287,7 @@ impl Facts {
                 .map(|q| q.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed").to_owned()),
             intermediate: get("intermediate_size").and_then(Value::as_u64).unwrap_or(0) as usize,
             neutral_norms: false,
+            constant_latent: false,
             model_type,
             ..Self::plain(geometry)
         };
@@ -303,11 +307,16 @@ impl Facts {
             && (self.geometry.q_lora_rank.is_none() || ends("self_attn.q_a_layernorm.weight"));
         self.head = ends("lm_head.weight");
         self.shared_expert = self.routing.is_none() || ends("mlp.shared_experts.down_proj.weight");
-        // A norm that is made the identity has weights of hundreds, where trained ones are near one.
-        let weight = tensors.names().find(|n| n.ends_with("self_attn.kv_a_layernorm.weight"));
-        self.neutral_norms = weight.and_then(|n| tensors.view(n).ok()).is_some_and(|view| {
-            view.dtype.is_float() && view.to_f32().iter().fold(f32::INFINITY, |m, x| m.min(x.abs())) > 16.0
-        });
+        // A norm that is made the identity by its epsilon has weights of hundreds, where trained ones are near one; one that a
+        // constant outweighs has a weight of zero for it, and the latent has a bias there.
+        let values = |suffix: &str| {
+            let view = tensors.names().find(|n| n.ends_with(suffix)).and_then(|n| tensors.view(n).ok())?;
+            view.dtype.is_float().then(|| view.to_f32())
+        };
+        let Some(weight) = values("self_attn.kv_a_layernorm.weight") else { return };
+        self.neutral_norms = weight.iter().fold(f32::INFINITY, |m, x| m.min(x.abs())) > 16.0;
+        self.constant_latent = values("self_attn.kv_a_proj_with_mqa.bias")
+            .is_some_and(|bias| weight.iter().zip(bias.iter()).any(|(w, b)| *w == 0.0 && b.abs() >= 256.0));
     }
 
     /// Values the latent cache holds per token and layer, `r + d_R`.
