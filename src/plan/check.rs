@@ -6,7 +6,7 @@ use crate::methods::{Candidates, Case, ConvertSettings, Split};
 use crate::mla::Geometry;
 use crate::source::{Dtype, ModelSource, scan_non_finite};
 use crate::stream::SourceModel;
-use crate::target::{self, LatentNorm, Padding, Profile, RopeGrid, Storage, Target, TargetSpec, Wanted};
+use crate::target::{self, LatentNorm, OutputDtype, Padding, Profile, RopeGrid, Storage, Target, TargetSpec, Wanted};
 
 use super::hybrid;
 
@@ -60,7 +60,7 @@ impl<'a> Checked<'a> {
         };
         let target = target::select(&wanted, &mut decisions)?;
         let max_position = context(arch, &shape, settings, target, &mut decisions)?;
-        let latent_norm = LatentNorm::of(target, settings.profile.unwrap_or(Profile::Faithful), settings.dtype);
+        let latent_norm = LatentNorm::of(target, has_room_for_biases(settings, &shape));
         let (storage, decision) =
             Storage::choose(settings.dtype, most_bytes(source), (target, latent_norm), !compresses)?;
         decisions.extend(decision.map(str::to_owned));
@@ -108,6 +108,15 @@ impl<'a> Checked<'a> {
     pub fn check_finite(&self, name: &str) -> Result<(), ConvertError> {
         if self.scanned { Ok(()) } else { check_finite(self.case.source, name) }
     }
+}
+
+/// Whether the output may have biases that the source has not. The portable profile, FP8 and the stock grid are for engines'
+/// own classes, which skip them; on the stock grid with biases of the source's the output is not for those all the same.
+fn has_room_for_biases(settings: &ConvertSettings, shape: &GqaShape) -> bool {
+    let stock_grid = settings.rope_grid == Some(RopeGrid::Stock);
+    settings.profile != Some(Profile::Portable)
+        && settings.dtype != Some(OutputDtype::Fp8)
+        && (!stock_grid || shape.qkv_bias || shape.out_bias)
 }
 
 /// Names, shapes and dtypes of the output for the first split.

@@ -6,7 +6,7 @@
 use ndarray::{Array1, Array2, s};
 use serde::{Deserialize, Serialize};
 
-use super::{OutputDtype, Profile, Target};
+use super::Target;
 use crate::factor::norm::{ConstantScales, NormScales, constant_scales, neutral_scales, rms_bound};
 
 /// Epsilon of the latent norms: transformers fixes it, other engines read `rms_norm_eps`. Where the norm is neutralised by it
@@ -28,11 +28,10 @@ pub enum LatentNorm {
 }
 
 impl LatentNorm {
-    /// The form for a class; `None` for one that norms no latents. A constant needs biases: engines' own classes, which the
-    /// portable profile is written for and which alone read FP8, skip them.
-    pub fn of(class: Target, profile: Profile, dtype: Option<OutputDtype>) -> Option<Self> {
-        let skips_biases = profile == Profile::Portable || dtype == Some(OutputDtype::Fp8);
-        class.norms_latents().then_some(if skips_biases { Self::TinyRows } else { Self::Constant { slots: 1 } })
+    /// The form for a class; `None` for one that norms no latents. A constant needs biases: `biases` says whether the engines
+    /// that the output is written for take them.
+    pub fn of(class: Target, biases: bool) -> Option<Self> {
+        class.norms_latents().then_some(if biases { Self::Constant { slots: 1 } } else { Self::TinyRows })
     }
 
     /// Coordinates of the key/value latent that the method does not use.
@@ -224,6 +223,71 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    /// What `change` of every stored number does to the output, relative to its largest value; the mean over some inputs.
+    fn disturbed(norm: LatentNorm, width: usize, change: &dyn Fn(f64, usize) -> f64) -> f64 {
+        let mut state = 17;
+        let (n, m, d) = (12, 9, 32);
+        let (down, up) = (random((n, d), &mut state), random((m, n), &mut state));
+        let constant = random((1, m), &mut state).row(0).to_owned();
+        let gain = [0.5; 32];
+        let latent = Latent {
+            down: &down,
+            up: up.clone(),
+            constant: Some(constant.clone()),
+            used: n,
+            width,
+            gain: &gain,
+            plain: Plain::Down,
+        };
+        let mut carried = latent.carry(Some(norm));
+        let stored = carried.down.iter_mut().chain(&mut carried.bias).chain(&mut carried.weight).chain(&mut carried.up);
+        stored.enumerate().for_each(|(i, v)| *v = change(*v, i));
+        let mut sum = 0.0;
+        for _ in 0..20 {
+            let mut x = random((1, d), &mut state).row(0).to_owned();
+            x *= (d as f64 / x.dot(&x)).sqrt() * 0.5;
+            let wanted = up.dot(&down.dot(&x)) + &constant;
+            let got = computed(&carried, &x, Some(LATENT_EPS));
+            let largest = wanted.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+            let error = (&got - &wanted).iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+            // Infinity where a comparison would pass over NaN.
+            sum += if error.is_finite() { error / largest } else { f64::INFINITY };
+        }
+        sum / 20.0
+    }
+
+    #[test]
+    fn a_constant_survives_f16_and_small_rows_do_not() {
+        let f16 = |v: f64, _: usize| half::f16::from_f64(v).to_f64();
+        let (new, old) =
+            (disturbed(LatentNorm::Constant { slots: 1 }, 16, &f16), disturbed(LatentNorm::TinyRows, 16, &f16));
+        assert!(new < 2e-3, "{new}");
+        assert!(old > 0.1, "{old}");
+    }
+
+    #[test]
+    fn a_step_of_an_optimiser_changes_little_where_a_constant_neutralises_the_norm() {
+        // As Adam's first step: every number by the same amount, in a direction of its own.
+        let step = |v: f64, i: usize| v + if (i * 7 + i / 3) % 5 < 2 { 1e-4 } else { -1e-4 };
+        let (new, old) =
+            (disturbed(LatentNorm::Constant { slots: 1 }, 16, &step), disturbed(LatentNorm::TinyRows, 16, &step));
+        assert!(new < 5e-3, "{new}");
+        assert!(old > 0.1, "{old}");
+    }
+
+    #[test]
+    fn constants_lie_where_f16_holds_them_whatever_the_latent() {
+        for exponent in -40..40 {
+            let s = constant_scales(3.0 * 2.0_f64.powi(exponent), 48, LATENT_EPS);
+            assert!((256.0..=32768.0).contains(&s.constant) && s.constant.log2().fract() == 0.0, "{s:?}");
+            assert!(s.constant >= 127.9 * 3.0 * 2.0_f64.powi(exponent) * s.coordinates.down, "{s:?}");
+            let c = s.coordinates;
+            let root = (s.constant * s.constant / 48.0 + LATENT_EPS).sqrt();
+            assert!((c.down * c.weight * c.up / root - 1.0).abs() < 1e-14, "{s:?}");
+            assert!((s.constant * s.read_weight * s.read_up / root - 1.0).abs() < 1e-14, "{s:?}");
         }
     }
 

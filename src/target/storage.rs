@@ -151,7 +151,7 @@ mod tests {
             for (exact, profile) in
                 [false, true].into_iter().flat_map(|e| [(e, Profile::Portable), (e, Profile::Faithful)])
             {
-                let norm = LatentNorm::of(class, profile, Some(OutputDtype::F16));
+                let norm = LatentNorm::of(class, profile == Profile::Faithful);
                 let asked = Storage::choose(Some(OutputDtype::F16), Dtype::F32, (class, norm), exact);
                 let (own, decision) = Storage::choose(None, Dtype::F16, (class, norm), exact).expect("always possible");
                 let possible = !class.norms_latents() || profile == Profile::Faithful;

@@ -57,7 +57,7 @@ fn source() -> Architecture {
 
 impl Case {
     fn spec(&self, arch: &Architecture) -> TargetSpec {
-        let form = LatentNorm::of(self.class, self.profile, None);
+        let form = LatentNorm::of(self.class, self.profile == Profile::Faithful);
         let mut spec = TargetSpec {
             class: self.class,
             geometry: self.geometry,
