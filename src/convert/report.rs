@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::methods::{ConvertSettings, LayerReport};
 use crate::mla::Geometry;
-use crate::target::Target;
+use crate::target::{LatentNorm, Target};
 
 /// What a conversion did: `conversion.json`.
 #[derive(Debug, Clone, Serialize)]
@@ -34,6 +34,9 @@ pub struct ConversionReport {
     pub target: Target,
     /// Widths.
     pub geometry: Geometry,
+    /// How the class's norm of latents is neutralised; nothing where it has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latent_norm: Option<LatentNorm>,
     /// `r + d_R`.
     pub cache_values_per_token_per_layer: usize,
     /// `2 g d`.

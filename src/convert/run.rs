@@ -240,6 +240,7 @@ impl Run<'_> {
             decisions: blueprint.decisions.iter().cloned().chain(rope.note.clone()).collect(),
             target: spec.class,
             geometry: spec.output(),
+            latent_norm: spec.latent_norm,
             cache_values_per_token_per_layer: spec.cache_values(),
             source_cache_values_per_token_per_layer: arch.cache_values(),
             cache_values_per_token: blueprint.cache_values_per_token(arch),

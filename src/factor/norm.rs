@@ -52,6 +52,48 @@ pub fn neutral_scales(rms_max: f64, eps: f64) -> NormScales {
     NormScales { down, weight, up: eps.sqrt() / (down * weight) }
 }
 
+/// Least ratio of a constant coordinate to the length that any input gives the others: an error of at most `2^-15`, and of
+/// `2^-23` or less for a latent of ordinary inputs, which is shorter than the bound by a factor of about `D^(1/2)`.
+pub const CONSTANT_RATIO: f64 = 128.0;
+/// Powers of two that a constant lies between: far above every epsilon, and within f16.
+const CONSTANTS: (f64, f64) = (8.0, 15.0);
+
+/// Scales that turn an RMSNorm over a latent into the identity by a constant coordinate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ConstantScales {
+    /// For the other coordinates.
+    pub coordinates: NormScales,
+    /// The constant `K`, a power of two.
+    pub constant: f64,
+    /// The norm's gain for the constant where something reads it: a power of two that makes it about one.
+    pub read_weight: f64,
+    /// Factor on the column that reads it.
+    pub read_up: f64,
+}
+
+/// Scales for a latent of `width` coordinates, the constant among them, whose others are never longer than `largest`, with the
+/// runtime's epsilon `eps`.
+///
+/// `K` is a power of two from `2^8` to `2^15`, at least 128 times as long as the scaled latent. `down` is a power of two, one
+/// unless `K` would have to lie elsewhere. `down * weight * up = (K^2 / width + eps)^(1/2)`, with `weight` exact in bf16.
+pub fn constant_scales(largest: f64, width: usize, eps: f64) -> ConstantScales {
+    let wanted = (CONSTANT_RATIO * largest.max(f64::MIN_POSITIVE)).log2().ceil();
+    let exponent = wanted.clamp(CONSTANTS.0, CONSTANTS.1);
+    // A latent of zeros needs no scale.
+    let down = if largest > 0.0 { (exponent - wanted).clamp(-60.0, 60.0).exp2() } else { 1.0 };
+    let constant = exponent.exp2();
+    let root = (constant * constant / width as f64 + eps).sqrt();
+    let (scale, wanted) = (root.log2().floor().exp2(), root / down);
+    let weight = (root / scale * 128.0).round() / 128.0 * scale;
+    let read_weight = (root / constant).log2().round().exp2();
+    ConstantScales {
+        coordinates: NormScales { down, weight, up: wanted / weight },
+        constant,
+        read_weight,
+        read_up: root / (constant * read_weight),
+    }
+}
+
 /// Upper bound on the root mean square of `W x` over every normed input `x = gain * n`, `|n|^2 <= D`:
 /// `|W diag(gain)|_F sqrt(D / r)`, for `W` `[r, D]`, plus the bias's own.
 pub fn rms_bound(weight: &ndarray::Array2<f64>, gain: &[f64], bias: Option<&ndarray::Array1<f64>>) -> f64 {

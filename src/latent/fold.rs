@@ -17,6 +17,7 @@ use ndarray::{Array1, Array2, ArrayView2, s};
 use super::LatentTransform;
 use crate::arch::MlaShape;
 use crate::factor::linalg::matmul;
+use crate::factor::norm::{CONSTANT_RATIO, neutral_scales};
 
 /// The weights of one MLA layer that touch the latent, with `r` the width of the latent, `d_R` of the RoPE key, `D` of the
 /// hidden state.
@@ -58,6 +59,34 @@ impl LatentWeights {
             .sum();
         let bias: f64 = self.bias.iter().flat_map(|b| b.slice(s![..r]).to_vec()).map(|b| b * b).sum();
         (weights + bias) / r as f64 <= NEUTRAL * eps
+    }
+
+    /// The coordinate of the latent that is a constant and outweighs the others, so that the norm does nothing
+    /// (docs/maths.md, section 5): its row of `kv_a` and its column of `kv_b` are zero, as is its gain, and it alone has a bias.
+    pub fn constant_slot(&self) -> Option<usize> {
+        let (bias, gain) = (self.bias.as_ref()?, self.gain.as_ref()?);
+        let slot = (0..self.rank()).find(|i| bias[*i] != 0.0)?;
+        let alone = (slot + 1..self.rank()).all(|i| bias[i] == 0.0);
+        let unread = gain[slot] == 0.0 && self.kv_b.column(slot).iter().all(|v| *v == 0.0);
+        (alone && unread && self.kv_a.row(slot).iter().all(|v| *v == 0.0)).then_some(slot)
+    }
+
+    /// The same function without a constant in the latent, which could not be turned or cut: the norm, of epsilon `eps`, is
+    /// neutralised by small rows instead. Weights without a constant stay as they are.
+    pub fn fold_constant(&mut self, eps: f64) {
+        let (Some(slot), r) = (self.constant_slot(), self.rank() as f64) else { return };
+        let (Some(bias), Some(gain)) = (&mut self.bias, &mut self.gain) else { return };
+        let constant = bias[slot].abs();
+        let scales = neutral_scales(constant / (CONSTANT_RATIO * r.sqrt()), eps);
+        // What the norm multiplies a coordinate by, over what the small rows leave of it.
+        let root = (constant * constant / r + eps).sqrt();
+        for (mut column, g) in self.kv_b.columns_mut().into_iter().zip(gain.iter()) {
+            column *= g / root * scales.up;
+        }
+        gain.fill(scales.weight);
+        bias[slot] = 0.0;
+        let mut rows = self.kv_a.slice_mut(s![..self.kv_b.ncols(), ..]);
+        rows *= scales.down;
     }
 
     /// What the weights alone read of white latents, `[r, r]`: `sum_h (v_h / k_h) UK_h^T UK_h + UV_h^T O_h^T O_h UV_h`, with
@@ -210,6 +239,39 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_constant_is_folded_away() {
+        let (r, rope, d, rows) = (12, 4, 20, 30);
+        let x = sample(9, d, 3);
+        let mut before = LatentWeights {
+            kv_a: sample(r + rope, d, 1),
+            bias: Some(Array1::from_shape_fn(r + rope, |i| if i < r { 0.0 } else { i as f64 * 0.1 })),
+            gain: Some(Array1::from_elem(r, 2.0_f64.powi(14) / (r as f64).sqrt())),
+            kv_b: sample(rows, r, 2),
+        };
+        assert_eq!(before.constant_slot(), None);
+        let mut same = before.clone();
+        same.fold_constant(1e-6);
+        assert_eq!(same, before);
+        before.kv_a.row_mut(9).fill(0.0);
+        before.kv_b.column_mut(9).fill(0.0);
+        for part in [&mut before.bias, &mut before.gain].into_iter().flatten() {
+            part[9] = 0.0;
+        }
+        if let Some(bias) = &mut before.bias {
+            bias[9] = 2.0_f64.powi(14);
+        }
+        assert_eq!(before.constant_slot(), Some(9));
+        let mut after = before.clone();
+        after.fold_constant(1e-6);
+        assert_eq!(after.constant_slot(), None);
+        assert!(after.is_neutral(&vec![1.0; d], 1e-6));
+        let (a, b) = (function(&before, &x, 1e-6), function(&after, &x, 1e-6));
+        let scale = a.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+        let error = (&a - &b).iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+        assert!(error <= 1e-5 * scale, "{error} of {scale}");
     }
 
     #[test]

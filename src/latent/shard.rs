@@ -139,6 +139,12 @@ pub fn shard(
             "`gqa2mla rotate` writes such a model in bf16; shard that",
         ));
     }
+    if LatentWeights::has_constant(source, arch, 0)? {
+        return Err(refused(
+            "one value of the latent is a constant that neutralises its norm: only the rank that holds it would norm its slice right",
+            "`gqa2mla rotate` folds the constant away; shard what it writes",
+        ));
+    }
     let windows = match settings.calibrate || settings.refit {
         true => latent_windows(source, arch, &settings.calibration, shape.kv_lora_rank)?,
         false => Vec::new(),

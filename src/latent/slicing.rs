@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{LatentMoments, LatentTransform, LatentWeights};
 use crate::arch::MlaShape;
 use crate::runtime::{AttentionTensors, MlaTensors, RankTensors};
+use crate::target::LATENT_EPS;
 
 /// How the latents of a model are shared out over the ranks of a tensor-parallel group.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -68,16 +69,19 @@ impl LatentMoments {
 }
 
 impl LatentWeights {
-    /// The weights of a layer as the runtime holds it; `None` for a GQA layer.
+    /// The weights of a layer as the runtime holds it, without a constant in the latent ([`LatentWeights::fold_constant`]);
+    /// `None` for a GQA layer.
     pub fn of(tensors: &AttentionTensors) -> Option<Self> {
         let AttentionTensors::Mla(t) = tensors else { return None };
         let wide = |v: &[f32]| Array1::from_iter(v.iter().map(|x| f64::from(*x)));
-        Some(Self {
+        let mut weights = Self {
             kv_a: t.kv_a.weight.mapv(f64::from),
             bias: t.kv_a.bias.as_deref().map(wide),
             gain: (!t.kv_a_norm.is_empty()).then(|| wide(&t.kv_a_norm)),
             kv_b: t.kv_b.weight.mapv(f64::from),
-        })
+        };
+        weights.fold_constant(LATENT_EPS);
+        Some(weights)
     }
 
     /// Put these weights into a layer of the runtime.

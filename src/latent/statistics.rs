@@ -67,9 +67,12 @@ pub fn latent_moments<B: Backend>(
     let (mut hidden, lengths) = model.start(windows)?;
     let mut out = Vec::with_capacity(arch.layers);
     for index in 0..arch.layers {
-        let tensors = LayerTensors::load(source, arch, index)?;
-        let gain = tensors.latent_gain().to_vec();
+        let mut tensors = LayerTensors::load(source, arch, index)?;
         let weights = LatentWeights::of(&tensors.attention);
+        if let (Some(weights), AttentionTensors::Mla(t)) = (&weights, &mut tensors.attention) {
+            weights.install(t);
+        }
+        let gain = tensors.latent_gain().to_vec();
         let output = match &tensors.attention {
             AttentionTensors::Mla(t) => t.o.weight.mapv(f64::from),
             AttentionTensors::Gqa(_) => Array2::zeros((0, 0)),

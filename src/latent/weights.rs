@@ -96,11 +96,25 @@ pub fn check_slices(rank: usize, slices: usize) -> Result<(), ConvertError> {
 }
 
 impl LatentWeights {
-    /// Read layer `layer`.
+    /// Read layer `layer`, without a constant in the latent ([`LatentWeights::fold_constant`]).
     ///
     /// # Errors
     /// [`ConvertError::NotFinite`] naming the tensor; [`ConvertError::Source`].
     pub fn load(source: &ModelSource, arch: &Architecture, layer: usize) -> Result<Self, ConvertError> {
+        let mut weights = Self::stored(source, arch, layer)?;
+        weights.fold_constant(need_mla(source, arch)?.latent_eps);
+        Ok(weights)
+    }
+
+    /// Whether the latent of layer `layer` has a constant in it as it is stored.
+    ///
+    /// # Errors
+    /// As [`LatentWeights::load`].
+    pub(super) fn has_constant(source: &ModelSource, arch: &Architecture, layer: usize) -> Result<bool, ConvertError> {
+        Ok(Self::stored(source, arch, layer)?.constant_slot().is_some())
+    }
+
+    fn stored(source: &ModelSource, arch: &Architecture, layer: usize) -> Result<Self, ConvertError> {
         let shape = need_mla(source, arch)?;
         let names = LatentNames::of(arch, shape, layer);
         for (_, name) in names.iter() {

@@ -6,7 +6,7 @@ use crate::methods::{Candidates, Case, ConvertSettings, Split};
 use crate::mla::Geometry;
 use crate::source::{Dtype, ModelSource, scan_non_finite};
 use crate::stream::SourceModel;
-use crate::target::{self, LatentNorm, Padding, Profile, RopeGrid, Storage, Target, TargetSpec, Wanted};
+use crate::target::{self, LatentNorm, OutputDtype, Padding, Profile, RopeGrid, Storage, Target, TargetSpec, Wanted};
 
 use super::hybrid;
 
@@ -60,7 +60,9 @@ impl<'a> Checked<'a> {
         };
         let target = target::select(&wanted, &mut decisions)?;
         let max_position = context(arch, &shape, settings, target, &mut decisions)?;
-        let (storage, decision) = Storage::choose(settings.dtype, most_bytes(source), target, !compresses)?;
+        let latent_norm = LatentNorm::of(target, has_room_for_biases(settings, &shape));
+        let (storage, decision) =
+            Storage::choose(settings.dtype, most_bytes(source), (target, latent_norm), !compresses)?;
         decisions.extend(decision.map(str::to_owned));
         let case = Case { source, arch, shape, settings, target };
         if settings.profile == Some(Profile::Portable) {
@@ -68,7 +70,8 @@ impl<'a> Checked<'a> {
             target::check_portable(target, arch, &shape, off_grid, settings.rope_grid)?;
         }
         let mut candidates = settings.method.check(&case, &mut decisions)?;
-        let mut spec = spec(&case, &candidates, storage, kept);
+        let mut spec = spec(&case, &candidates, storage, kept, latent_norm);
+        decisions.extend(constant_slot(&mut spec, &mut candidates, compresses));
         if !candidates.ranks_open {
             let fitted = target::fit(spec, candidates.splits, settings.pad.is_some())?;
             (spec, candidates.splits) = (fitted.spec, fitted.splits);
@@ -107,8 +110,23 @@ impl<'a> Checked<'a> {
     }
 }
 
+/// Whether the output may have biases that the source has not. The portable profile, FP8 and the stock grid are for engines'
+/// own classes, which skip them; on the stock grid with biases of the source's the output is not for those all the same.
+fn has_room_for_biases(settings: &ConvertSettings, shape: &GqaShape) -> bool {
+    let stock_grid = settings.rope_grid == Some(RopeGrid::Stock);
+    settings.profile != Some(Profile::Portable)
+        && settings.dtype != Some(OutputDtype::Fp8)
+        && (!stock_grid || shape.qkv_bias || shape.out_bias)
+}
+
 /// Names, shapes and dtypes of the output for the first split.
-fn spec(case: &Case<'_>, candidates: &Candidates, storage: Storage, kept: Vec<bool>) -> TargetSpec {
+fn spec(
+    case: &Case<'_>,
+    candidates: &Candidates,
+    storage: Storage,
+    kept: Vec<bool>,
+    latent_norm: Option<LatentNorm>,
+) -> TargetSpec {
     let Case { arch, shape, settings, target, .. } = *case;
     let compresses = settings.method.compresses();
     let Split { rope, rank } = candidates.splits[0];
@@ -128,16 +146,40 @@ fn spec(case: &Case<'_>, candidates: &Candidates, storage: Storage, kept: Vec<bo
         profile,
         // What loses nothing keeps every frequency as often as there are KV heads.
         slots: if compresses { candidates.grid } else { RopeGrid::Free },
-        bias: candidates.bias,
+        bias: candidates.bias || latent_norm.is_some_and(LatentNorm::needs_bias),
         query_bias: candidates.query_bias,
         head_norms: arch.qk_norm.is_some() && !compresses,
         storage,
         plain_weights: candidates.plain_weights,
-        latent_norm: LatentNorm::of(target),
+        latent_norm,
         kept,
     };
     spec.set_query_rank(candidates.q_rank, arch.hidden);
     spec
+}
+
+/// Make room for the constant by which the latent norm is neutralised, where it is. The widths that were asked for, or that a
+/// budget allows, are those of the output, so the method gets one coordinate less, unless padding has room for it. What loses
+/// nothing needs them all: its output is wider.
+fn constant_slot(spec: &mut TargetSpec, candidates: &mut Candidates, compresses: bool) -> Option<String> {
+    let form = spec.latent_norm.filter(|norm| norm.needs_bias())?;
+    if !compresses || candidates.ranks_open {
+        let rank = candidates.splits.first()?.rank;
+        let slots = (rank + form.slots()).next_multiple_of(2) - rank;
+        spec.latent_norm = Some(LatentNorm::Constant { slots });
+        return Some(format!(
+            "the latent has {slots} more values than the method's: a constant by which the class's norm of it is neutralised"
+        ));
+    }
+    let plain = TargetSpec { latent_norm: None, ..spec.clone() };
+    for split in &mut candidates.splits {
+        let (without, with) = (plain.with_split(*split).output(), spec.with_split(*split).output());
+        if without != with && split.rank > 1 {
+            split.rank -= form.slots();
+        }
+    }
+    *spec = spec.with_split(*candidates.splits.first()?);
+    Some("one value of the cached latent is a constant, by which the class's norm of it is neutralised".to_owned())
 }
 
 /// Refuse an output whose cache is no smaller than the source's.
@@ -148,7 +190,7 @@ pub(super) fn check_cache(case: &Case<'_>, spec: &TargetSpec) -> Result<(), Conv
     }
     Err(ConvertError::refused(
         format!("the output would cache {new} values per token and layer, the source caches {old}: nothing is saved"),
-        match spec.output() == spec.geometry {
+        match spec.output() == spec.unpadded() {
             true => "lower `--kv-budget`, `--kv-lora-rank` or `--qk-rope-head-dim`, or say `--force`",
             false => "padding to kernels costs more than this model saves: `--pad none`, or say `--force`",
         },

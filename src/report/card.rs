@@ -70,7 +70,10 @@ fn tidy(text: &str) -> String {
 fn geometry(r: &ConversionReport) -> Table {
     let g = &r.geometry;
     let mut t = Table::new(&["width", ">value"]);
-    t.row(["`kv_lora_rank`", &g.kv_lora_rank.to_string()]);
+    // Who looks at a cache meets a value that never changes.
+    let constant = r.latent_norm.is_some_and(|norm| norm.needs_bias());
+    let rank = if constant { "`kv_lora_rank`, one of them constant" } else { "`kv_lora_rank`" };
+    t.row([rank, &g.kv_lora_rank.to_string()]);
     t.row(["`q_lora_rank`", &g.q_lora_rank.map_or_else(|| "none".to_owned(), |q| q.to_string())]);
     t.row(["`qk_nope_head_dim`", &g.qk_nope_head_dim.to_string()]);
     t.row(["`qk_rope_head_dim`", &g.qk_rope_head_dim.to_string()]);
@@ -153,6 +156,7 @@ mod tests {
                 qk_rope_head_dim: 64,
                 v_head_dim: 64,
             },
+            latent_norm: None,
             cache_values_per_token_per_layer: 192,
             source_cache_values_per_token_per_layer: 384,
             cache_values_per_token: 192,

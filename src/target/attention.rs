@@ -165,6 +165,7 @@ impl Values {
             down: &mla.latent,
             up: by_head(heads, &mla.k_up, &mla.v_up),
             constant: None,
+            used: spec.geometry.kv_lora_rank,
             width: spec.output().kv_lora_rank,
             gain,
             plain: Plain::Down,
@@ -215,7 +216,8 @@ fn query(spec: &TargetSpec, mla: &MlaLayer, factor: f64, bias: &Array1<f64>, gai
         None => Cow::Owned(Array2::eye(mla.hidden())),
     };
     let constant = spec.has_constant_row().then(|| bias.clone());
-    Latent { down: &down, up, constant, width, gain, plain: Plain::Up }.carry(spec.latent_norm)
+    let used = down.nrows();
+    Latent { down: &down, up, constant, used, width, gain, plain: Plain::Up }.carry(spec.latent_norm)
 }
 
 /// The layer with the widths of the output and rotated pairs in the order of the class.

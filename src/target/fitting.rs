@@ -52,7 +52,7 @@ impl Fitted {
             self.splits = fit;
             return Ok(());
         }
-        let g = &spec.geometry;
+        let g = &spec.unpadded();
         let message = format!(
             "no kernel holds heads of {} + {} and {} values with a latent of {}",
             g.qk_nope_head_dim, g.qk_rope_head_dim, g.v_head_dim, g.kv_lora_rank
@@ -90,7 +90,7 @@ impl Fitted {
 
 /// What padding does to the widths and the cache, if anything.
 fn growth(spec: &TargetSpec) -> Option<String> {
-    let (g, to) = (spec.geometry, spec.output());
+    let (g, to) = (spec.unpadded(), spec.output());
     let cached = |g: &crate::mla::Geometry| g.kv_lora_rank + g.qk_rope_head_dim;
     (to != g).then(|| {
         format!(

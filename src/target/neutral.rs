@@ -7,9 +7,10 @@ use ndarray::{Array1, Array2, s};
 use serde::{Deserialize, Serialize};
 
 use super::Target;
-use crate::factor::norm::{NormScales, neutral_scales, rms_bound};
+use crate::factor::norm::{ConstantScales, NormScales, constant_scales, neutral_scales, rms_bound};
 
-/// Epsilon of the latent norms, and so of every norm of the output: transformers fixes it, other engines read `rms_norm_eps`.
+/// Epsilon of the latent norms: transformers fixes it, other engines read `rms_norm_eps`. Where the norm is neutralised by it
+/// ([`LatentNorm::TinyRows`]) every norm of the output has it.
 pub const LATENT_EPS: f64 = 1e-6;
 
 /// How the norm that a class applies to latents is neutralised.
@@ -18,12 +19,32 @@ pub const LATENT_EPS: f64 = 1e-6;
 pub enum LatentNorm {
     /// Rows of the latent are so small that the norm's epsilon dominates (docs/maths.md, section 5).
     TinyRows,
+    /// One coordinate of the latent is a constant that outweighs the others, which keep their size (docs/maths.md, section 5).
+    /// It needs a bias on the map to the latent.
+    Constant {
+        /// Coordinates of the key/value latent that the method does not use; the first of them is the constant.
+        slots: usize,
+    },
 }
 
 impl LatentNorm {
-    /// The form for a class; `None` for one that norms no latents.
-    pub fn of(class: Target) -> Option<Self> {
-        class.norms_latents().then_some(Self::TinyRows)
+    /// The form for a class; `None` for one that norms no latents. A constant needs biases: `biases` says whether the engines
+    /// that the output is written for take them.
+    pub fn of(class: Target, biases: bool) -> Option<Self> {
+        class.norms_latents().then_some(if biases { Self::Constant { slots: 1 } } else { Self::TinyRows })
+    }
+
+    /// Coordinates of the key/value latent that the method does not use.
+    pub fn slots(self) -> usize {
+        match self {
+            Self::TinyRows => 0,
+            Self::Constant { slots } => slots,
+        }
+    }
+
+    /// Whether it needs biases on the maps to the latents.
+    pub fn needs_bias(self) -> bool {
+        self.slots() > 0
     }
 
     /// Why the form does not survive f16; `None`: it does.
@@ -32,19 +53,21 @@ impl LatentNorm {
             Self::TinyRows => {
                 Some("its latent norm is neutralised by weights scaled to 2^-20, which f16 rounds to zero")
             }
+            Self::Constant { .. } => None,
         }
     }
 
-    /// Epsilon that every norm of the output has to have.
-    pub fn eps(self) -> f64 {
+    /// Epsilon that every norm of the output has to have, for a source with `source_eps`. A constant outweighs any.
+    pub fn eps(self, source_eps: f64) -> f64 {
         match self {
             Self::TinyRows => LATENT_EPS,
+            Self::Constant { .. } => source_eps,
         }
     }
 
     /// Factor on the residual stream that makes up for another epsilon of the source (docs/maths.md, (5.6)).
     pub fn stream_scale(self, source_eps: f64) -> f64 {
-        let eps = self.eps();
+        let eps = self.eps(source_eps);
         // An epsilon that is the same up to how it was printed needs no scaling.
         if (source_eps / eps - 1.0).abs() < 1e-6 { 1.0 } else { (eps / source_eps).sqrt() }
     }
@@ -58,7 +81,9 @@ pub(super) struct Latent<'a> {
     pub up: Array2<f64>,
     /// `[m]`; a constant coordinate of the latent carries it.
     pub constant: Option<Array1<f64>>,
-    /// Coordinates in the output: `n`, one for the constant, and zeros.
+    /// Coordinates of `down` that are used, at most `n`; the others are zero.
+    pub used: usize,
+    /// Coordinates in the output: those that are used, one for a constant, and zeros.
     pub width: usize,
     /// Weight of the norm that `x` comes from, `[D]`; it bounds what the latent norm can meet.
     pub gain: &'a [f64],
@@ -90,11 +115,16 @@ pub(super) struct Carried {
 impl Latent<'_> {
     /// The maps as they are stored for a norm of form `norm`, or for none.
     pub fn carry(self, norm: Option<LatentNorm>) -> Carried {
-        let scales = match norm {
-            None => NormScales { down: 1.0, weight: 1.0, up: 1.0 },
+        let (scales, slot) = match norm {
+            None => (NormScales { down: 1.0, weight: 1.0, up: 1.0 }, None),
             Some(LatentNorm::TinyRows) => {
                 let one = self.constant.as_ref().map(|_| Array1::from_elem(1, 1.0));
-                neutral_scales(rms_bound(self.down, self.gain, one.as_ref()), LATENT_EPS)
+                (neutral_scales(rms_bound(self.down, self.gain, one.as_ref()), LATENT_EPS), None)
+            }
+            Some(LatentNorm::Constant { .. }) => {
+                let largest = rms_bound(self.down, self.gain, None) * (self.down.nrows() as f64).sqrt();
+                let scales = constant_scales(largest, self.width, LATENT_EPS);
+                (scales.coordinates, Some(scales))
             }
         };
         let (down_scale, up_scale) = match self.plain {
@@ -104,21 +134,31 @@ impl Latent<'_> {
         let (inner, hidden) = self.down.dim();
         let mut down = Array2::zeros((self.width, hidden));
         down.slice_mut(s![..inner, ..]).assign(&(self.down * down_scale));
+        let used = self.used;
         let mut up = self.up;
         if up_scale != 1.0 {
             up *= up_scale;
         }
-        let mut bias = Array1::zeros(self.width);
+        let (mut bias, mut weight) = (Array1::zeros(self.width), vec![scales.weight; self.width]);
         if self.width > inner {
             let narrow = up;
             up = Array2::zeros((narrow.nrows(), self.width));
             up.slice_mut(s![.., ..inner]).assign(&narrow);
-            if let Some(constant) = &self.constant {
-                bias[inner] = down_scale;
-                up.column_mut(inner).assign(&(constant * up_scale));
+        }
+        match (slot, &self.constant) {
+            (None, None) => {}
+            (None, Some(constant)) => {
+                bias[used] = down_scale;
+                up.column_mut(used).assign(&(constant * up_scale));
+            }
+            // Nothing reads the constant: it only outweighs the other coordinates.
+            (Some(ConstantScales { constant: k, .. }), None) => (bias[used], weight[used]) = (k, 0.0),
+            (Some(ConstantScales { constant: k, read_weight, read_up, .. }), Some(constant)) => {
+                (bias[used], weight[used]) = (k, read_weight);
+                up.column_mut(used).assign(&(constant * read_up));
             }
         }
-        Carried { down, bias, weight: vec![scales.weight; self.width], up }
+        Carried { down, bias, weight, up }
     }
 }
 
@@ -146,7 +186,9 @@ mod tests {
     fn a_neutral_norm_changes_nothing_for_any_input() {
         let mut state = 7;
         let (n, m, d) = (6, 9, 16);
-        for norm in [None, Some(LatentNorm::TinyRows)] {
+        for norm in [None, Some(LatentNorm::TinyRows), Some(LatentNorm::Constant { slots: 1 })] {
+            // Half the square of the least ratio of the constant to the latent is 2^-15.
+            let allowed = if norm.is_some_and(LatentNorm::needs_bias) { -14 } else { -23 };
             for (plain, constant) in [(Plain::Down, false), (Plain::Up, false), (Plain::Up, true), (Plain::Down, true)]
             {
                 let down = random((n, d), &mut state);
@@ -157,7 +199,8 @@ mod tests {
                     down: &down,
                     up: up.clone(),
                     constant: carried_constant.clone(),
-                    width: n + 10 * usize::from(constant),
+                    used: n,
+                    width: n + if constant { 10 } else { norm.map_or(0, LatentNorm::slots) },
                     gain: &gain,
                     plain,
                 };
@@ -171,15 +214,80 @@ mod tests {
                     if let Some(constant) = &carried_constant {
                         wanted += constant;
                     }
-                    let got = computed(&carried, &x, norm.map(LatentNorm::eps));
+                    let got = computed(&carried, &x, norm.map(|_| LATENT_EPS));
                     let largest = wanted.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
                     let error = (&got - &wanted).iter().fold(0.0_f64, |m, v| m.max(v.abs()));
                     assert!(
-                        error <= 2.0_f64.powi(-23) * largest,
+                        error <= 2.0_f64.powi(allowed) * largest,
                         "{norm:?} {plain:?} {constant}: {error} of {largest}"
                     );
                 }
             }
+        }
+    }
+
+    /// What `change` of every stored number does to the output, relative to its largest value; the mean over some inputs.
+    fn disturbed(norm: LatentNorm, width: usize, change: &dyn Fn(f64, usize) -> f64) -> f64 {
+        let mut state = 17;
+        let (n, m, d) = (12, 9, 32);
+        let (down, up) = (random((n, d), &mut state), random((m, n), &mut state));
+        let constant = random((1, m), &mut state).row(0).to_owned();
+        let gain = [0.5; 32];
+        let latent = Latent {
+            down: &down,
+            up: up.clone(),
+            constant: Some(constant.clone()),
+            used: n,
+            width,
+            gain: &gain,
+            plain: Plain::Down,
+        };
+        let mut carried = latent.carry(Some(norm));
+        let stored = carried.down.iter_mut().chain(&mut carried.bias).chain(&mut carried.weight).chain(&mut carried.up);
+        stored.enumerate().for_each(|(i, v)| *v = change(*v, i));
+        let mut sum = 0.0;
+        for _ in 0..20 {
+            let mut x = random((1, d), &mut state).row(0).to_owned();
+            x *= (d as f64 / x.dot(&x)).sqrt() * 0.5;
+            let wanted = up.dot(&down.dot(&x)) + &constant;
+            let got = computed(&carried, &x, Some(LATENT_EPS));
+            let largest = wanted.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+            let error = (&got - &wanted).iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+            // Infinity where a comparison would pass over NaN.
+            sum += if error.is_finite() { error / largest } else { f64::INFINITY };
+        }
+        sum / 20.0
+    }
+
+    #[test]
+    fn a_constant_survives_f16_and_small_rows_do_not() {
+        let f16 = |v: f64, _: usize| half::f16::from_f64(v).to_f64();
+        let (new, old) =
+            (disturbed(LatentNorm::Constant { slots: 1 }, 16, &f16), disturbed(LatentNorm::TinyRows, 16, &f16));
+        assert!(new < 2e-3, "{new}");
+        assert!(old > 0.1, "{old}");
+    }
+
+    #[test]
+    fn a_step_of_an_optimiser_changes_little_where_a_constant_neutralises_the_norm() {
+        // As Adam's first step: every number by the same amount, in a direction of its own.
+        let step = |v: f64, i: usize| v + if (i * 7 + i / 3) % 5 < 2 { 1e-4 } else { -1e-4 };
+        let (new, old) =
+            (disturbed(LatentNorm::Constant { slots: 1 }, 16, &step), disturbed(LatentNorm::TinyRows, 16, &step));
+        assert!(new < 5e-3, "{new}");
+        assert!(old > 0.1, "{old}");
+    }
+
+    #[test]
+    fn constants_lie_where_f16_holds_them_whatever_the_latent() {
+        for exponent in -40..40 {
+            let s = constant_scales(3.0 * 2.0_f64.powi(exponent), 48, LATENT_EPS);
+            assert!((256.0..=32768.0).contains(&s.constant) && s.constant.log2().fract() == 0.0, "{s:?}");
+            assert!(s.constant >= 127.9 * 3.0 * 2.0_f64.powi(exponent) * s.coordinates.down, "{s:?}");
+            let c = s.coordinates;
+            let root = (s.constant * s.constant / 48.0 + LATENT_EPS).sqrt();
+            assert!((c.down * c.weight * c.up / root - 1.0).abs() < 1e-14, "{s:?}");
+            assert!((s.constant * s.read_weight * s.read_up / root - 1.0).abs() < 1e-14, "{s:?}");
         }
     }
 
@@ -188,7 +296,8 @@ mod tests {
         let mut state = 3;
         let (down, up) = (random((4, 8), &mut state), random((5, 4), &mut state));
         let carried = |plain| {
-            let latent = Latent { down: &down, up: up.clone(), constant: None, width: 4, gain: &[1.0; 8], plain };
+            let latent =
+                Latent { down: &down, up: up.clone(), constant: None, used: 4, width: 4, gain: &[1.0; 8], plain };
             latent.carry(Some(LatentNorm::TinyRows))
         };
         assert_eq!(carried(Plain::Up).up, up);

@@ -22,7 +22,7 @@ const QUERY_LATENT_MULTIPLE: usize = 16;
 pub struct TargetSpec {
     /// Class that is written for.
     pub class: Target,
-    /// Widths before padding to kernels. `q_lora_rank` is that of the output ([`TargetSpec::set_query_rank`]).
+    /// Widths that the method fills, before padding to kernels. `q_lora_rank` is that of the output ([`TargetSpec::set_query_rank`]).
     pub geometry: Geometry,
     /// What widths are padded to.
     pub padding: Padding,
@@ -50,9 +50,10 @@ impl TargetSpec {
     /// Set the query latent's width for the method's rank of queries, `None` where it projects them directly. A latent that the
     /// class needs, or that carries the queries' bias in a constant row, is made (docs/targets.md, section 3). `hidden`: `D`.
     pub fn set_query_rank(&mut self, rank: Option<usize>, hidden: usize) {
-        let constant = usize::from(self.has_constant_row());
-        let made = constant == 1 || rank.is_none() && self.class.needs_query_latent();
-        self.geometry.q_lora_rank = match made {
+        let made = self.has_constant_row() || rank.is_none() && self.class.needs_query_latent();
+        let constant = self.has_constant_row() || self.latent_norm.is_some_and(LatentNorm::needs_bias);
+        let constant = usize::from(constant);
+        self.geometry.q_lora_rank = match made || rank.is_some() && constant == 1 {
             true => Some((rank.unwrap_or(hidden) + constant).next_multiple_of(QUERY_LATENT_MULTIPLE)),
             false => rank,
         };
@@ -65,7 +66,7 @@ impl TargetSpec {
 
     /// Epsilon of every norm of the output.
     pub fn norm_eps(&self, arch: &Architecture) -> f64 {
-        self.latent_norm.map_or(arch.norm_eps, LatentNorm::eps)
+        self.latent_norm.map_or(arch.norm_eps, |norm| norm.eps(arch.norm_eps))
     }
 
     /// Factor on the residual stream, which makes up for an epsilon that is not the source's.
@@ -80,13 +81,19 @@ impl TargetSpec {
 
     /// Widths of the output.
     pub fn output(&self) -> Geometry {
-        self.kernel_shape().unwrap_or(self.geometry)
+        self.kernel_shape().unwrap_or_else(|| self.unpadded())
+    }
+
+    /// Widths with what the latent norm takes, before padding to kernels.
+    pub fn unpadded(&self) -> Geometry {
+        let slots = self.latent_norm.map_or(0, LatentNorm::slots);
+        Geometry { kv_lora_rank: self.geometry.kv_lora_rank + slots, ..self.geometry }
     }
 
     /// Widths padded to those of kernels, where that is asked for and possible.
     pub(super) fn kernel_shape(&self) -> Option<Geometry> {
         match self.padding {
-            Padding::Kernels => pad::kernel_shape(&self.geometry, self.slots == RopeGrid::Stock),
+            Padding::Kernels => pad::kernel_shape(&self.unpadded(), self.slots == RopeGrid::Stock),
             Padding::None => None,
         }
     }

@@ -25,7 +25,7 @@ pub enum Storage {
 }
 
 impl Storage {
-    /// What is written for a class, and a decision to report. `asked`: by the user; `own`: the dtype of most weights of the
+    /// What is written for a class with its form of the latent norm, and a decision to report. `asked`: by the user; `own`: the dtype of most weights of the
     /// source; `exact`: whether the method loses nothing.
     ///
     /// # Errors
@@ -33,25 +33,27 @@ impl Storage {
     pub fn choose(
         asked: Option<OutputDtype>,
         own: Dtype,
-        class: Target,
+        (class, norm): (Target, Option<LatentNorm>),
         exact: bool,
     ) -> Result<(Self, Option<&'static str>), ConvertError> {
         match asked {
-            Some(dtype) => Ok((Self::asked(dtype, class)?, None)),
-            None => Ok(Self::as_source(own, class, exact)),
+            Some(dtype) => Ok((Self::asked(dtype, class, norm)?, None)),
+            None => Ok(Self::as_source(own, norm, exact)),
         }
     }
 
-    fn asked(dtype: OutputDtype, class: Target) -> Result<Self, ConvertError> {
+    fn asked(dtype: OutputDtype, class: Target, norm: Option<LatentNorm>) -> Result<Self, ConvertError> {
         match dtype {
             OutputDtype::Bf16 => Ok(Self::Rounded(Dtype::BF16)),
             OutputDtype::F32 => Ok(Self::Rounded(Dtype::F32)),
-            OutputDtype::F16 => match f16_obstacle(class) {
+            OutputDtype::F16 => match f16_obstacle(norm) {
                 None => Ok(Self::Rounded(Dtype::F16)),
                 Some(why) => Err(ConvertError::refused(
                     format!("`--dtype f16` with the target `{class}`: {why}"),
                     match Target::first(|other| !other.norms_latents()) {
-                        Some(other) => format!("use `--dtype bf16`, or `--target {other}`, which norms no latent"),
+                        Some(other) => format!(
+                            "use `--dtype bf16`, `--profile faithful`, or `--target {other}`, which norms no latent"
+                        ),
                         None => "use `--dtype bf16`".to_owned(),
                     },
                 )),
@@ -66,7 +68,7 @@ impl Storage {
         }
     }
 
-    fn as_source(own: Dtype, class: Target, exact: bool) -> (Self, Option<&'static str>) {
+    fn as_source(own: Dtype, norm: Option<LatentNorm>, exact: bool) -> (Self, Option<&'static str>) {
         let rounding = |base: Dtype| Self::AsSource { base, inexact: base };
         match own {
             Dtype::BF16 if exact => (
@@ -75,7 +77,7 @@ impl Storage {
                     "tensors that a fold would round in bf16 are written in f32, the others as they are (`--dtype bf16` rounds them)",
                 ),
             ),
-            Dtype::F16 if f16_obstacle(class).is_none() => {
+            Dtype::F16 if f16_obstacle(norm).is_none() => {
                 let inexact = if exact { Dtype::F32 } else { Dtype::F16 };
                 (Self::AsSource { base: Dtype::F16, inexact }, None)
             }
@@ -121,14 +123,15 @@ impl Storage {
     }
 }
 
-/// Why a class cannot be written in f16; `None`: it can.
-fn f16_obstacle(class: Target) -> Option<&'static str> {
-    LatentNorm::of(class).and_then(LatentNorm::f16_obstacle)
+/// Why a form of the latent norm cannot be written in f16; `None`: it can.
+fn f16_obstacle(norm: Option<LatentNorm>) -> Option<&'static str> {
+    norm.and_then(LatentNorm::f16_obstacle)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::target::Profile;
     use crate::target::classes::CLASSES;
 
     #[test]
@@ -143,18 +146,25 @@ mod tests {
     }
 
     #[test]
-    fn a_class_that_norms_latents_is_never_written_in_f16() {
+    fn tiny_latents_are_never_written_in_f16() {
         for class in CLASSES.iter().copied() {
-            for exact in [false, true] {
-                let asked = Storage::choose(Some(OutputDtype::F16), Dtype::F32, class, exact);
-                let (own, decision) = Storage::choose(None, Dtype::F16, class, exact).expect("always possible");
-                let possible = !class.norms_latents();
+            for (exact, profile) in
+                [false, true].into_iter().flat_map(|e| [(e, Profile::Portable), (e, Profile::Faithful)])
+            {
+                let norm = LatentNorm::of(class, profile == Profile::Faithful);
+                let asked = Storage::choose(Some(OutputDtype::F16), Dtype::F32, (class, norm), exact);
+                let (own, decision) = Storage::choose(None, Dtype::F16, (class, norm), exact).expect("always possible");
+                let possible = !class.norms_latents() || profile == Profile::Faithful;
                 assert_eq!(asked.is_ok(), possible, "{class}");
                 assert_eq!(own.base() == Dtype::F16, possible, "{class}");
                 assert_eq!(decision.is_none(), possible, "{class}");
                 if let Err(e) = asked {
                     let said = e.to_string();
-                    assert!(said.contains(class.name()) && said.contains("hint: use `--dtype bf16`, or"), "{said}");
+                    assert!(
+                        said.contains(class.name())
+                            && said.contains("hint: use `--dtype bf16`, `--profile faithful`, or"),
+                        "{said}"
+                    );
                 }
             }
         }

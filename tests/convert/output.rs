@@ -34,8 +34,9 @@ fn the_calibration_error_is_the_error_on_other_text() {
         let (a, b) = (model.layer(layer).expect("loads"), other.layer(layer).expect("loads"));
         let x = a.attention_input(hidden.view()).expect("runs");
         let want = a.attention_output(x.view(), &lengths).expect("runs");
-        // The converted stream is scaled by sqrt(1e-6 / eps): undo it to compare.
-        let got = b.attention_output(x.view(), &lengths).expect("runs") * (sa.norm_eps / 1e-6).sqrt() as f32;
+        // The converted stream would be scaled where its norms had another epsilon.
+        assert_eq!(sa.norm_eps, ca.norm_eps);
+        let got = b.attention_output(x.view(), &lengths).expect("runs");
         let error = gqa2mla::calibrate::relative_error(got.view(), want.view());
         predicted += report.layers[layer].calibration_error;
         measured += error;

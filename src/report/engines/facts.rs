@@ -70,6 +70,8 @@ pub struct Facts {
     pub rows: LatentRows,
     /// Whether the config is the language model's inside that of a model of several kinds of input.
     pub wrapped: bool,
+    /// Whether a constant in the latent outweighs the rest, so that its norm does nothing whatever its epsilon.
+    pub constant_latent: bool,
     /// RoPE scheme.
     pub rope: CandidateRope,
     /// Name of the scheme.
@@ -139,6 +141,13 @@ pub enum CandidateRope {
 /// Model types that engines have classes for, whatever code a folder brings.
 const NATIVE: [&str; 5] = ["deepseek_v2", "deepseek_v3", "kimi_k2", "youtu", "minicpm3"];
 
+/// Values of the first tensor of this name; `None` where there is none in floating point.
+fn values(tensors: &TensorDirectory, suffix: &str) -> Option<Vec<f32>> {
+    let name = tensors.names().find(|n| n.ends_with(suffix))?;
+    let view = tensors.view(name).ok().filter(|view| view.dtype.is_float())?;
+    Some(view.to_f32())
+}
+
 /// The config of an MLA language model: the document itself, or what a model of several kinds of input (Kimi-K2.5, Mistral Large 3,
 /// DeepSeek-VL2) keeps of its language model. The flag says which.
 fn language_model(config: &Value) -> Option<(&Value, bool)> {
@@ -181,6 +190,7 @@ impl Facts {
             neutral_norms: true,
             rows: LatentRows::Usual,
             wrapped: false,
+            constant_latent: false,
             rope: CandidateRope::Default,
             rope_name: "default".into(),
             no_scaling: true,
@@ -204,7 +214,7 @@ impl Facts {
     }
 
     /// What a conversion to `geometry` on `grid` writes for `target`: the free grid carries frequencies as LongRoPE factors
-    /// and constants as biases, the stock grid has neither. Its latent norm is neutralised by tiny rows.
+    /// and constants as biases, the stock grid has neither. Its latent norm is neutralised by tiny rows, that of the free grid by a constant.
     pub fn planned(geometry: Geometry, grid: RopeGrid, target: Target) -> Self {
         let free = grid == RopeGrid::Free;
         Self {
@@ -214,7 +224,9 @@ impl Facts {
             rope: if free { CandidateRope::LongRope } else { CandidateRope::Default },
             rope_name: if free { "longrope" } else { "default" }.into(),
             interleaved: target.interleaves_pairs(),
-            rows: LatentRows::Tiny,
+            rows: if free { LatentRows::Usual } else { LatentRows::Tiny },
+            neutral_norms: !free,
+            constant_latent: free,
             ..Self::plain(geometry)
         }
     }
@@ -316,6 +328,7 @@ impl Facts {
                 .map(|q| q.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed").to_owned()),
             intermediate: get("intermediate_size").and_then(Value::as_u64).unwrap_or(0) as usize,
             neutral_norms: false,
+            constant_latent: false,
             model_type,
             ..Self::plain(geometry)
         };
@@ -335,15 +348,14 @@ impl Facts {
             && (self.geometry.q_lora_rank.is_none() || ends("self_attn.q_a_layernorm.weight"));
         self.head = ends("lm_head.weight");
         self.shared_expert = self.routing.is_none() || ends("mlp.shared_experts.down_proj.weight");
-        // A norm that is made the identity has weights of hundreds, where trained ones are near one.
-        let weight = tensors.names().find(|n| n.ends_with("self_attn.kv_a_layernorm.weight"));
-        self.neutral_norms = weight.and_then(|n| tensors.view(n).ok()).is_some_and(|view| {
-            // A constant slot of the latent has a weight of zero.
-            let of_slots = |x: &&f32| **x != 0.0;
-            view.dtype.is_float()
-                && view.to_f32().iter().filter(of_slots).fold(f32::INFINITY, |m, x| m.min(x.abs())) > 16.0
-        });
         let (latent, query) = (self.geometry.kv_lora_rank, self.geometry.q_lora_rank);
+        if let Some(weight) = values(tensors, "self_attn.kv_a_layernorm.weight") {
+            // A norm that is made the identity by its epsilon has weights of hundreds, where trained ones are near one; one that
+            // a constant outweighs has a weight of zero for it, and the latent has a bias there.
+            self.neutral_norms = weight.iter().fold(f32::INFINITY, |m, x| m.min(x.abs())) > 16.0;
+            self.constant_latent = values(tensors, "self_attn.kv_a_proj_with_mqa.bias")
+                .is_some_and(|bias| weight.iter().zip(bias.iter()).any(|(w, b)| *w == 0.0 && b.abs() >= 256.0));
+        }
         let kv = self.rows_of(tensors, "self_attn.kv_a_proj_with_mqa.weight", latent);
         let q = query.and_then(|rank| self.rows_of(tensors, "self_attn.q_a_proj.weight", rank));
         self.rows = kv.into_iter().chain(q).min().unwrap_or(LatentRows::Usual);
@@ -353,9 +365,8 @@ impl Facts {
     fn rows_of(&self, tensors: &TensorDirectory, suffix: &str, rank: usize) -> Option<LatentRows> {
         /// 2^-14.
         const SMALLEST_F16: f32 = 6.103_515_6e-5;
-        let name = tensors.names().find(|n| n.ends_with(suffix))?;
-        let view = tensors.view(name).ok().filter(|view| view.dtype.is_float() && view.shape.len() == 2)?;
-        let largest = view.to_f32().iter().take(rank * view.shape[1]).fold(0f32, |m, x| m.max(x.abs()));
+        let rows = values(tensors, suffix)?;
+        let largest = rows.iter().take(rank * self.hidden).fold(0f32, |m, x| m.max(x.abs()));
         Some(match largest {
             0.0 if self.neutral_norms => LatentRows::Lost,
             x if x > 0.0 && x < SMALLEST_F16 => LatentRows::Tiny,

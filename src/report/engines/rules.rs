@@ -277,7 +277,7 @@ pub(super) const RULES: &[Rule] = &[
     },
     Rule {
         engines: &[VLLM, SGLANG, LLAMA],
-        when: |f| f.eps != 1e-6 && !f.neutral_norms,
+        when: |f| f.eps != 1e-6 && !f.neutral_norms && !f.constant_latent,
         then: Conditionally,
         why: "norms latents with rms_norm_eps, where transformers takes 1e-6",
         change: "compare a few logits: small latents feel the difference",
