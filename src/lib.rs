@@ -32,6 +32,7 @@ pub mod arch;
 pub mod calibrate;
 pub mod convert;
 pub mod error;
+pub mod export;
 pub mod factor;
 #[doc(hidden)]
 pub mod fuzzing;

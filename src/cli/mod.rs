@@ -14,6 +14,7 @@ mod convert;
 mod demo;
 mod devices;
 mod eval;
+mod export;
 mod generate;
 mod inspect;
 mod measure;
@@ -91,6 +92,7 @@ enum Command {
     Check(check::CheckArgs),
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
+    Export(export::ExportArgs),
     Rotate(rotate::RotateArgs),
     Shard(shard::ShardArgs),
     Verify(verify::VerifyArgs),
@@ -188,6 +190,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Check(args) => args.execute(&context),
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
+        Command::Export(args) => args.execute(&context),
         Command::Rotate(args) => args.execute(&context),
         Command::Shard(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),

@@ -60,7 +60,7 @@ impl<'a> Checked<'a> {
         };
         let target = target::select(&wanted, &mut decisions)?;
         let max_position = context(arch, &shape, settings, target, &mut decisions)?;
-        let latent_norm = LatentNorm::of(target, has_room_for_biases(settings, &shape));
+        let latent_norm = LatentNorm::of(target, has_room_for_biases(settings, &shape), !compresses);
         let (storage, decision) =
             Storage::choose(settings.dtype, source.tensors.main_dtype(), (target, latent_norm), !compresses)?;
         decisions.extend(decision.map(str::to_owned));

@@ -3,6 +3,7 @@
 //! Nothing here measures or prints: values come in, text goes out.
 
 pub mod engines;
+pub mod export;
 pub mod heatmap;
 pub mod rotation;
 pub mod svg;
