@@ -225,7 +225,12 @@ fn every_class_computes_what_the_layer_says() {
         };
         let (m, n) = (token(), token());
         // What is left of the norm: the square of the ratio of the latent to the constant, or to the root of the epsilon.
-        let allowed = if spec.latent_norm.is_some() { 1e-4 } else { 1e-6 };
+        let allowed = match spec.latent_norm {
+            None | Some(LatentNorm::TinyRows) => 1e-6,
+            Some(LatentNorm::Constant { .. }) => 1e-4,
+            // 2^-15 for each of two latents, of scores of about five.
+            Some(LatentNorm::SmallRows) => 5e-4,
+        };
         let scale = match case.class.has_own_score_scale() {
             true => mla.score_scale,
             false => ((g.qk_nope_head_dim + g.qk_rope_head_dim) as f64).powf(-0.5),
