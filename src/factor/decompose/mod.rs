@@ -15,7 +15,8 @@ use ndarray::{Array1, Array2};
 use super::svd::Svd;
 
 /// Decompositions of matrices that are not empty and hold neither NaN nor infinity; the callers in
-/// [`linalg`](super::linalg) and [`svd`](super::svd) see to both.
+/// [`linalg`](super::linalg) and [`svd`](super::svd) see to both. Values are those of f32 or products of two: squares of what is
+/// far below may underflow.
 ///
 /// Each runs on the calling thread and gives the same bits on any thread and with any number of them. Signs and phases of
 /// vectors are as the backend leaves them.
