@@ -43,11 +43,16 @@ fn columns<T: Copy>(a: ArrayView2<'_, T>) -> Array2<T> {
     Array2::from_shape_vec(a.dim().f(), a.t().iter().copied().collect()).expect("as many values as the shape has")
 }
 
-/// The other way round.
+/// LAPACK orders ascending.
+fn reversed(values: &Array1<f64>) -> Array1<f64> {
+    values.iter().rev().copied().collect()
+}
+
+/// Eigenvalues with their vectors the other way round.
 fn descending<T: Copy>((values, u): (Array1<f64>, Array2<T>)) -> (Array1<f64>, Array2<T>) {
     let n = values.len();
     let vectors = Array2::from_shape_fn((n, n), |(i, j)| u[[i, n - 1 - j]]);
-    (values.into_iter().rev().collect(), vectors)
+    (reversed(&values), vectors)
 }
 
 impl Decompose for Lapack {
@@ -87,7 +92,7 @@ impl Decompose for Lapack {
     fn eigvalsh(&self, a: &Array2<f64>) -> Option<Array1<f64>> {
         one_thread();
         let values = columns(a.view()).eigvalsh_into(UPLO::Lower).ok()?;
-        Some(values.into_iter().rev().collect())
+        Some(reversed(&values))
     }
 
     fn eigh_complex(&self, a: &Array2<c64>) -> Option<(Array1<f64>, Array2<c64>)> {
