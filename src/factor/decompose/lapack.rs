@@ -31,10 +31,11 @@ fn one_thread() {
     SAID.with(|()| ());
 }
 
-/// Whether LAPACK can count, in 32 bits, the work space for the SVD of a matrix whose smaller side is `k`: at most
-/// `4 k^2 + 7 k` and a few blocks of columns.
-fn countable(k: usize) -> bool {
-    k <= 23_000
+/// Whether the SVD of a matrix `[m, n]` can be counted in 32 bits: its vectors, and its work space, which is `4 k^2 + 7 k` and some
+/// blocks of columns, `k = min(m, n)`. Projections of 16384 x 16384 can.
+fn countable((m, n): (usize, usize)) -> bool {
+    let (k, limit) = (m.min(n) as u64, i32::MAX as u64);
+    4 * k * k + 1024 * k <= limit && m.max(n) as u64 * k <= limit
 }
 
 /// A copy, column by column, as LAPACK has them.
@@ -67,7 +68,7 @@ impl Decompose for Lapack {
     }
 
     fn thin_svd(&self, a: &Array2<f64>) -> Option<Svd> {
-        if !countable(a.nrows().min(a.ncols())) {
+        if !countable(a.dim()) {
             return Faer.thin_svd(a);
         }
         one_thread();
@@ -76,7 +77,7 @@ impl Decompose for Lapack {
     }
 
     fn singular_values(&self, a: &Array2<f64>) -> Option<Vec<f64>> {
-        if !countable(a.nrows().min(a.ncols())) {
+        if !countable(a.dim()) {
             return Faer.singular_values(a);
         }
         one_thread();
@@ -118,5 +119,20 @@ impl Decompose for Lapack {
             Some(())
         })?;
         Some(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_counted_in_32_bits_is_known() {
+        for shape in [(1, 1), (16384, 16384), (32768, 16384), (1, i32::MAX as usize)] {
+            assert!(countable(shape) && countable((shape.1, shape.0)), "{shape:?}");
+        }
+        for shape in [(32768, 32768), (262_144, 16384), (2, i32::MAX as usize)] {
+            assert!(!countable(shape) && !countable((shape.1, shape.0)), "{shape:?}");
+        }
     }
 }
