@@ -2,6 +2,7 @@
 
 use divan::{Bencher, black_box};
 use gqa2mla::calibrate::{Moments, attend};
+use gqa2mla::factor::decompose::{BACKENDS, Decompose};
 use gqa2mla::factor::joint::joint_low_rank;
 use gqa2mla::factor::linalg::{eigh, matmul, matmul_f32};
 use gqa2mla::runtime::{AttentionShape, Backend, Device, HeadColumns, Qkv, Span};
@@ -117,6 +118,38 @@ fn moments_of_a_layer_input(bencher: Bencher<'_, '_>) {
 fn eigenvectors(bencher: Bencher<'_, '_>) {
     let m = moment(KEYS + VALUES);
     bencher.bench(|| eigh(black_box(&m), "bench"));
+}
+
+/// Each backend of decompositions that is in this build, and the other one is left out.
+fn decompositions(name: &str) -> Option<&'static dyn Decompose> {
+    BACKENDS.iter().copied().find(|b| b.name() == name)
+}
+
+/// Of the keys of one layer, and of keys and values stacked.
+#[divan::bench(args = ["faer", "lapack"], consts = [192, 384], sample_count = 20)]
+fn singular_vectors<const ROWS: usize>(bencher: Bencher<'_, '_>, name: &str) {
+    let (Some(backend), w) = (decompositions(name), sample(ROWS, HIDDEN)) else { return };
+    bencher.bench(|| backend.thin_svd(black_box(&w)));
+}
+
+/// Of the second moments of one layer's inputs, and of two.
+#[divan::bench(args = ["faer", "lapack"], consts = [HIDDEN, 2 * HIDDEN], sample_count = 10)]
+fn eigenvectors_of_moments<const N: usize>(bencher: Bencher<'_, '_>, name: &str) {
+    let (Some(backend), m) = (decompositions(name), moment(N)) else { return };
+    bencher.bench(|| backend.eigh(black_box(&m)));
+}
+
+#[divan::bench(args = ["faer", "lapack"], sample_count = 20)]
+fn eigenvalues_of_moments(bencher: Bencher<'_, '_>, name: &str) {
+    let (Some(backend), m) = (decompositions(name), moment(HIDDEN)) else { return };
+    bencher.bench(|| backend.eigvalsh(black_box(&m)));
+}
+
+/// The refit of keys and values to the inputs.
+#[divan::bench(args = ["faer", "lapack"], sample_count = 20)]
+fn refit_solutions(bencher: Bencher<'_, '_>, name: &str) {
+    let (Some(backend), m, b) = (decompositions(name), moment(HIDDEN), sample(384, HIDDEN)) else { return };
+    bencher.bench(|| backend.solve_right(black_box(&m), 1.0, &b));
 }
 
 #[divan::bench]

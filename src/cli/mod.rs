@@ -36,10 +36,12 @@ mod verify_files;
 mod xkv;
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use gqa2mla::arch::Family;
+use gqa2mla::factor::decompose;
 
 use exit::ExitStatus;
 use output::Format;
@@ -155,13 +157,25 @@ impl Context {
 /// # Errors
 /// The status to exit with at once.
 pub fn parse() -> Result<Cli, ExitStatus> {
-    let parsed = forgiving(Cli::command()).try_get_matches().and_then(|m| Cli::from_arg_matches(&m));
+    let parsed = forgiving(versioned(Cli::command())).try_get_matches().and_then(|m| Cli::from_arg_matches(&m));
     parsed.map_err(|e| {
         let status = if e.use_stderr() { ExitStatus::Unusable } else { ExitStatus::Done };
         // Nobody left to tell.
         let _ = e.print();
         status
     })
+}
+
+/// Makes `--version` name the library that decomposes matrices where that is not the one of every build.
+fn versioned(command: clap::Command) -> clap::Command {
+    static VERSION: LazyLock<Option<String>> = LazyLock::new(|| {
+        let library = decompose::reported()?;
+        Some(format!("{}\nlinear_algebra: {library}", env!("CARGO_PKG_VERSION")))
+    });
+    match &*VERSION {
+        Some(version) => command.long_version(version.as_str()),
+        None => command,
+    }
 }
 
 /// Takes `-5` after an option for its value, so that the option can say what it expects.

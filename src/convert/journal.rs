@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::error::ConvertError;
+use crate::factor::decompose;
 use crate::methods::{Case, LayerReport};
 use crate::observe::{Event, Observer};
 use crate::plan::Blueprint;
@@ -158,6 +159,9 @@ pub(super) fn identity(case: &Case<'_>, windows: &[Vec<u32>]) -> Result<BTreeMap
     let mut add = |name: String, value: String| drop(out.insert(name, value));
     add("the version of gqa2mla".into(), env!("CARGO_PKG_VERSION").into());
     add("the machine's architecture".into(), std::env::consts::ARCH.into());
+    if let Some(library) = decompose::reported() {
+        add("the linear algebra".into(), library);
+    }
     add("the model".into(), case.source.spec.clone());
     if let Some(revision) = &case.source.revision {
         add("the model's revision".into(), revision.clone());

@@ -16,6 +16,9 @@ pub struct ConversionReport {
     pub schema_version: u32,
     /// Tool version.
     pub tool_version: String,
+    /// Library that decomposed matrices, with its version; nothing where it is the one that belongs to the tool's version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub linear_algebra: Option<String>,
     /// Where the output is.
     pub output: PathBuf,
     /// The model as the user named it.

@@ -8,6 +8,7 @@ use super::ConversionReport;
 use super::journal::{self, Finished, Saved, Start};
 use crate::arch::Architecture;
 use crate::error::ConvertError;
+use crate::factor::decompose;
 use crate::methods::{ConvertSettings, LayerReport};
 use crate::observe::{Event, Observer};
 use crate::plan::{Blueprint, Checked, Need, SCHEMA_VERSION, emission, give_back, read_calibration, survey};
@@ -209,6 +210,7 @@ impl Run<'_> {
         let report = ConversionReport {
             schema_version: SCHEMA_VERSION,
             tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+            linear_algebra: decompose::reported(),
             output: output.to_owned(),
             source: source.spec.clone(),
             source_revision: source.revision.clone(),

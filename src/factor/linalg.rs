@@ -1,27 +1,15 @@
-//! Dense linear algebra on `ndarray` arrays, by `faer`.
+//! Dense linear algebra on `ndarray` arrays: products by `faer`, decompositions by the [`backend`] in use.
 //!
 //! Products run on the rayon pool and split only the output, so their bits do not depend on the thread count.
 //! Decompositions run on one thread for the same reason: their reductions would be split otherwise.
 
-use std::sync::Once;
-
 use faer::linalg::matmul::matmul as faer_matmul;
-use faer::linalg::solvers::Solve;
 use faer::traits::ComplexField;
-use faer::{Accum, Mat, MatMut, MatRef, Par, Side, c64};
-use ndarray::{Array1, Array2, ArrayBase, ArrayView2, ArrayViewMut2, Axis, Data, Ix2};
-use rayon::prelude::*;
+use faer::{Accum, MatMut, MatRef, Par, c64};
+use ndarray::{Array1, Array2, ArrayBase, ArrayView2, ArrayViewMut2, Data, Ix2};
 
 use super::FactorError;
-
-/// Right-hand sides that are solved for together, one task each.
-const SOLVED: usize = 64;
-
-/// Decompositions run on the calling thread: their reductions would be split otherwise.
-pub(super) fn sequential_solvers() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| faer::set_global_parallelism(Par::Seq));
-}
+use super::decompose::backend;
 
 macro_rules! product {
     ($name:ident, $t:ty, $doc:literal) => {
@@ -110,10 +98,6 @@ pub fn matmul_f32_sequential(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> 
     out
 }
 
-fn to_faer(a: &Array2<f64>) -> Mat<f64> {
-    Mat::from_fn(a.nrows(), a.ncols(), |i, j| a[[i, j]])
-}
-
 /// Eigenvalues (descending, `[n]`) and eigenvectors (columns, `[n, n]`) of a symmetric matrix.
 ///
 /// The sign of each eigenvector is fixed: its entry of largest magnitude is positive.
@@ -121,7 +105,6 @@ fn to_faer(a: &Array2<f64>) -> Mat<f64> {
 /// # Errors
 /// [`FactorError::NotFinite`] or [`FactorError::NoConvergence`], with `what` in the message.
 pub fn eigh(a: &Array2<f64>, what: &'static str) -> Result<(Array1<f64>, Array2<f64>), FactorError> {
-    sequential_solvers();
     let n = a.nrows();
     if a.iter().any(|x| !x.is_finite()) {
         return Err(FactorError::NotFinite { what });
@@ -129,11 +112,7 @@ pub fn eigh(a: &Array2<f64>, what: &'static str) -> Result<(Array1<f64>, Array2<
     if n == 0 {
         return Ok((Array1::zeros(0), Array2::zeros((0, 0))));
     }
-    let evd = to_faer(a).self_adjoint_eigen(Side::Lower).map_err(|_| FactorError::NoConvergence { what, n })?;
-    let (u, s) = (evd.U(), evd.S());
-    // faer orders ascending.
-    let values = Array1::from_shape_fn(n, |i| s[n - 1 - i]);
-    let mut vectors = Array2::from_shape_fn((n, n), |(i, j)| u[(i, n - 1 - j)]);
+    let (values, mut vectors) = backend().eigh(a).ok_or(FactorError::NoConvergence { what, n })?;
     for mut column in vectors.columns_mut() {
         let peak = column.iter().copied().fold(0.0_f64, |m, x| if x.abs() > m.abs() { x } else { m });
         if peak < 0.0 {
@@ -148,15 +127,14 @@ pub fn eigh(a: &Array2<f64>, what: &'static str) -> Result<(Array1<f64>, Array2<
 /// # Errors
 /// As [`eigh`].
 pub fn eigvalsh(a: &Array2<f64>, what: &'static str) -> Result<Array1<f64>, FactorError> {
-    sequential_solvers();
     let n = a.nrows();
     if a.iter().any(|x| !x.is_finite()) {
         return Err(FactorError::NotFinite { what });
     }
-    let values =
-        to_faer(a).self_adjoint_eigenvalues(Side::Lower).map_err(|_| FactorError::NoConvergence { what, n })?;
-    // faer orders ascending.
-    Ok(values.into_iter().rev().collect())
+    if n == 0 {
+        return Ok(Array1::zeros(0));
+    }
+    backend().eigvalsh(a).ok_or(FactorError::NoConvergence { what, n })
 }
 
 /// Eigenvalues (descending) and eigenvectors (columns) of a Hermitian matrix.
@@ -166,16 +144,14 @@ pub fn eigvalsh(a: &Array2<f64>, what: &'static str) -> Result<Array1<f64>, Fact
 /// # Errors
 /// As [`eigh`].
 pub fn eigh_complex(a: &Array2<c64>, what: &'static str) -> Result<(Array1<f64>, Array2<c64>), FactorError> {
-    sequential_solvers();
     let n = a.nrows();
     if a.iter().any(|x| !(x.re.is_finite() && x.im.is_finite())) {
         return Err(FactorError::NotFinite { what });
     }
-    let m = Mat::from_fn(n, n, |i, j| a[[i, j]]);
-    let evd = m.self_adjoint_eigen(Side::Lower).map_err(|_| FactorError::NoConvergence { what, n })?;
-    let (u, s) = (evd.U(), evd.S());
-    let values = Array1::from_shape_fn(n, |i| s[n - 1 - i].re);
-    let mut vectors = Array2::from_shape_fn((n, n), |(i, j)| u[(i, n - 1 - j)]);
+    if n == 0 {
+        return Ok((Array1::zeros(0), Array2::zeros((0, 0))));
+    }
+    let (values, mut vectors) = backend().eigh_complex(a).ok_or(FactorError::NoConvergence { what, n })?;
     for mut column in vectors.columns_mut() {
         let peak = column.iter().copied().fold(c64::new(0.0, 0.0), |m, x| if x.norm() > m.norm() { x } else { m });
         if peak.norm() > 0.0 {
@@ -199,7 +175,6 @@ pub fn solve_right_spd(
     ridge: f64,
     what: &'static str,
 ) -> Result<(Array2<f64>, f64), FactorError> {
-    sequential_solvers();
     let n = a.nrows();
     if n == 0 {
         return Ok((Array2::zeros((b.nrows(), 0)), ridge));
@@ -215,17 +190,10 @@ pub fn solve_right_spd(
     let mean = mean.max(f64::MIN_POSITIVE);
     let mut ridge = ridge;
     for _ in 0..7 {
-        let m = Mat::from_fn(n, n, |i, j| a[[i, j]] + if i == j { ridge * mean } else { 0.0 });
-        if let Ok(llt) = m.llt(Side::Lower) {
-            let mut out = Array2::zeros((b.nrows(), n));
-            let blocks = out.axis_chunks_iter_mut(Axis(0), SOLVED).into_par_iter();
-            blocks.zip(b.axis_chunks_iter(Axis(0), SOLVED)).for_each(|(mut out, b)| {
-                let x = llt.solve(Mat::from_fn(n, b.nrows(), |i, j| b[[j, i]]));
-                out.indexed_iter_mut().for_each(|((i, j), out)| *out = x[(j, i)]);
-            });
-            if out.iter().all(|v| v.is_finite()) {
-                return Ok((out, ridge));
-            }
+        if let Some(out) = backend().solve_right(a, ridge * mean, b)
+            && out.iter().all(|v| v.is_finite())
+        {
+            return Ok((out, ridge));
         }
         ridge = if ridge == 0.0 { 1e-12 } else { ridge * 10.0 };
     }

@@ -1,6 +1,7 @@
 //! Pure maths on matrices: no files, no configs, no progress.
 
 pub mod conjugate;
+pub mod decompose;
 pub mod hadamard;
 pub mod joint;
 pub mod linalg;

@@ -1,10 +1,9 @@
 //! Singular value decomposition of weights, and ranks by share of energy.
 
-use faer::Mat;
 use ndarray::{Array2, s};
 
 use super::FactorError;
-use super::linalg::sequential_solvers;
+use super::decompose::backend;
 
 /// Thin decomposition `W = U diag(s) V^T` of `W` `[m, n]`, `k = min(m, n)`.
 #[derive(Debug, Clone)]
@@ -22,15 +21,12 @@ pub struct Svd {
 /// # Errors
 /// [`FactorError::NotFinite`] or [`FactorError::NoConvergence`], with `what` in the message.
 pub fn svd(w: &Array2<f64>, what: &'static str) -> Result<Svd, FactorError> {
-    let ((m, n), k) = (w.dim(), w.nrows().min(w.ncols()));
-    let found = matrix(w, what)?.thin_svd().map_err(|_| FactorError::NoConvergence { what, n: k })?;
-    let (u, s, v) = (found.U(), found.S(), found.V());
-    let mut out = Svd {
-        u: Array2::from_shape_fn((m, k), |(i, j)| u[(i, j)]),
-        s: (0..k).map(|i| s[i]).collect(),
-        vt: Array2::from_shape_fn((k, n), |(i, j)| v[(j, i)]),
-    };
-    for i in 0..k {
+    let n = checked(w, what)?;
+    if n == 0 {
+        return Ok(Svd { u: Array2::zeros((w.nrows(), 0)), s: Vec::new(), vt: Array2::zeros((0, w.ncols())) });
+    }
+    let mut out = backend().thin_svd(w).ok_or(FactorError::NoConvergence { what, n })?;
+    for i in 0..n {
         let peak = out.vt.row(i).iter().copied().fold(0.0_f64, |m, x| if x.abs() > m.abs() { x } else { m });
         if peak < 0.0 {
             out.vt.row_mut(i).mapv_inplace(|x| -x);
@@ -45,16 +41,18 @@ pub fn svd(w: &Array2<f64>, what: &'static str) -> Result<Svd, FactorError> {
 /// # Errors
 /// As [`svd`].
 pub fn singular_values(w: &Array2<f64>, what: &'static str) -> Result<Vec<f64>, FactorError> {
-    let n = w.nrows().min(w.ncols());
-    matrix(w, what)?.singular_values().map_err(|_| FactorError::NoConvergence { what, n })
+    match checked(w, what)? {
+        0 => Ok(Vec::new()),
+        n => backend().singular_values(w).ok_or(FactorError::NoConvergence { what, n }),
+    }
 }
 
-fn matrix(w: &Array2<f64>, what: &'static str) -> Result<Mat<f64>, FactorError> {
-    sequential_solvers();
+/// Number of singular values of a matrix that has to be finite.
+fn checked(w: &Array2<f64>, what: &'static str) -> Result<usize, FactorError> {
     if w.iter().any(|x| !x.is_finite()) {
         return Err(FactorError::NotFinite { what });
     }
-    Ok(Mat::from_fn(w.nrows(), w.ncols(), |i, j| w[[i, j]]))
+    Ok(w.nrows().min(w.ncols()))
 }
 
 impl Svd {

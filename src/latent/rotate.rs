@@ -14,6 +14,7 @@ use super::{LatentTransform, LatentWeights, Transform};
 use crate::arch::{Architecture, MlaShape, Part, SCALE_SUFFIX, StoredPart, check_tensors};
 use crate::calibrate::CalibrationSettings;
 use crate::error::ConvertError;
+use crate::factor::decompose;
 use crate::factor::hadamard::Spread;
 use crate::observe::{Event, Observer};
 use crate::publish::{self, Compute, Config, Extras, Place, Publisher};
@@ -69,6 +70,9 @@ pub struct RotationReport {
     pub schema_version: u32,
     /// Tool version.
     pub tool_version: String,
+    /// Library that decomposed matrices, as in [`ConversionReport`](crate::convert::ConversionReport).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub linear_algebra: Option<String>,
     /// Where the output is.
     pub output: PathBuf,
     /// The model as the user named it.
@@ -152,6 +156,7 @@ pub fn rotate(
     let report = RotationReport {
         schema_version: ROTATION_SCHEMA,
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+        linear_algebra: decompose::reported(),
         output: output.to_owned(),
         source: source.spec.clone(),
         source_fingerprint: publish::fingerprint(source),

@@ -15,6 +15,7 @@ use super::{Held, LatentWeights, Sharing, Transform, refitted_ranks};
 use crate::arch::{Architecture, MlaShape, check_tensors};
 use crate::calibrate::CalibrationSettings;
 use crate::error::ConvertError;
+use crate::factor::decompose;
 use crate::observe::{Event, Observer};
 use crate::publish::{self, Compute, Config, Place, Publisher};
 use crate::runtime::{Device, DeviceChoice, RankTensors};
@@ -78,6 +79,9 @@ pub struct ShardReport {
     pub schema_version: u32,
     /// Tool version.
     pub tool_version: String,
+    /// Library that decomposed matrices, as in [`ConversionReport`](crate::convert::ConversionReport).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub linear_algebra: Option<String>,
     /// Where the output is.
     pub output: PathBuf,
     /// The model as the user named it.
@@ -166,6 +170,7 @@ pub fn shard(
     let report = ShardReport {
         schema_version: SHARDS_SCHEMA,
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+        linear_algebra: decompose::reported(),
         output: output.to_owned(),
         source: source.spec.clone(),
         source_fingerprint: publish::fingerprint(source),

@@ -142,6 +142,7 @@ mod tests {
         ConversionReport {
             schema_version: 1,
             tool_version: "0.0.0".into(),
+            linear_algebra: None,
             output: "out".into(),
             source: source.into(),
             source_revision: None,
