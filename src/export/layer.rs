@@ -34,10 +34,12 @@ pub(super) struct Reader<'a> {
     pub source: &'a ModelSource,
     pub arch: &'a Architecture,
     pub shape: &'a MlaShape,
-    /// What the gain of the input norm is multiplied by, and the maps that read it are divided by: a power of two, which undoes
-    /// what was done for the latents' sake.
-    pub input_factor: f64,
 }
+
+/// Root mean square of an input norm's gain below which the gain is taken to be scaled down for the latents' sake.
+const SCALED: f64 = 1.0 / 64.0;
+/// What it is then raised to, about: that of a model.
+const USUAL: f64 = 0.25;
 
 impl Reader<'_> {
     /// The attention of layer `layer`, as it is stored.
@@ -48,15 +50,15 @@ impl Reader<'_> {
         let (arch, shape) = (self.arch, self.shape);
         let (heads, d, r) = (arch.heads, arch.hidden, shape.kv_lora_rank);
         let q = heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim);
+        let factor = self.input_factor(layer)?;
         let bias = |role: &str, there: bool| there.then(|| self.vector(&arch.bias(layer, role))).transpose();
         let query = match shape.q_lora_rank {
-            None => StoredQuery {
-                map: Ok(self.matrix(layer, "q", q, d)? / self.input_factor),
-                bias: bias("q", shape.query_bias)?,
-            },
+            None => {
+                StoredQuery { map: Ok(self.matrix(layer, "q", q, d)? / factor), bias: bias("q", shape.query_bias)? }
+            }
             Some(rank) => StoredQuery {
                 map: Err(Stored {
-                    down: self.matrix(layer, "q_a", rank, d)? / self.input_factor,
+                    down: self.matrix(layer, "q_a", rank, d)? / factor,
                     bias: bias("q_a", shape.bias)?,
                     gain: self.gain(layer, "q_a_norm")?,
                     up: self.matrix(layer, "q_b", q, rank)?,
@@ -64,7 +66,7 @@ impl Reader<'_> {
                 bias: bias("q_b", shape.query_bias)?,
             },
         };
-        let both = self.matrix(layer, "kv_a", r + shape.qk_rope_head_dim, d)? / self.input_factor;
+        let both = self.matrix(layer, "kv_a", r + shape.qk_rope_head_dim, d)? / factor;
         let both_bias = bias("kv_a", shape.bias)?;
         let part = |bias: &Option<Array1<f64>>, from: usize, to: usize| {
             bias.as_ref().map(|b| b.slice(s![from..to]).to_owned())
@@ -78,15 +80,24 @@ impl Reader<'_> {
         };
         let key = (both.slice(s![r.., ..]).to_owned(), part(&both_bias, r, end));
         let output = (self.matrix(layer, "o", d, heads * shape.v_head_dim)?, bias("o", shape.bias)?);
-        let input = self.input_gain(layer)?.iter().map(|g| g * self.input_factor).collect();
+        let input = self.input_gain(layer)?.iter().map(|g| g * factor).collect();
         Ok(StoredLayer { query, latent, key, output, input })
     }
 
-    /// Gain of the norm before attention, `[D]`, as it is stored.
+    /// What the gain of the norm before attention is multiplied by, and the maps that read it are divided by: a power of two, which
+    /// undoes what small rows did. One where the gain has a usual size, or the class norms no latents.
     ///
     /// # Errors
     /// As [`Reader::read`].
-    pub fn input_gain(&self, layer: usize) -> Result<Vec<f64>, ConvertError> {
+    pub fn input_factor(&self, layer: usize) -> Result<f64, ConvertError> {
+        let gain = self.input_gain(layer)?;
+        let rms = (gain.iter().map(|g| g * g).sum::<f64>() / gain.len().max(1) as f64).sqrt();
+        let scaled = self.shape.latent_norm && rms > 0.0 && rms < SCALED;
+        Ok(if scaled { (USUAL / rms).log2().round().exp2() } else { 1.0 })
+    }
+
+    /// Gain of the norm before attention, `[D]`, as it is stored.
+    fn input_gain(&self, layer: usize) -> Result<Vec<f64>, ConvertError> {
         let names = self.arch.names.layer(layer);
         Ok(match names.has("input_norm") {
             true => (self.vector(&Part::whole(names.role("input_norm")))? + self.arch.norm_offset).to_vec(),

@@ -20,8 +20,6 @@ use crate::write::{Leftover, PlannedTensor, ShardPlan};
 
 /// Relative error of a latent norm below which the folder is taken to be exact, as conversions of method `exact` are.
 const EXACT: f64 = 1.0 / (1 << 18) as f64;
-/// Root mean square of an input norm's gain below which the gain is taken to be scaled for the latents' sake.
-const SCALED: f64 = 1.0 / 512.0;
 
 /// Files beside the weights that the caller wants in the folder: name and content, made of the report.
 pub type ExportExtras<'a> = Extras<'a, ExportReport>;
@@ -49,8 +47,7 @@ pub fn export(
     };
     check_tensors(arch, &source.tensors)?;
     let own = Target::of_model_type(&arch.model_type);
-    let mut job = Job { source, arch, shape, settings, output, own, input_factor: 1.0, observer };
-    job.input_factor = job.input_factor()?;
+    let job = Job { source, arch, shape, settings, output, own, observer };
     match job.obstacle()? {
         Some(why) => job.cast(&why, extras),
         None => job.rewrite(extras),
@@ -65,8 +62,6 @@ struct Job<'a> {
     output: &'a Path,
     /// The folder's class, where this tool writes it.
     own: Option<Target>,
-    /// See [`Reader::input_factor`].
-    input_factor: f64,
     observer: &'a dyn Observer,
 }
 
@@ -79,18 +74,7 @@ struct Survey {
 
 impl Job<'_> {
     fn reader(&self) -> Reader<'_> {
-        let Self { source, arch, shape, input_factor, .. } = *self;
-        Reader { source, arch, shape, input_factor }
-    }
-
-    /// What undoes the scaling of the input norms for the latents' sake; 1 where they are not scaled.
-    fn input_factor(&self) -> Result<f64, ConvertError> {
-        if self.arch.layers == 0 || !self.shape.latent_norm {
-            return Ok(1.0);
-        }
-        let gain = self.reader().input_gain(0)?;
-        let rms = (gain.iter().map(|g| g * g).sum::<f64>() / gain.len().max(1) as f64).sqrt();
-        Ok(if rms < SCALED { 1.0 / LatentNorm::SmallRows.input_scale() } else { 1.0 })
+        Reader { source: self.source, arch: self.arch, shape: self.shape }
     }
 
     /// Why the attention cannot be read into the neutral form, if it cannot.
@@ -150,7 +134,7 @@ impl Job<'_> {
         }
         let own_dtype = |name: &str| self.source.tensors.get(name).map_or(spec.storage.base(), |t| t.dtype);
         let mut emission = Emission::new(self.arch, &spec, &own_dtype);
-        self.scale_inputs(&mut emission);
+        self.unscale_inputs(&mut emission)?;
         let mut publisher = self.publisher(&emission.planned())?;
         self.observer.event(Event::Phase { name: "export", steps: Some(self.arch.layers as u64) });
         publisher.write(&emission.first, &mut Nothing)?;
@@ -309,18 +293,23 @@ impl Job<'_> {
     }
 
     /// Undo the scaling of the input norms, which are copied otherwise.
-    fn scale_inputs(&self, emission: &mut Emission) {
-        let names = (0..self.arch.layers).map(|layer| self.arch.names.layer(layer));
-        let stored: std::collections::BTreeSet<String> =
-            names.filter(|n| n.has("input_norm")).map(|n| n.role("input_norm")).collect();
-        for emit in emission.layers.iter_mut().flatten() {
-            if let Origin::Source { part, scale, offset } = &mut emit.from
-                && stored.contains(&part.name)
-            {
-                *scale *= self.input_factor;
-                *offset *= self.input_factor;
+    fn unscale_inputs(&self, emission: &mut Emission) -> Result<(), ConvertError> {
+        for (layer, list) in emission.layers.iter_mut().enumerate() {
+            let names = self.arch.names.layer(layer);
+            if !names.has("input_norm") {
+                continue;
+            }
+            let (name, factor) = (names.role("input_norm"), self.reader().input_factor(layer)?);
+            for emit in list {
+                if let Origin::Source { part, scale, offset } = &mut emit.from
+                    && part.name == name
+                {
+                    *scale *= factor;
+                    *offset *= factor;
+                }
             }
         }
+        Ok(())
     }
 
     fn publisher(&self, planned: &[PlannedTensor]) -> Result<Publisher<'_>, ConvertError> {

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use ndarray::{Array1, Array2, Axis, s};
 
-use super::neutral::{Carried, Latent, Plain};
+use super::neutral::{self, Carried, Latent, LatentNorm, Plain};
 use super::spec::TargetSpec;
 use super::{OutTensor, pad};
 use crate::arch::Architecture;
@@ -149,6 +149,8 @@ pub(super) struct Values {
     key_bias: Array1<f64>,
     output: Array2<f64>,
     output_bias: Array1<f64>,
+    /// What the gain of the norm before attention is multiplied by.
+    pub input_scale: f64,
 }
 
 impl Values {
@@ -171,11 +173,15 @@ impl Values {
             plain: Plain::Down,
         }
         .carry(spec.latent_norm);
-        let (stream_scale, input_scale) = (spec.stream_scale(arch), spec.input_scale());
+        let stream_scale = spec.stream_scale(arch);
         let mut key = mla.k_rope.clone();
-        if input_scale != 1.0 {
-            let reads_input = if query.down.is_empty() { &mut query.up } else { &mut query.down };
-            for map in [reads_input, &mut latent.down, &mut key] {
+        let mut input_scale = 1.0;
+        if spec.latent_norm.is_some_and(LatentNorm::scales_input) {
+            let queries = if query.down.is_empty() { &mut query.up } else { &mut query.down };
+            let maps = [queries, &mut latent.down, &mut key];
+            let largest = maps.iter().flat_map(|map| map.iter()).fold(0.0_f64, |m, v| m.max(v.abs()));
+            input_scale = neutral::input_scale(largest);
+            for map in maps {
                 *map /= input_scale;
             }
         }
@@ -185,6 +191,7 @@ impl Values {
             query_bias,
             latent,
             key,
+            input_scale,
             key_bias: zeros(&mla.k_rope_bias, mla.rope_dim()),
             output: &mla.wo * stream_scale,
             output_bias: zeros(&mla.wo_bias, mla.hidden()) * stream_scale,

@@ -14,10 +14,6 @@ use crate::factor::norm::{
 /// Epsilon of the latent norms: transformers fixes it, other engines read `rms_norm_eps`. Where the norm is neutralised by it
 /// ([`LatentNorm::TinyRows`], [`LatentNorm::SmallRows`]) every norm of the output has it.
 pub const LATENT_EPS: f64 = 1e-6;
-/// What the gain of the input norm is multiplied by for [`LatentNorm::SmallRows`]: latent rows of about `2^-17` become `2^-5` of
-/// what they are, which block scales in f16 hold, and weights of queries, `2^12` times as large, stay within f16.
-const INPUT_SCALE: f64 = 1.0 / 4096.0;
-
 /// How the norm that a class applies to latents is neutralised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -43,12 +39,9 @@ impl LatentNorm {
         class.norms_latents().then_some(if biases { Self::Constant { slots: 1 } } else { small })
     }
 
-    /// Factor on the gain of the norm before attention, whose inverse is in the maps that read it.
-    pub fn input_scale(self) -> f64 {
-        match self {
-            Self::SmallRows => INPUT_SCALE,
-            Self::TinyRows | Self::Constant { .. } => 1.0,
-        }
+    /// Whether the gain of the norm before attention takes a part of what makes the rows small ([`input_scale`]).
+    pub fn scales_input(self) -> bool {
+        self == Self::SmallRows
     }
 
     /// Coordinates of the key/value latent that the method does not use.
@@ -88,6 +81,17 @@ impl LatentNorm {
         // An epsilon that is the same up to how it was printed needs no scaling.
         if (source_eps / eps - 1.0).abs() < 1e-6 { 1.0 } else { (eps / source_eps).sqrt() }
     }
+}
+
+/// Largest weight that the maps from the input may get, a quarter of what f16 holds.
+const LARGEST: f64 = 16384.0;
+/// What the gain is multiplied by at least: latent rows are then about `2^-5` of what they were.
+const LEAST_INPUT_SCALE: f64 = 1.0 / 4096.0;
+
+/// What the gain of the norm before attention is multiplied by for [`LatentNorm::SmallRows`], and the maps that read it are
+/// divided by: a power of two from `2^-12` to one, as small as leaves their largest weight, `largest` now, within f16.
+pub(super) fn input_scale(largest: f64) -> f64 {
+    (largest / LARGEST).max(f64::MIN_POSITIVE).log2().ceil().exp2().clamp(LEAST_INPUT_SCALE, 1.0)
 }
 
 /// Two linear maps with a latent between them: `up down x + constant`, for normed inputs `x`.
@@ -294,11 +298,28 @@ mod tests {
             let latent =
                 Latent { down: &down, up, constant: None, used: 8, width: 8, gain: &[1.0; 64], plain: Plain::Down };
             let carried = latent.carry(Some(LatentNorm::SmallRows));
-            let rows = carried.down / LatentNorm::SmallRows.input_scale();
-            let largest = rows.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+            let largest = |m: &Array2<f64>| m.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+            // Queries of a usual size.
+            let scale = input_scale(1.0);
+            assert_eq!(scale, LEAST_INPUT_SCALE);
+            let rows = largest(&carried.down) / scale;
             // Q8_0 divides by 127; 2^-20 is sixteen steps of f16's smallest numbers.
-            assert!(largest / 127.0 > 2.0_f64.powi(-20) && largest < 16.0, "{size}: {largest}");
+            assert!(rows / 127.0 > 2.0_f64.powi(-20) && rows < 16.0, "{size}: {rows}");
             assert!(carried.weight.iter().all(|w| *w > 16.0), "{size}: {:?}", carried.weight);
+        }
+    }
+
+    #[test]
+    fn the_input_is_scaled_as_far_as_f16_holds_the_weights() {
+        for exponent in -30..30 {
+            let largest = 1.3 * 2.0_f64.powi(exponent);
+            let scale = input_scale(largest);
+            assert!(scale.log2().fract() == 0.0 && (LEAST_INPUT_SCALE..=1.0).contains(&scale), "{scale}");
+            assert!(largest / scale <= LARGEST || scale == 1.0, "{largest}: {scale}");
+            assert!(
+                largest / scale > 0.5 * LARGEST || scale == LEAST_INPUT_SCALE || scale == 1.0,
+                "{largest}: {scale}"
+            );
         }
     }
 

@@ -74,11 +74,6 @@ impl TargetSpec {
         self.latent_norm.map_or(1.0, |norm| norm.stream_scale(arch.norm_eps))
     }
 
-    /// Factor on the gain of the norm before attention, whose inverse is in the maps that read it.
-    pub fn input_scale(&self) -> f64 {
-        self.latent_norm.map_or(1.0, LatentNorm::input_scale)
-    }
-
     /// Whether layer `layer` keeps the source's attention.
     pub fn keeps(&self, layer: usize) -> bool {
         self.kept.get(layer) == Some(&true)
@@ -118,12 +113,26 @@ impl TargetSpec {
         self.class.attention(self, arch).into_iter().map(|tensor| tensor.planned(layer)).collect()
     }
 
-    /// The same tensors with their values. `gain` is the weight of the layer's input norm, which bounds what the latent norms
-    /// can meet.
+    /// The norm before attention of layer `layer`, where it is computed with the attention tensors ([`LatentNorm::SmallRows`]).
+    pub fn computed_norm(&self, arch: &Architecture, layer: usize) -> Option<PlannedTensor> {
+        self.latent_norm.is_some_and(LatentNorm::scales_input).then(|| PlannedTensor {
+            name: format!("model.layers.{layer}.input_layernorm.weight"),
+            dtype: self.storage.inexact(),
+            shape: vec![arch.hidden],
+        })
+    }
+
+    /// The same tensors with their values, and after them that of [`TargetSpec::computed_norm`]. `gain` is the weight of the
+    /// layer's input norm, which bounds what the latent norms can meet.
     pub fn attention_tensors(&self, arch: &Architecture, layer: usize, mla: &MlaLayer, gain: &[f64]) -> Vec<OutTensor> {
         let mut values = attention::Values::new(self, arch, mla, gain);
         let tensors = self.class.attention(self, arch);
-        tensors.into_iter().map(|tensor| tensor.with_values(layer, &mut values)).collect()
+        let norm = self.computed_norm(arch, layer).map(|planned| OutTensor {
+            name: planned.name,
+            shape: planned.shape,
+            values: gain.iter().map(|g| g * values.input_scale).collect(),
+        });
+        tensors.into_iter().map(|tensor| tensor.with_values(layer, &mut values)).chain(norm).collect()
     }
 
     /// Frequencies as the output's config will express them. `frequencies` are those of the slots, radians per token.

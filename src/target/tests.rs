@@ -153,7 +153,6 @@ fn cut(rows: &Array1<f64>, heads: usize, n: usize) -> (Array2<f64>, Array2<f64>)
 /// What a class computes of a token from what is written.
 fn of_class(written: &Written, spec: &TargetSpec, arch: &Architecture, x: &Array1<f64>) -> Token {
     let (g, eps) = (spec.output(), spec.norm_eps(arch));
-    let x = &(x * spec.input_scale());
     let queries = match written.linear("q_proj", x) {
         Some(queries) => queries,
         None => {
@@ -216,6 +215,9 @@ fn every_class_computes_what_the_layer_says() {
         let (spec, mla) = (case.spec(&arch), case.layer(&arch, &mut state));
         let gain: Vec<f64> = (0..arch.hidden).map(|_| 0.2 + uniform(&mut state)).collect();
         let written = Written(spec.attention_tensors(&arch, 1, &mla, &gain));
+        // What the norm before attention leaves, of what it leaves in the source.
+        let norm = written.0.iter().find(|t| t.name.ends_with("input_layernorm.weight"));
+        let scaled = norm.map_or(1.0, |norm| norm.values[0] / gain[0]);
         let g = spec.output();
         assert_eq!(g.kv_lora_rank == 256, case.padding == Padding::Kernels);
         let mut token = || {
@@ -236,7 +238,8 @@ fn every_class_computes_what_the_layer_says() {
             false => ((g.qk_nope_head_dim + g.qk_rope_head_dim) as f64).powf(-0.5),
         };
         let frequencies = pad::frequencies(&mla.rope_freq, g.qk_rope_head_dim, arch.rope.theta);
-        let (qm, kn) = (of_class(&written, &spec, &arch, &m), of_class(&written, &spec, &arch, &n));
+        let (qm, kn) =
+            (of_class(&written, &spec, &arch, &(&m * scaled)), of_class(&written, &spec, &arch, &(&n * scaled)));
         let got = scores(&qm, &kn, &frequencies, case.class.interleaves_pairs(), 3.0) * scale;
         let (qm, of_n) = (of_layer(&mla, &m), of_layer(&mla, &n));
         let wanted = scores(&qm, &of_n, &mla.rope_freq, true, 3.0) * mla.score_scale;
@@ -256,7 +259,8 @@ fn what_is_planned_is_what_is_written() {
     let (arch, mut state) = (source(), 5);
     for case in cases() {
         let (spec, mla) = (case.spec(&arch), case.layer(&arch, &mut state));
-        let planned = spec.planned_attention(&arch, 1);
+        let mut planned = spec.planned_attention(&arch, 1);
+        planned.extend(spec.computed_norm(&arch, 1));
         let written = spec.attention_tensors(&arch, 1, &mla, &vec![1.0; arch.hidden]);
         assert_eq!(planned.len(), written.len());
         for (planned, written) in planned.iter().zip(&written) {
