@@ -87,9 +87,10 @@ def main():
     teacher = load(a.source).eval().to(accelerator.device)
     # The modeling file of `hf-remote` is in the folder, written by gqa2mla.
     student = load(a.converted, trust_remote_code=True)
-    if a.attention_only:
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_("self_attn" in name)
+    for name, parameter in student.named_parameters():
+        # Biases that are there for the constant of the latent alone stay zero: engines' own classes have none.
+        unused = name.endswith("bias") and "self_attn" in name and (parameter != 0).sum() <= 1
+        parameter.requires_grad_(not unused and ("self_attn" in name or not a.attention_only))
     student = accelerator.prepare(student)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)

@@ -287,8 +287,8 @@ impl Job<'_> {
         };
         Err(ConvertError::refused(
             format!("the portable profile cannot hold this model: {why}"),
-            "`--profile faithful` keeps it, for transformers and vLLM's transformers backend; for engines' own classes, \
-             convert the source again with `--profile portable`",
+            "`--profile faithful` keeps it, for transformers and vLLM's transformers backend; for engines' own classes convert with \
+             `--rope-grid stock`, and train with the biases of attention frozen (docs/training.md)",
         ))
     }
 
