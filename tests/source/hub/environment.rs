@@ -123,6 +123,11 @@ fn the_token_goes_to_the_hub_alone() {
         let sent = std::mem::take(&mut *storage.authorizations.lock().unwrap());
         assert_eq!(sent, [None]);
     }
+    // Nor to the log, which tells of requests.
+    let mut command = inspect("org/pico", &hub, home.path());
+    let (code, said) = run(command.env("HF_HUB_CACHE", home.path().join("log")).env("RUST_LOG", "trace"));
+    assert!(code == Some(0) && said.contains("/org/pico/resolve/main/config.json"), "{said}");
+    assert!(!said.contains("hf_s") && !said.contains("Bearer"), "{said}");
 }
 
 #[test]
