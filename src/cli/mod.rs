@@ -223,15 +223,16 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
 
 /// Logs are for debugging: what a user should know arrives as events and errors. Off unless RUST_LOG asks.
 fn start_logging() {
-    use std::io::IsTerminal as _;
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("off"));
-    // A second subscriber is impossible in one process; if it happens the first one stays.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .try_init();
+    let Some(filter) = std::env::var("RUST_LOG").ok().filter(|f| !f.is_empty()) else { return };
+    // A second logger is impossible in one process; if it happens the first one stays.
+    let _ = env_logger::Builder::new().parse_filters(&without_wire(&filter)).try_init();
+}
+
+/// The filter without the lower half of the HTTP client, which prints requests byte by byte with the token in them.
+fn without_wire(filter: &str) -> String {
+    let (directives, text) = filter.find('/').map_or((filter, ""), |at| filter.split_at(at));
+    let kept = directives.split(',').filter(|d| !d.trim().starts_with("ureq_proto"));
+    kept.chain(["ureq_proto=off"]).collect::<Vec<_>>().join(",") + text
 }
 
 #[cfg(test)]
@@ -241,5 +242,11 @@ mod tests {
     #[test]
     fn the_tree_is_sound() {
         super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn requests_are_not_logged_byte_by_byte() {
+        assert_eq!(super::without_wire("trace"), "trace,ureq_proto=off");
+        assert_eq!(super::without_wire("info,ureq_proto::util=trace/GET"), "info,ureq_proto=off/GET");
     }
 }

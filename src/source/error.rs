@@ -41,6 +41,20 @@ pub enum SourceError {
         spec: String,
     },
 
+    /// What names the hub is not an address.
+    #[error(
+        "{name} is `{value}`, which is not the address of a hub: {reason}\n\nhint: give an address such as \
+         `https://huggingface.co`, or leave it unset for the public hub"
+    )]
+    Endpoint {
+        /// Variable or option that says so.
+        name: &'static str,
+        /// What it holds, without credentials.
+        value: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+
     /// The hub refused or could not be reached.
     #[error("cannot fetch {} of `{repo}` at revision `{revision}`: {reason}\n\nhint: {hint}",
             file.as_deref().map_or_else(|| "the file list".to_owned(), |f| format!("`{f}`")))]

@@ -158,8 +158,10 @@ fn everything_comes_from_the_registry_with_a_checksum() {
 #[test]
 fn nothing_is_asked_for_at_any_version() {
     let manifest = toml("Cargo.toml");
-    for table in ["dependencies", "dev-dependencies"] {
-        for (name, wanted) in manifest[table].as_table().expect("a table") {
+    let platforms = manifest["target"].as_table().expect("a table").values();
+    let own = ["dependencies", "dev-dependencies"].map(|table| &manifest[table]);
+    for table in own.into_iter().chain(platforms.map(|p| &p["dependencies"])) {
+        for (name, wanted) in table.as_table().expect("a table") {
             let version = wanted.as_str().or_else(|| wanted.get("version").and_then(toml::Value::as_str));
             assert!(version.is_some_and(|v| v.starts_with(|c: char| c.is_ascii_digit())), "{name}: {version:?}");
         }

@@ -5,18 +5,17 @@
 //! the SHA-256 of what is in it; whether that is the hash which the hub announces, the caller finds out.
 
 use std::fs::TryLockError;
-use std::future::poll_fn;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::mpsc::Sender;
-use std::time::Duration;
 
 use fs_err as fs;
-use hf_hub::repository::HFRepository;
-use hf_hub::{HFError, RepoTypeModel};
+use hf_hub::Repo;
 
-use super::{Failure, Remote, Snapshot, TICK, Target};
+use super::client::Client;
+use super::failure::{Failure, Refusal};
+use super::store::Store;
+use super::{Remote, TICK};
 use crate::source::sha256_file;
 
 /// Attempts in a row that bring nothing before it is given up.
@@ -28,7 +27,8 @@ const RESTARTS: u32 = 2;
 #[derive(Debug, Clone)]
 pub(super) struct Part {
     name: String,
-    commit: String,
+    /// The model at a commit.
+    repo: Repo,
     size: u64,
     /// Where the bytes are gathered.
     part: PathBuf,
@@ -36,6 +36,13 @@ pub(super) struct Part {
     lock: PathBuf,
     /// `snapshots/<commit>/<name>`.
     place: PathBuf,
+}
+
+/// What became of a part. To be kept until the file is linked to: those who wait for the lock look for it there.
+pub(super) struct Made {
+    /// `blobs/<hash of its bytes>`.
+    pub(super) blob: PathBuf,
+    _lock: fs::File,
 }
 
 /// How a body ended.
@@ -48,32 +55,25 @@ enum End {
 
 impl Part {
     /// `None` for what is not stored as a large file: it is small, and the listing has no name for its content.
-    pub(super) fn of(snapshot: &Snapshot, file: &Remote) -> Option<Self> {
+    pub(super) fn of(store: &Store, commit: &str, file: &Remote) -> Option<Self> {
         let oid = file.large.as_ref()?;
-        // <cache>/models--org--name/snapshots/<commit>
-        let folder = snapshot.dir.parent()?.parent()?;
         Some(Part {
             name: file.name.clone(),
-            commit: snapshot.commit.clone(),
+            repo: store.at(commit),
             size: file.size,
-            part: folder.join("blobs").join(format!("{oid}.gqa2mla-part")),
-            lock: folder.parent()?.join(".locks").join(folder.file_name()?).join(format!("{oid}.gqa2mla.lock")),
-            place: snapshot.dir.join(&file.name),
+            part: store.blob(&format!("{oid}.gqa2mla-part")),
+            lock: store.lock(&format!("{oid}.gqa2mla")),
+            place: store.snapshot(commit).join(&file.name),
         })
     }
 
     /// Gathers the file and returns the blob it became, or nothing when another process has fetched it meanwhile. Tells
     /// `progress` how many bytes are there, of how many.
-    pub(super) fn fetch(
-        &self,
-        target: &Target,
-        stall: Duration,
-        progress: &Sender<(u64, u64)>,
-    ) -> Result<Option<PathBuf>, Failure> {
+    pub(super) fn fetch(&self, client: &Client, progress: &Sender<(u64, u64)>) -> Result<Option<Made>, Failure> {
         for path in [&self.part, &self.lock] {
-            fs::create_dir_all(path.parent().unwrap_or(path)).map_err(HFError::Io)?;
+            fs::create_dir_all(path.parent().unwrap_or(path))?;
         }
-        let lock = fs::File::create(&self.lock).map_err(HFError::Io)?;
+        let lock = fs::File::create(&self.lock)?;
         // Where files cannot be locked, the hash at the end is what keeps two writers apart.
         while let Err(TryLockError::WouldBlock) = lock.file().try_lock() {
             let there = fs::metadata(&self.part).map_or(0, |m| m.len());
@@ -83,44 +83,35 @@ impl Part {
         if fs::metadata(&self.place).is_ok() {
             return Ok(None);
         }
-        let mut file = fs::OpenOptions::new().create(true).append(true).open(&self.part).map_err(HFError::Io)?;
-        // A runtime and a client of its own: this one may be called from a thread that drives another.
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(HFError::Io)?;
-        let repo = target.client()?.model(&target.owner, &target.name);
-        runtime.block_on(self.gather(&repo, &mut file, stall, progress))?;
-        file.sync_all().map_err(HFError::Io)?;
-        let hash = sha256_file(&self.part).map_err(|e| HFError::Other(e.to_string()))?.sha256;
+        let mut file = fs::OpenOptions::new().create(true).append(true).open(&self.part)?;
+        self.gather(client, &mut file, progress)?;
+        file.sync_all()?;
+        let hash = sha256_file(&self.part)?.sha256;
         let blob = self.part.with_file_name(hash);
-        fs::rename(&self.part, &blob).map_err(HFError::Io)?;
-        Ok(Some(blob))
+        fs::rename(&self.part, &blob)?;
+        Ok(Some(Made { blob, _lock: lock }))
     }
 
     /// Appends to `file` until it is whole.
-    async fn gather(
-        &self,
-        repo: &HFRepository<RepoTypeModel>,
-        file: &mut fs::File,
-        stall: Duration,
-        progress: &Sender<(u64, u64)>,
-    ) -> Result<(), Failure> {
+    fn gather(&self, client: &Client, file: &mut fs::File, progress: &Sender<(u64, u64)>) -> Result<(), Failure> {
         let (mut fruitless, mut restarts) = (0, 0);
         loop {
-            let have = file.seek(SeekFrom::End(0)).map_err(HFError::Io)?;
+            let have = file.seek(SeekFrom::End(0))?;
             let _ = progress.send((have, self.size));
             if have == self.size {
                 return Ok(());
             }
             if have > self.size {
-                file.set_len(0).map_err(HFError::Io)?;
+                file.set_len(0)?;
                 continue;
             }
-            let end = self.stream(repo, file, have, stall, progress).await;
-            let now = file.seek(SeekFrom::End(0)).map_err(HFError::Io)?;
+            let end = self.stream(client, file, have, progress);
+            let now = file.seek(SeekFrom::End(0))?;
             fruitless = if now > have { 0 } else { fruitless + 1 };
             let failure = match end {
                 // The server knows no ranges, and what was appended is the beginning of the file.
                 Ok(End::Beyond) => {
-                    file.set_len(0).map_err(HFError::Io)?;
+                    file.set_len(0)?;
                     restarts += 1;
                     if have > 0 && restarts <= RESTARTS {
                         continue;
@@ -129,55 +120,43 @@ impl Part {
                 }
                 Ok(End::Closed) => Failure::Length { expected: self.size, found: format!("{now} bytes") },
                 // "Range not satisfiable": what the server has is not as long as was announced.
-                Err(Failure::Client(HFError::Http { context })) if context.status.as_u16() == 416 => {
+                Err(Failure::Refused(Refusal { status: 416, .. })) => {
                     return Err(Failure::Length { expected: self.size, found: format!("at most {have} bytes") });
                 }
-                Err(Failure::Client(e)) if may_pass(&e) => Failure::Client(e),
-                Err(e) => return Err(e),
+                Err(failure) if failure.may_pass() => failure,
+                Err(failure) => return Err(failure),
             };
             if fruitless >= FRUITLESS {
                 return Err(failure);
             }
             if now < self.size {
-                tokio::time::sleep(TICK * (1 << fruitless)).await;
+                std::thread::sleep(TICK * (1 << fruitless));
             }
         }
     }
 
     /// Appends what one request brings.
-    async fn stream(
+    fn stream(
         &self,
-        repo: &HFRepository<RepoTypeModel>,
+        client: &Client,
         file: &mut fs::File,
         have: u64,
-        stall: Duration,
         progress: &Sender<(u64, u64)>,
     ) -> Result<End, Failure> {
-        let request = repo.download_file_stream().filename(&self.name).revision(&self.commit);
-        let request = request.maybe_range((have > 0).then_some(have..self.size)).send();
-        let stalled = |_| Failure::Stalled(stall);
-        let (_, mut body) = tokio::time::timeout(stall, request).await.map_err(stalled)??;
-        let mut there = have;
+        let mut content = client.content(&self.repo, &self.name, (have > 0).then_some((have, self.size)))?;
+        let (mut there, mut buffer) = (have, vec![0; 128 << 10]);
         loop {
-            let next = poll_fn(|context| Pin::new(&mut *body).poll_next(context));
-            let Some(bytes) = tokio::time::timeout(stall, next).await.map_err(stalled)? else { return Ok(End::Closed) };
-            let bytes = bytes?;
-            if bytes.len() as u64 > self.size - there {
+            let n = content.read(&mut buffer)?;
+            if n == 0 {
+                return Ok(End::Closed);
+            }
+            if n as u64 > self.size - there {
                 return Ok(End::Beyond);
             }
-            file.write_all(&bytes).map_err(HFError::Io)?;
-            there += bytes.len() as u64;
+            file.write_all(&buffer[..n])?;
+            there += n as u64;
             // The receiver is only gone when the download no longer matters.
             let _ = progress.send((there, self.size));
         }
-    }
-}
-
-/// Whether the same request may succeed a moment later.
-fn may_pass(e: &HFError) -> bool {
-    match e {
-        HFError::Request { .. } | HFError::Xet { .. } => true,
-        HFError::Http { context } => context.status.is_server_error(),
-        _ => false,
     }
 }
