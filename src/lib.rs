@@ -31,10 +31,12 @@ pub mod analyze;
 pub mod arch;
 pub mod calibrate;
 pub mod convert;
+pub mod distill;
 pub mod error;
 pub mod factor;
 #[doc(hidden)]
 pub mod fuzzing;
+mod gradient;
 pub mod latent;
 #[expect(clippy::too_many_lines, reason = "two factorisations are still to be cut")]
 pub mod methods;
