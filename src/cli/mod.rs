@@ -13,6 +13,7 @@ mod completions;
 mod convert;
 mod demo;
 mod devices;
+mod distill;
 mod eval;
 mod generate;
 mod inspect;
@@ -91,6 +92,7 @@ enum Command {
     Check(check::CheckArgs),
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
+    Distill(distill::DistillArgs),
     Rotate(rotate::RotateArgs),
     Shard(shard::ShardArgs),
     Verify(verify::VerifyArgs),
@@ -188,6 +190,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Check(args) => args.execute(&context),
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
+        Command::Distill(args) => args.execute(&context),
         Command::Rotate(args) => args.execute(&context),
         Command::Shard(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),
