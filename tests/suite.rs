@@ -20,6 +20,7 @@ mod analyze;
 mod arch;
 mod cli;
 mod convert;
+mod distill;
 #[cfg(unix)]
 mod hostile;
 mod latent;

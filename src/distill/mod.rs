@@ -33,7 +33,7 @@ use crate::runtime::{Cpu, Model};
 use crate::source::ModelSource;
 use crate::target::{Cut, Emit, Origin};
 use crate::write::{Leftover, PlannedTensor, ShardPlan};
-use student::Student;
+use student::{StoredLayers, Student};
 use tensors::Tensors;
 use text::Text;
 use training::{Outcome, Teacher, Training};
@@ -79,10 +79,13 @@ pub fn distill(
         observer.event(Event::Note(decision.clone()));
     }
     let begun = Instant::now();
+    let start = training::start(&learner, settings.train)?;
+    let frozen = StoredLayers::new(&learner, &start.0)?;
     let training = Training {
         teacher: Teacher::new(Model::new(source.0, source.1, &Cpu))?,
         student: &learner,
-        network: learner.network(seq_len)?,
+        network: learner.network(seq_len, &frozen)?,
+        start,
         texts: &texts,
         settings,
         observer,
@@ -99,7 +102,7 @@ pub fn distill(
     let mut written = Written { student: &learner, best: outcome.best.as_deref(), current: None };
     publisher.write(&emission(&learner, &written)?, &mut written)?;
     publisher.side_files(Config::Kept { without: &[] }, &[])?;
-    let report = report_of((source.0, student.0), settings, output, &texts, outcome, (decisions, seconds));
+    let report = report_of((source.0, student.0), settings, output, &texts, outcome, (decisions, seconds, seq_len));
     publisher.report(&report, extras)?;
     Ok(DistillReport { output: publisher.finish()?, ..report })
 }
@@ -110,12 +113,13 @@ fn report_of(
     output: &Path,
     texts: &[Text],
     outcome: Outcome,
-    (decisions, seconds): (Vec<String>, f64),
+    (decisions, seconds, seq_len): (Vec<String>, f64, usize),
 ) -> DistillReport {
     let figures = |(i, text): (usize, &Text)| TextFigures {
         name: text.name.clone(),
         train_tokens: text.train_tokens(),
         held_out_tokens: text.held_out_tokens(),
+        held_out_windows: text.held_out_windows.clone(),
         kl_before: outcome.before.texts[i],
         kl_after: outcome.after.texts[i],
     };
@@ -127,6 +131,7 @@ fn report_of(
         student: student.spec.clone(),
         student_fingerprint: publish::fingerprint(student),
         settings: settings.clone(),
+        seq_len,
         tokens: outcome.curve.last().map_or(0, |point| point.tokens),
         trained_values: outcome.trained_values,
         kl_before: outcome.before.all,

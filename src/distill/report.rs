@@ -113,6 +113,8 @@ pub struct TextFigures {
     pub train_tokens: usize,
     /// Tokens that were held out.
     pub held_out_tokens: usize,
+    /// Which windows those are: numbers of windows of [`DistillReport::seq_len`] tokens, from the beginning of the text.
+    pub held_out_windows: Vec<usize>,
     /// Of the model that came in.
     pub kl_before: f64,
     /// Of the one that was written.
@@ -162,6 +164,8 @@ pub struct DistillReport {
     pub student_fingerprint: BTreeMap<String, String>,
     /// Settings.
     pub settings: DistillSettings,
+    /// Tokens of the longest windows: as asked for, or as many as the models have positions.
+    pub seq_len: usize,
     /// Tokens that were trained on.
     pub tokens: usize,
     /// Numbers that were trained.

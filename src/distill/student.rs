@@ -22,6 +22,9 @@ use crate::source::{Dtype, ModelSource};
 /// A constant coordinate of a latent is one whose square is this many times what the others have on average.
 const OUTWEIGHS: f64 = CONSTANT_RATIO;
 
+/// Bytes of weights that are not trained, above which they are read again for every pass.
+const HELD: usize = 4 << 30;
+
 /// An MLA folder that can be trained.
 pub(super) struct Student<'a> {
     pub source: &'a ModelSource,
@@ -56,7 +59,7 @@ impl<'a> Student<'a> {
         let shape = need_mla(source, arch)?;
         check_tensors(arch, &source.tensors)?;
         let spec = &source.spec;
-        if arch.moe.is_some() {
+        if (0..arch.layers).any(|layer| arch.is_sparse(layer)) {
             return Err(refused(
                 format!("`{spec}` has experts, whose gradients are not implemented"),
                 "distil a model with plain MLPs, or use `gqa2mla convert --refine`, which trains layer by layer",
@@ -162,7 +165,7 @@ impl<'a> Student<'a> {
     ///
     /// # Errors
     /// Weights that cannot be read.
-    pub fn network(&self, longest: usize) -> Result<Network<'_, f32>, RuntimeError> {
+    pub fn network<'n>(&self, longest: usize, frozen: &'n dyn Frozen<f32>) -> Result<Network<'n, f32>, RuntimeError> {
         let arch = self.arch;
         let name = if arch.tied_head { &arch.names.embed } else { &arch.names.head };
         let stored = StoredPart::find(&self.source.tensors, &Part::whole(name))?.to_f32();
@@ -192,7 +195,7 @@ impl<'a> Student<'a> {
                 cap: arch.logit_softcap,
                 norm_eps: arch.norm_eps,
             },
-            frozen: self,
+            frozen,
         })
     }
 
@@ -307,9 +310,37 @@ impl<'a> Student<'a> {
     }
 }
 
-impl Frozen<f32> for Student<'_> {
+/// Weights that are not trained: in memory, or in their files until a layer's turn comes.
+pub(super) struct StoredLayers<'a> {
+    student: &'a Student<'a>,
+    held: Option<Vec<Tensors<f32>>>,
+}
+
+impl<'a> StoredLayers<'a> {
+    /// Of `student`; those are held that fit into [`HELD`] bytes, without the ones that are in `trained`.
+    ///
+    /// # Errors
+    /// Weights that cannot be read.
+    pub fn new(student: &'a Student<'a>, trained: &[Tensors<f32>]) -> Result<Self, RuntimeError> {
+        let (mut held, mut bytes) = (Vec::with_capacity(trained.len()), 0);
+        for (index, trained) in trained.iter().enumerate() {
+            let frozen = student.stored(index)?.only(|role| !trained.has(role));
+            bytes += frozen.parts().map(size_of_val).sum::<usize>();
+            if bytes > HELD {
+                return Ok(Self { student, held: None });
+            }
+            held.push(frozen);
+        }
+        Ok(Self { student, held: Some(held) })
+    }
+}
+
+impl Frozen<f32> for StoredLayers<'_> {
     fn layer(&self, index: usize) -> Result<Cow<'_, Tensors<f32>>, RuntimeError> {
-        self.stored(index).map(Cow::Owned)
+        match &self.held {
+            Some(held) => Ok(Cow::Borrowed(&held[index])),
+            None => self.student.stored(index).map(Cow::Owned),
+        }
     }
 }
 

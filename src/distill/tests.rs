@@ -301,6 +301,59 @@ fn a_student_that_is_its_source_has_no_loss_and_no_gradient() {
     assert!(sums.iter().flat_map(Tensors::parts).flatten().all(|g| g.abs() < 1e-10));
 }
 
+/// Forward passes of stored models are the runtime's, whatever the class has.
+#[test]
+fn the_students_forward_pass_is_the_runtimes() {
+    use crate::arch::Architecture;
+    use crate::observe::Silent;
+    use crate::runtime::{Cpu, Model};
+    use crate::source::{ModelSource, OpenOptions};
+
+    let dir = tempfile::tempdir().unwrap();
+    let fixture = |name: &str| std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name);
+    let open = |dir: &std::path::Path| {
+        let source = ModelSource::open(&dir.display().to_string(), &OpenOptions::default(), &Silent).unwrap();
+        let arch = Architecture::from_config(&source.config).unwrap();
+        (source, arch)
+    };
+    let mut folders: Vec<_> =
+        ["pico-deepseek-v3-bias", "pico-minicpm3", "pico-plm", "pico-youtu"].map(fixture).into_iter().collect();
+    // What only our own class holds: norms behind attention, capped scores and logits, windows, factors, other activations.
+    for name in ["pico-gemma2", "pico-granite", "pico-mistral"] {
+        let (source, arch) = open(&fixture(name));
+        let settings = crate::methods::ConvertSettings {
+            method: crate::methods::MethodChoice::named("exact").unwrap(),
+            target: crate::target::TargetChoice::all().find(|t| t.name() == "hf-remote").unwrap(),
+            ..Default::default()
+        };
+        let to = dir.path().join(name);
+        crate::convert::convert(&source, &arch, &settings, &to, &|_| Vec::new(), &Silent).unwrap();
+        folders.push(to);
+    }
+    for folder in folders {
+        let (source, arch) = open(&folder);
+        let student = super::student::Student::new(&source, &arch).unwrap();
+        let token = |i: usize| (i * 37 + i * i) as u32 % arch.vocab as u32;
+        let windows: Vec<Vec<u32>> = [0..40, 40..47].into_iter().map(|range| range.map(token).collect()).collect();
+        let model = Model::new(&source, &arch, &Cpu);
+        let hidden = model.final_hidden(&windows, &Silent).unwrap();
+        let head = model.head().unwrap();
+        let logits = |rows: Range<usize>| head.logits(hidden.slice(s![rows, ..]));
+        let (input, windows) = model.start(&windows).unwrap();
+        for train in super::Train::ALL {
+            let trained: Vec<_> = (0..=arch.layers).map(|i| student.chosen(i, train).unwrap().tensors).collect();
+            let frozen = super::student::StoredLayers::new(&student, &trained).unwrap();
+            let network = student.network(40, &frozen).unwrap();
+            let batch = Batch { input: input.clone(), windows: windows.clone() };
+            let losses = network.losses(&trained, batch, &logits).unwrap();
+            // Two orders of the same f32 sums: logits differ by some 1e-5, and a divergence is of their square. What remains is
+            // the rounding of logarithms of sums of up to 300 terms.
+            let worst = losses.iter().fold(0.0_f64, |m, l| m.max(l.abs()));
+            assert!(worst < 2e-6, "{} {train}: {worst}", folder.display());
+        }
+    }
+}
+
 #[test]
 fn steps_have_the_size_that_is_asked_for_whatever_the_scale_of_a_tensor() {
     let weights = |scale: f32| {

@@ -22,6 +22,8 @@ pub(super) struct Text {
     pub name: String,
     pub train: Vec<Vec<u32>>,
     pub held_out: Vec<Vec<u32>>,
+    /// Their numbers among the windows of the longest length.
+    pub held_out_windows: Vec<usize>,
 }
 
 impl Text {
@@ -89,7 +91,7 @@ fn one(
         max_seq_len: Some(seq_len),
         seed: settings.seed,
     };
-    Ok(Text { name, train: windows_of(&rest, &mix), held_out })
+    Ok(Text { name, train: windows_of(&rest, &mix), held_out, held_out_windows: held })
 }
 
 /// Name of a file; its folder is nobody's business.

@@ -4,7 +4,7 @@ use ndarray::{Array2, s};
 
 use super::network::{Batch, Network};
 use super::optimiser::{Optimiser, schedule};
-use super::report::{CurvePoint, DistillSettings, HeldOutPoint};
+use super::report::{CurvePoint, DistillSettings, HeldOutPoint, Train};
 use super::student::Student;
 use super::tensors::Tensors;
 use super::text::{Order, Text, runs};
@@ -73,11 +73,29 @@ pub(super) struct Outcome {
     pub notes: Vec<String>,
 }
 
+/// What is trained of every layer and behind them, and rows of latents that stay.
+pub(super) type Start = (Vec<Tensors<f32>>, Vec<Option<usize>>);
+
+/// What is trained of `student`, as it is stored.
+///
+/// # Errors
+/// Weights that cannot be read.
+pub(super) fn start(student: &Student<'_>, train: Train) -> Result<Start, RuntimeError> {
+    let mut out = (Vec::new(), Vec::new());
+    for index in 0..=student.arch.layers {
+        let chosen = student.chosen(index, train)?;
+        out.0.push(chosen.tensors);
+        out.1.push(chosen.fixed_latent_row);
+    }
+    Ok(out)
+}
+
 /// Everything that a run needs and does not change.
 pub(super) struct Training<'a> {
     pub teacher: Teacher<'a>,
     pub student: &'a Student<'a>,
     pub network: Network<'a, f32>,
+    pub start: Start,
     pub texts: &'a [Text],
     pub settings: &'a DistillSettings,
     pub observer: &'a dyn Observer,
@@ -102,7 +120,7 @@ impl Training<'_> {
     /// Weights that cannot be read; a source that computes numbers that are not finite.
     pub fn run(&self) -> Result<Outcome, RuntimeError> {
         let settings = self.settings;
-        let (trained, fixed) = self.start()?;
+        let (trained, fixed) = self.start.clone();
         let held_out = self.held_out()?;
         let before = self.look(&trained, &held_out)?;
         let windows: Vec<&Vec<u32>> = self.texts.iter().flat_map(|text| &text.train).collect();
@@ -153,17 +171,6 @@ impl Training<'_> {
             }
         }
         Ok(state.done)
-    }
-
-    /// What is trained of every layer and behind them, and rows of latents that stay.
-    fn start(&self) -> Result<(Vec<Tensors<f32>>, Vec<Option<usize>>), RuntimeError> {
-        let mut out = (Vec::new(), Vec::new());
-        for index in 0..=self.student.arch.layers {
-            let chosen = self.student.chosen(index, self.settings.train)?;
-            out.0.push(chosen.tensors);
-            out.1.push(chosen.fixed_latent_row);
-        }
-        Ok(out)
     }
 
     fn held_out(&self) -> Result<HeldOut, RuntimeError> {
@@ -256,7 +263,7 @@ impl Training<'_> {
         if let Some(best) = &state.done.best {
             state.good.clone_from(best);
         } else {
-            state.good = self.start()?.0;
+            state.good.clone_from(&self.start.0);
         }
         Ok(state.undo(&format!("the held-out loss after step {step} is far above that of the beginning")))
     }
