@@ -1,6 +1,6 @@
 //! The one way in which a command writes a model folder.
 //!
-//! `convert`, `rotate` and `shard` differ in the tensors they write and in nothing else. Each of them says what those are and
+//! `convert`, `distill`, `rotate` and `shard` differ in the tensors they write and in nothing else. Each of them says what those are and
 //! where every one comes from (a list of [`Emit`]), computes the values that no source tensor holds ([`Compute`]), and makes
 //! a report ([`Report`]). What is common is here:
 //!
