@@ -33,6 +33,7 @@ pub mod calibrate;
 pub mod convert;
 pub mod distill;
 pub mod error;
+pub mod export;
 pub mod factor;
 #[doc(hidden)]
 pub mod fuzzing;

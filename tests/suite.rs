@@ -21,6 +21,7 @@ mod arch;
 mod cli;
 mod convert;
 mod distill;
+mod export;
 #[cfg(unix)]
 mod hostile;
 mod latent;

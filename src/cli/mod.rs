@@ -15,6 +15,7 @@ mod demo;
 mod devices;
 mod distill;
 mod eval;
+mod export;
 mod generate;
 mod inspect;
 mod measure;
@@ -93,6 +94,7 @@ enum Command {
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
     Distill(distill::DistillArgs),
+    Export(export::ExportArgs),
     Rotate(rotate::RotateArgs),
     Shard(shard::ShardArgs),
     Verify(verify::VerifyArgs),
@@ -191,6 +193,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
         Command::Distill(args) => args.execute(&context),
+        Command::Export(args) => args.execute(&context),
         Command::Rotate(args) => args.execute(&context),
         Command::Shard(args) => args.execute(&context),
         Command::Verify(args) => args.execute(&context),

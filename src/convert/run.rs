@@ -14,11 +14,7 @@ use crate::plan::{Blueprint, Checked, Need, SCHEMA_VERSION, emission, give_back,
 use crate::publish::{self, Config, Nothing, Place, Publisher};
 use crate::runtime::Device;
 use crate::source::{DtypeExt, ModelSource};
-use crate::target::{TokenizerFiles, tokenizer_files};
 use crate::write::{Leftover, Staging};
-
-/// Largest tokenizer that is read into memory.
-const MAX_TOKENIZER_BYTES: u64 = 48 << 20;
 
 /// Files beside the weights that the caller wants in the folder: name and a function of the report.
 pub type Extras<'a> = publish::Extras<'a, ConversionReport>;
@@ -190,24 +186,6 @@ impl Run<'_> {
         Ok(Emitted { layers, frequencies })
     }
 
-    /// Files of the source's tokenizer as the output's class has to have them, where those are others.
-    fn tokenizer_files(&self) -> Vec<(String, Vec<u8>)> {
-        let source = self.checked.case.source;
-        let read = |name: &str| {
-            let file = source.files.iter().find(|f| f.name == name && f.size <= MAX_TOKENIZER_BYTES)?;
-            fs_err::read(&file.path).ok()
-        };
-        let model_type = source.config.get("model_type").and_then(serde_json::Value::as_str).unwrap_or_default();
-        let remote = self.blueprint.spec.class.brings_code();
-        let fitted = read("tokenizer.json").map_or_else(TokenizerFiles::default, |tokenizer| {
-            tokenizer_files(model_type, remote, read("tokenizer_config.json").as_deref(), &tokenizer)
-        });
-        if let Some(note) = fitted.note {
-            self.observer.event(Event::Note(note));
-        }
-        fitted.files
-    }
-
     /// Writes every file beside the weights; only publishing is left.
     fn describe(
         &self,
@@ -221,7 +199,7 @@ impl Run<'_> {
         let (source, arch) = (case.source, case.arch);
         let rope = spec.rope(&emitted.frequencies, arch, &source.config, blueprint.max_position);
         let config = spec.config(arch, &source.config, &rope, blueprint.max_position);
-        let tokenizer = self.tokenizer_files();
+        let tokenizer = publish::tokenizer_files(source, spec.class, self.observer);
         let class = spec.class.files().iter().map(|(name, text)| (*name, text.as_bytes()));
         let own: Vec<_> = class.chain(tokenizer.iter().map(|(name, text)| (name.as_str(), text.as_slice()))).collect();
         publisher.side_files(Config::Made(&config), &own)?;

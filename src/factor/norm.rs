@@ -29,8 +29,21 @@ pub struct NormScales {
 /// `down` is chosen so that the relative error `down^2 rms_max^2 / (2 eps)` stays below 2^-24, the rounding of f32, and
 /// is never larger than 2^-20.
 pub fn neutral_scales(rms_max: f64, eps: f64) -> NormScales {
-    let bound = (2.0 * eps * 2.0_f64.powi(-24)).sqrt() / rms_max.max(f64::MIN_POSITIVE);
-    let exponent = bound.log2().floor().clamp(-60.0, -20.0);
+    scales_by_error(rms_max, eps, -24, -20.0)
+}
+
+/// Scales for a latent whose root mean square is `rms` for ordinary inputs, with an error of at most `2^-15` for those: for
+/// what is an approximation anyway. The rows are a thousand times as large as [`neutral_scales`] leaves them, large enough
+/// for f16 and for block scales in f16 where the input is scaled as well (docs/maths.md, (5.4)). `down` is at most `2^-15`, so
+/// that the gain stands out.
+pub fn small_scales(rms: f64, eps: f64) -> NormScales {
+    scales_by_error(rms, eps, -15, -15.0)
+}
+
+/// The largest power of two `down`, at most `2^most`, with `down^2 rms^2 / (2 eps) <= 2^error`, and what belongs to it.
+fn scales_by_error(rms: f64, eps: f64, error: i32, most: f64) -> NormScales {
+    let bound = (2.0 * eps * 2.0_f64.powi(error)).sqrt() / rms.max(f64::MIN_POSITIVE);
+    let exponent = bound.log2().floor().clamp(-60.0, most);
     let down = exponent.exp2();
     // The rest, sqrt(eps) / down, as a product of two bf16 values (8 bits of mantissa each).
     let rest = eps.sqrt() / down;
@@ -107,6 +120,18 @@ pub fn rms_bound(weight: &ndarray::Array2<f64>, gain: &[f64], bias: Option<&ndar
     }
     let bias = bias.map_or(0.0, |b| b.iter().map(|x| x * x).sum::<f64>().sqrt());
     ((frobenius * cols as f64).sqrt() + bias) / (rows as f64).sqrt()
+}
+
+/// Root mean square of `W x + b` over inputs `x = gain * n` with `n` of mean square one in every direction alike:
+/// `(|W diag(gain)|_F^2 + |b|^2)^(1/2) / r^(1/2)`, for `W` `[r, D]`.
+pub fn rms_of_ordinary(weight: &ndarray::Array2<f64>, gain: &[f64], bias: Option<&ndarray::Array1<f64>>) -> f64 {
+    let rows = weight.nrows();
+    if rows == 0 {
+        return 1.0;
+    }
+    let squares = weight.rows().into_iter().flat_map(|row| row.into_iter().zip(gain)).map(|(w, g)| (w * g).powi(2));
+    let bias = bias.map_or(0.0, |b| b.dot(b));
+    ((squares.sum::<f64>() + bias) / rows as f64).sqrt()
 }
 
 #[cfg(test)]

@@ -147,7 +147,8 @@ pub fn rotate(
     let mut folded = FoldedLayers::new(source, arch, settings, moments, observer)?;
     publisher.write(&list, &mut folded)?;
     let widened = settings.transform != Transform::None && is_fp8(source);
-    publisher.side_files(Config::Kept { without: if widened { &["quantization_config"] } else { &[] } }, &[])?;
+    publisher
+        .side_files(Config::Kept { without: if widened { &["quantization_config"] } else { &[] }, with: &[] }, &[])?;
     let report = RotationReport {
         schema_version: ROTATION_SCHEMA,
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -161,7 +161,7 @@ pub fn shard(
             .write(list, &mut RankLayers { source, arch, shape, sharing, measured: &measured, t, current: None })?;
         observer.event(Event::Step { done: t as u64 + 1, tokens: 0 });
     }
-    publisher.side_files(Config::Kept { without: &[] }, &[])?;
+    publisher.side_files(Config::Kept { without: &[], with: &[] }, &[])?;
     let (transform, order) = rotation_of(source, &settings.sharing);
     let report = ShardReport {
         schema_version: SHARDS_SCHEMA,

@@ -135,12 +135,21 @@ pub struct Candidates {
     pub query_bias: bool,
     /// Rank of the queries' own latent; `None`: queries are projected directly. The largest where ranks are open.
     pub q_rank: Option<usize>,
-    /// Whether ranks wait for the survey.
-    pub ranks_open: bool,
+    /// Whether the rank of the key/value latent waits for the survey.
+    pub kv_rank_open: bool,
+    /// Whether the rank of the query latent does.
+    pub q_rank_open: bool,
     /// `d_N`, values per head without rotation.
     pub nope: usize,
     /// Whether the output's weights are the source's own times powers of two.
     pub plain_weights: bool,
+}
+
+impl Candidates {
+    /// Whether a rank waits for the survey.
+    pub fn ranks_open(&self) -> bool {
+        self.kv_rank_open || self.q_rank_open
+    }
 }
 
 /// Calibration text that a method needs.

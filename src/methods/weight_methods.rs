@@ -242,7 +242,7 @@ pub(super) fn survey(
     }
     let decisions = explain(&found);
     let (mut split, mut q_rank) = (survey.candidates.splits[0], None);
-    if survey.candidates.ranks_open {
+    if survey.candidates.ranks_open() {
         let widest = |f: fn(&(usize, usize)) -> usize| found.ranks.iter().map(f).max().unwrap_or(1);
         (split.rank, q_rank) = (widest(|r| r.0), Some(widest(|r| r.1)));
     }

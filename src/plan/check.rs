@@ -4,7 +4,7 @@ use crate::arch::{ArchError, Architecture, GqaShape, check_tensors};
 use crate::error::ConvertError;
 use crate::methods::{Candidates, Case, ConvertSettings, Split};
 use crate::mla::Geometry;
-use crate::source::{Dtype, ModelSource, scan_non_finite};
+use crate::source::{ModelSource, scan_non_finite};
 use crate::stream::SourceModel;
 use crate::target::{self, LatentNorm, OutputDtype, Padding, Profile, RopeGrid, Storage, Target, TargetSpec, Wanted};
 
@@ -60,9 +60,9 @@ impl<'a> Checked<'a> {
         };
         let target = target::select(&wanted, &mut decisions)?;
         let max_position = context(arch, &shape, settings, target, &mut decisions)?;
-        let latent_norm = LatentNorm::of(target, has_room_for_biases(settings, &shape));
+        let latent_norm = LatentNorm::of(target, has_room_for_biases(settings, &shape), !compresses);
         let (storage, decision) =
-            Storage::choose(settings.dtype, most_bytes(source), (target, latent_norm), !compresses)?;
+            Storage::choose(settings.dtype, source.tensors.main_dtype(), (target, latent_norm), !compresses)?;
         decisions.extend(decision.map(str::to_owned));
         let case = Case { source, arch, shape, settings, target };
         if settings.profile == Some(Profile::Portable) {
@@ -72,7 +72,7 @@ impl<'a> Checked<'a> {
         let mut candidates = settings.method.check(&case, &mut decisions)?;
         let mut spec = spec(&case, &candidates, storage, kept, latent_norm);
         decisions.extend(constant_slot(&mut spec, &mut candidates, compresses));
-        if !candidates.ranks_open {
+        if !candidates.ranks_open() {
             let fitted = target::fit(spec, candidates.splits, settings.pad.is_some())?;
             (spec, candidates.splits) = (fitted.spec, fitted.splits);
             decisions.extend(fitted.decisions);
@@ -90,7 +90,7 @@ impl<'a> Checked<'a> {
                 check_finite(source, name)?;
             }
         }
-        if !candidates.ranks_open {
+        if !candidates.ranks_open() {
             check_cache(&case, &spec)?;
         }
         Ok(Self { case, candidates, spec, max_position, decisions, scanned })
@@ -163,7 +163,7 @@ fn spec(
 /// nothing needs them all: its output is wider.
 fn constant_slot(spec: &mut TargetSpec, candidates: &mut Candidates, compresses: bool) -> Option<String> {
     let form = spec.latent_norm.filter(|norm| norm.needs_bias())?;
-    if !compresses || candidates.ranks_open {
+    if !compresses || candidates.kv_rank_open {
         let rank = candidates.splits.first()?.rank;
         let slots = (rank + form.slots()).next_multiple_of(2) - rank;
         spec.latent_norm = Some(LatentNorm::Constant { slots });
@@ -270,13 +270,4 @@ fn context(
         ));
     }
     Ok(asked)
-}
-
-/// The dtype that most bytes of the source's weights have.
-fn most_bytes(source: &ModelSource) -> Dtype {
-    let mut bytes = std::collections::BTreeMap::new();
-    for (_, t) in source.tensors.iter() {
-        *bytes.entry(t.dtype).or_insert(0_u64) += t.bytes();
-    }
-    bytes.into_iter().max_by_key(|(_, n)| *n).map_or(Dtype::F32, |(dtype, _)| dtype)
 }

@@ -44,7 +44,7 @@ impl Windows {
 /// Whether a survey has to run the model, or would only settle what is settled.
 pub(super) fn is_open(checked: &Checked<'_>) -> bool {
     let auto = matches!(checked.case.settings.mla_layers, Some(MlaLayers::Auto(_)));
-    auto || checked.candidates.splits.len() > 1 || checked.candidates.ranks_open
+    auto || checked.candidates.splits.len() > 1 || checked.candidates.ranks_open()
 }
 
 /// Settle what is open, and say why. With `predict`, also measure the error of some layers.
@@ -77,7 +77,7 @@ pub(crate) fn survey(
     let survey = Survey { case: *case, candidates: &checked.candidates, geometry, walk };
     let Choice { split, q_rank, result, predicted_error, decisions: why } = method.survey(&survey, predict)?;
     decisions.extend(why);
-    let mut spec = match checked.candidates.ranks_open {
+    let mut spec = match checked.candidates.ranks_open() {
         true => with_ranks(checked, split, q_rank, &mut decisions)?,
         false => checked.spec.with_split(split),
     };

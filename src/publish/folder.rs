@@ -27,6 +27,8 @@ pub enum Config<'a> {
     Kept {
         /// Top-level keys that no longer hold, such as the quantisation of a model that was widened.
         without: &'a [&'a str],
+        /// Top-level keys with other values.
+        with: &'a [(&'a str, Value)],
     },
 }
 
@@ -69,10 +71,11 @@ impl Publisher<'_> {
                 Architecture::from_config(config)?;
                 self.json("config.json", config)?;
             }
-            Config::Kept { without } => {
+            Config::Kept { without, with } => {
                 let mut config = self.source.config.clone();
                 if let Some(map) = config.as_object_mut() {
                     without.iter().for_each(|key| drop(map.remove(*key)));
+                    map.extend(with.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
                 }
                 self.json("config.json", &config)?;
             }

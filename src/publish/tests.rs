@@ -98,7 +98,7 @@ fn publisher<'a>(
 fn write(source: &ModelSource, to: &Path, list: &[Emit], computed: &[OutTensor]) -> Result<PathBuf, ConvertError> {
     let mut publisher = publisher(source, to, list, &Silent)?;
     publisher.write(list, &mut &*computed)?;
-    publisher.side_files(Config::Kept { without: &[] }, &[])?;
+    publisher.side_files(Config::Kept { without: &[], with: &[] }, &[])?;
     publisher.finish()
 }
 
@@ -281,7 +281,7 @@ fn side_files_follow_the_config() {
         |folder: &Path, name: &str| -> Value { serde_json::from_slice(&fs::read(folder.join(name)).unwrap()).unwrap() };
     let common = ["README.md", "config.json", "manifest.json", "model.safetensors", "report.json", "tokenizer.json"];
 
-    let kept = folder("kept", Config::Kept { without: &["quantization_config"] }, &[]).unwrap();
+    let kept = folder("kept", Config::Kept { without: &["quantization_config"], with: &[] }, &[]).unwrap();
     let mut expected: Vec<&str> = common.into_iter().chain(["modeling_x.py"]).collect();
     expected.sort_unstable();
     assert_eq!(names(&kept), expected, "the code that the config names, and no other");
@@ -300,10 +300,10 @@ fn side_files_follow_the_config() {
 
     let unreadable = folder("unreadable", Config::Made(&json!({ "model_type": "x" })), &[]).unwrap_err();
     assert!(matches!(unreadable, ConvertError::Arch(_)), "{unreadable}");
-    let taken = folder("taken", Config::Kept { without: &[] }, &[("config.json", b"")]).unwrap_err();
+    let taken = folder("taken", Config::Kept { without: &[], with: &[] }, &[("config.json", b"")]).unwrap_err();
     assert!(matches!(taken, ConvertError::Write(WriteError::BadFile { .. })), "{taken}");
     fs::OpenOptions::new().append(true).open(from.dir.join("model.safetensors")).unwrap().set_len(9).unwrap();
-    let changed = folder("changed", Config::Kept { without: &[] }, &[]).unwrap_err();
+    let changed = folder("changed", Config::Kept { without: &[], with: &[] }, &[]).unwrap_err();
     assert!(matches!(changed, ConvertError::Source(SourceError::Changed { .. })), "{changed}");
     assert_eq!(names(dir.path()), ["kept", "made", "source"]);
 }
@@ -326,7 +326,7 @@ fn a_run_that_dies_publishes_all_or_nothing_and_what_could_not_be_removed_is_tol
     let run = |to: &Path, log: &Log| {
         let mut publisher = publisher(&from, to, &list, log)?;
         publisher.write(&list, &mut Nothing)?;
-        publisher.side_files(Config::Kept { without: &[] }, &[])?;
+        publisher.side_files(Config::Kept { without: &[], with: &[] }, &[])?;
         publisher.finish()
     };
     let log = Log::default();

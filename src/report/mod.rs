@@ -4,6 +4,7 @@
 
 pub mod distillation;
 pub mod engines;
+pub mod export;
 pub mod heatmap;
 pub mod rotation;
 pub mod svg;

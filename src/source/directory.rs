@@ -201,6 +201,15 @@ pub struct TensorDirectory {
 }
 
 impl TensorDirectory {
+    /// The dtype that most bytes of the weights have; f32 for no weights.
+    pub fn main_dtype(&self) -> Dtype {
+        let mut bytes = BTreeMap::new();
+        for (_, t) in self.iter() {
+            *bytes.entry(t.dtype).or_insert(0_u64) += t.bytes();
+        }
+        bytes.into_iter().max_by_key(|(_, n)| *n).map_or(Dtype::F32, |(dtype, _)| dtype)
+    }
+
     /// Joins validated shards. Names must not repeat across shards; [`super::index`] reports those beforehand.
     pub(super) fn new(opened: Vec<(Shard, Layout)>) -> Self {
         let (mut tensors, mut shards) = (BTreeMap::new(), Vec::with_capacity(opened.len()));

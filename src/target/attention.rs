@@ -160,8 +160,8 @@ impl Values {
         // Stock classes scale scores by the width of a head; what is missing multiplies the queries.
         let factor = if spec.class.has_own_score_scale() { 1.0 } else { mla.score_scale * (width as f64).sqrt() };
         let query_bias = query_bias(mla) * factor;
-        let query = query(spec, mla, factor, &query_bias, gain);
-        let latent = Latent {
+        let mut query = query(spec, mla, factor, &query_bias, gain);
+        let mut latent = Latent {
             down: &mla.latent,
             up: by_head(heads, &mla.k_up, &mla.v_up),
             constant: None,
@@ -169,14 +169,22 @@ impl Values {
             width: spec.output().kv_lora_rank,
             gain,
             plain: Plain::Down,
-        };
-        let stream_scale = spec.stream_scale(arch);
+        }
+        .carry(spec.latent_norm);
+        let (stream_scale, input_scale) = (spec.stream_scale(arch), spec.input_scale());
+        let mut key = mla.k_rope.clone();
+        if input_scale != 1.0 {
+            let reads_input = if query.down.is_empty() { &mut query.up } else { &mut query.down };
+            for map in [reads_input, &mut latent.down, &mut key] {
+                *map /= input_scale;
+            }
+        }
         let zeros = |bias: &Option<Array1<f64>>, n: usize| bias.clone().unwrap_or_else(|| Array1::zeros(n));
         Self {
             query,
             query_bias,
-            latent: latent.carry(spec.latent_norm),
-            key: mla.k_rope.clone(),
+            latent,
+            key,
             key_bias: zeros(&mla.k_rope_bias, mla.rope_dim()),
             output: &mla.wo * stream_scale,
             output_bias: zeros(&mla.wo_bias, mla.hidden()) * stream_scale,

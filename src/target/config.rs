@@ -17,6 +17,15 @@ pub(super) fn object(value: Value) -> Map<String, Value> {
     }
 }
 
+/// Name of a dtype in a config: that of its weights.
+pub fn torch_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::BF16 => "bfloat16",
+        Dtype::F16 => "float16",
+        _ => "float32",
+    }
+}
+
 impl TargetSpec {
     /// `config.json`. Special token ids come from the source's; nothing else of it survives.
     pub fn config(&self, arch: &Architecture, source: &Value, rope: &RopeConfig, max_position: usize) -> Value {
@@ -45,11 +54,7 @@ impl TargetSpec {
             "tie_word_embeddings": false,
             "use_cache": true,
             "initializer_range": 0.02,
-            "torch_dtype": match self.storage.base() {
-                Dtype::BF16 => "bfloat16",
-                Dtype::F16 => "float16",
-                _ => "float32",
-            },
+            "torch_dtype": torch_name(self.storage.base()),
         }));
         map.extend(self.class.config(&ConfigInput { spec: self, arch, rope, max_position }));
         if self.storage.is_fp8() {

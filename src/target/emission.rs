@@ -81,7 +81,8 @@ impl List<'_> {
     fn layer(&mut self, arch: &Architecture, layer: usize) {
         let to = format!("model.layers.{layer}.");
         let d = arch.hidden;
-        self.norm(arch, layer, "input_norm", &format!("{to}input_layernorm.weight"));
+        let scale = if self.spec.keeps(layer) { 1.0 } else { self.spec.input_scale() };
+        self.norm(arch, layer, "input_norm", &format!("{to}input_layernorm.weight"), scale);
         if self.spec.keeps(layer) {
             self.kept_attention(arch, layer, &to);
         } else {
@@ -92,7 +93,7 @@ impl List<'_> {
         if self.spec.head_norms && !self.spec.keeps(layer) {
             self.head_norms(arch, layer, &to);
         }
-        self.norm(arch, layer, "attention_out_norm", &format!("{to}attention_out_layernorm.weight"));
+        self.norm(arch, layer, "attention_out_norm", &format!("{to}attention_out_layernorm.weight"), 1.0);
         let down = self.spec.stream_scale(arch) * arch.multipliers.residual;
         match &arch.moe {
             Some(_) if arch.is_sparse(layer) => self.experts(arch, layer, &to, down),
@@ -112,8 +113,8 @@ impl List<'_> {
                 }
             }
         }
-        self.norm(arch, layer, "post_norm", &format!("{to}post_attention_layernorm.weight"));
-        self.norm(arch, layer, "mlp_out_norm", &format!("{to}mlp_out_layernorm.weight"));
+        self.norm(arch, layer, "post_norm", &format!("{to}post_attention_layernorm.weight"), 1.0);
+        self.norm(arch, layer, "mlp_out_norm", &format!("{to}mlp_out_layernorm.weight"), 1.0);
     }
 
     /// The source's own attention.
@@ -144,10 +145,10 @@ impl List<'_> {
         }
     }
 
-    fn norm(&mut self, arch: &Architecture, layer: usize, role: &str, name: &str) {
+    fn norm(&mut self, arch: &Architecture, layer: usize, role: &str, name: &str, scale: f64) {
         let names = arch.names.layer(layer);
         if names.has(role) {
-            self.source(name, Part::whole(names.role(role)), vec![arch.hidden], 1.0, arch.norm_offset);
+            self.source(name, Part::whole(names.role(role)), vec![arch.hidden], scale, arch.norm_offset * scale);
         }
     }
 

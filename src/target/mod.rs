@@ -28,6 +28,7 @@ mod tokenizer;
 pub use attention::{AttentionTensor, Holds};
 pub use choices::{OutputDtype, Padding, Profile, RopeGrid};
 pub use class::{Caveat, Class, ClassFile, ConfigInput};
+pub use config::torch_name;
 pub use emission::Emission;
 pub use fitting::{Fitted, fit};
 pub use neutral::{LATENT_EPS, LatentNorm};

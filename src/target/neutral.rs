@@ -7,11 +7,16 @@ use ndarray::{Array1, Array2, s};
 use serde::{Deserialize, Serialize};
 
 use super::Target;
-use crate::factor::norm::{ConstantScales, NormScales, constant_scales, neutral_scales, rms_bound};
+use crate::factor::norm::{
+    ConstantScales, NormScales, constant_scales, neutral_scales, rms_bound, rms_of_ordinary, small_scales,
+};
 
 /// Epsilon of the latent norms: transformers fixes it, other engines read `rms_norm_eps`. Where the norm is neutralised by it
-/// ([`LatentNorm::TinyRows`]) every norm of the output has it.
+/// ([`LatentNorm::TinyRows`], [`LatentNorm::SmallRows`]) every norm of the output has it.
 pub const LATENT_EPS: f64 = 1e-6;
+/// What the gain of the input norm is multiplied by for [`LatentNorm::SmallRows`]: latent rows of about `2^-17` become `2^-5` of
+/// what they are, which block scales in f16 hold, and weights of queries, `2^12` times as large, stay within f16.
+const INPUT_SCALE: f64 = 1.0 / 4096.0;
 
 /// How the norm that a class applies to latents is neutralised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +24,9 @@ pub const LATENT_EPS: f64 = 1e-6;
 pub enum LatentNorm {
     /// Rows of the latent are so small that the norm's epsilon dominates (docs/maths.md, section 5).
     TinyRows,
+    /// The same for what is an approximation anyway: rows are small enough for ordinary inputs, and the gain of the layer's
+    /// input norm takes a part of what makes them small, so that f16 and its block scales hold them.
+    SmallRows,
     /// One coordinate of the latent is a constant that outweighs the others, which keep their size (docs/maths.md, section 5).
     /// It needs a bias on the map to the latent.
     Constant {
@@ -29,15 +37,24 @@ pub enum LatentNorm {
 
 impl LatentNorm {
     /// The form for a class; `None` for one that norms no latents. A constant needs biases: `biases` says whether the engines
-    /// that the output is written for take them.
-    pub fn of(class: Target, biases: bool) -> Option<Self> {
-        class.norms_latents().then_some(if biases { Self::Constant { slots: 1 } } else { Self::TinyRows })
+    /// that the output is written for take them. `exact`: whether the output is to equal the source.
+    pub fn of(class: Target, biases: bool, exact: bool) -> Option<Self> {
+        let small = if exact { Self::TinyRows } else { Self::SmallRows };
+        class.norms_latents().then_some(if biases { Self::Constant { slots: 1 } } else { small })
+    }
+
+    /// Factor on the gain of the norm before attention, whose inverse is in the maps that read it.
+    pub fn input_scale(self) -> f64 {
+        match self {
+            Self::SmallRows => INPUT_SCALE,
+            Self::TinyRows | Self::Constant { .. } => 1.0,
+        }
     }
 
     /// Coordinates of the key/value latent that the method does not use.
     pub fn slots(self) -> usize {
         match self {
-            Self::TinyRows => 0,
+            Self::TinyRows | Self::SmallRows => 0,
             Self::Constant { slots } => slots,
         }
     }
@@ -53,14 +70,14 @@ impl LatentNorm {
             Self::TinyRows => {
                 Some("its latent norm is neutralised by weights scaled to 2^-20, which f16 rounds to zero")
             }
-            Self::Constant { .. } => None,
+            Self::SmallRows | Self::Constant { .. } => None,
         }
     }
 
     /// Epsilon that every norm of the output has to have, for a source with `source_eps`. A constant outweighs any.
     pub fn eps(self, source_eps: f64) -> f64 {
         match self {
-            Self::TinyRows => LATENT_EPS,
+            Self::TinyRows | Self::SmallRows => LATENT_EPS,
             Self::Constant { .. } => source_eps,
         }
     }
@@ -120,6 +137,10 @@ impl Latent<'_> {
             Some(LatentNorm::TinyRows) => {
                 let one = self.constant.as_ref().map(|_| Array1::from_elem(1, 1.0));
                 (neutral_scales(rms_bound(self.down, self.gain, one.as_ref()), LATENT_EPS), None)
+            }
+            Some(LatentNorm::SmallRows) => {
+                let one = self.constant.as_ref().map(|_| Array1::from_elem(1, 1.0));
+                (small_scales(rms_of_ordinary(self.down, self.gain, one.as_ref()), LATENT_EPS), None)
             }
             Some(LatentNorm::Constant { .. }) => {
                 let largest = rms_bound(self.down, self.gain, None) * (self.down.nrows() as f64).sqrt();
@@ -186,9 +207,15 @@ mod tests {
     fn a_neutral_norm_changes_nothing_for_any_input() {
         let mut state = 7;
         let (n, m, d) = (6, 9, 16);
-        for norm in [None, Some(LatentNorm::TinyRows), Some(LatentNorm::Constant { slots: 1 })] {
-            // Half the square of the least ratio of the constant to the latent is 2^-15.
-            let allowed = if norm.is_some_and(LatentNorm::needs_bias) { -14 } else { -23 };
+        let forms = [LatentNorm::TinyRows, LatentNorm::SmallRows, LatentNorm::Constant { slots: 1 }];
+        for norm in [None].into_iter().chain(forms.map(Some)) {
+            let allowed = match norm {
+                None | Some(LatentNorm::TinyRows) => -23,
+                // Half the square of the least ratio of the constant to the latent is 2^-15.
+                Some(LatentNorm::Constant { .. }) => -14,
+                // 2^-15 for ordinary inputs; these, of few directions, are up to the root of 16 times as long.
+                Some(LatentNorm::SmallRows) => -11,
+            };
             for (plain, constant) in [(Plain::Down, false), (Plain::Up, false), (Plain::Up, true), (Plain::Down, true)]
             {
                 let down = random((n, d), &mut state);
@@ -260,7 +287,23 @@ mod tests {
     }
 
     #[test]
-    fn a_constant_survives_f16_and_small_rows_do_not() {
+    fn small_rows_lie_where_f16_holds_them_once_the_input_is_scaled() {
+        let mut state = 23;
+        for size in [0.01, 0.1, 1.0, 10.0] {
+            let (down, up) = (random((8, 64), &mut state) * size, random((5, 8), &mut state));
+            let latent =
+                Latent { down: &down, up, constant: None, used: 8, width: 8, gain: &[1.0; 64], plain: Plain::Down };
+            let carried = latent.carry(Some(LatentNorm::SmallRows));
+            let rows = carried.down / LatentNorm::SmallRows.input_scale();
+            let largest = rows.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+            // Q8_0 divides by 127; 2^-20 is sixteen steps of f16's smallest numbers.
+            assert!(largest / 127.0 > 2.0_f64.powi(-20) && largest < 16.0, "{size}: {largest}");
+            assert!(carried.weight.iter().all(|w| *w > 16.0), "{size}: {:?}", carried.weight);
+        }
+    }
+
+    #[test]
+    fn a_constant_survives_f16_and_tiny_rows_do_not() {
         let f16 = |v: f64, _: usize| half::f16::from_f64(v).to_f64();
         let (new, old) =
             (disturbed(LatentNorm::Constant { slots: 1 }, 16, &f16), disturbed(LatentNorm::TinyRows, 16, &f16));

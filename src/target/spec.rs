@@ -74,6 +74,11 @@ impl TargetSpec {
         self.latent_norm.map_or(1.0, |norm| norm.stream_scale(arch.norm_eps))
     }
 
+    /// Factor on the gain of the norm before attention, whose inverse is in the maps that read it.
+    pub fn input_scale(&self) -> f64 {
+        self.latent_norm.map_or(1.0, LatentNorm::input_scale)
+    }
+
     /// Whether layer `layer` keeps the source's attention.
     pub fn keeps(&self, layer: usize) -> bool {
         self.kept.get(layer) == Some(&true)

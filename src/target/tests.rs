@@ -57,7 +57,7 @@ fn source() -> Architecture {
 
 impl Case {
     fn spec(&self, arch: &Architecture) -> TargetSpec {
-        let form = LatentNorm::of(self.class, self.profile == Profile::Faithful);
+        let form = LatentNorm::of(self.class, self.profile == Profile::Faithful, false);
         let mut spec = TargetSpec {
             class: self.class,
             geometry: self.geometry,
@@ -153,6 +153,7 @@ fn cut(rows: &Array1<f64>, heads: usize, n: usize) -> (Array2<f64>, Array2<f64>)
 /// What a class computes of a token from what is written.
 fn of_class(written: &Written, spec: &TargetSpec, arch: &Architecture, x: &Array1<f64>) -> Token {
     let (g, eps) = (spec.output(), spec.norm_eps(arch));
+    let x = &(x * spec.input_scale());
     let queries = match written.linear("q_proj", x) {
         Some(queries) => queries,
         None => {
@@ -223,8 +224,13 @@ fn every_class_computes_what_the_layer_says() {
             x * Array1::from(gain.clone())
         };
         let (m, n) = (token(), token());
-        // Half the square of the ratio of the latent to the constant, where one neutralises the norm.
-        let allowed = if spec.latent_norm.is_some_and(LatentNorm::needs_bias) { 1e-4 } else { 1e-6 };
+        // What is left of the norm: the square of the ratio of the latent to the constant, or to the root of the epsilon.
+        let allowed = match spec.latent_norm {
+            None | Some(LatentNorm::TinyRows) => 1e-6,
+            Some(LatentNorm::Constant { .. }) => 1e-4,
+            // 2^-15 for each of two latents, of scores of about five.
+            Some(LatentNorm::SmallRows) => 5e-4,
+        };
         let scale = match case.class.has_own_score_scale() {
             true => mla.score_scale,
             false => ((g.qk_nope_head_dim + g.qk_rope_head_dim) as f64).powf(-0.5),

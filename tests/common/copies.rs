@@ -40,3 +40,20 @@ pub fn changed(
     fs_err::write(&weights, bytes).expect("written");
     to
 }
+
+/// A copy of a model in one file of f32 weights, each tensor of which `change` was given by name.
+pub fn rewritten(from: &Path, to: &Path, change: impl Fn(&str, &mut [f32])) {
+    copy_folder(from, to);
+    let (source, _) = open(from);
+    let weights = to.join("model.safetensors");
+    let mut bytes = fs_err::read(&weights).expect("readable");
+    for (name, info) in source.tensors.iter() {
+        assert_eq!(info.dtype, gqa2mla::source::Dtype::F32, "{name}");
+        let place = &mut bytes[info.begin as usize..info.end as usize];
+        let mut values: Vec<f32> =
+            place.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        change(name, &mut values);
+        place.copy_from_slice(&values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
+    }
+    fs_err::write(&weights, bytes).expect("written");
+}

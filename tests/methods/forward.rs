@@ -22,7 +22,6 @@ fn the_written_layer_does_what_the_layer_on_the_host_does() {
     // Weights alone make this layer, so that it can be made again here.
     let pairs = PartialRope::Uniform.choose(shape.rotary_dim / 2, rope / 2, &[]);
     let slots: Vec<Slot> = pairs.into_iter().map(|pair| Slot { pair, head: None }).collect();
-    let ranks = Ranks { kv: rank, kv_width: rank, q: q_rank, q_width: q_rank };
     let windows = [19, 12];
     let x = Array2::from_shape_fn((31, arch.hidden), |(t, i)| ((t * 131 + i * 17) as f32 * 0.37).sin());
     for target in ["deepseek_v3", "youtu", "minicpm3", "hf-remote"] {
@@ -41,6 +40,9 @@ fn the_written_layer_does_what_the_layer_on_the_host_does() {
         // Classes that scale the residual stream scale what attention adds to it.
         let scale = if made_arch.norm_eps == arch.norm_eps { 1.0 } else { (arch.norm_eps / made_arch.norm_eps).sqrt() };
         let model = Model::new(&made, &made_arch, &Cpu);
+        // Classes that norm the latent take one of its values for a constant.
+        let kv = if target == "hf-remote" { rank } else { rank - 1 };
+        let ranks = Ranks { kv, kv_width: kv, q: q_rank, q_width: q_rank };
         for index in [0, arch.layers - 1] {
             let attention = load_attention_source(&source, &arch, index).expect("reads");
             let layer = x_ecomla::convert(&attention, &slots, &ranks, shape.head_dim - rope).expect("converts").layer;
@@ -50,7 +52,7 @@ fn the_written_layer_does_what_the_layer_on_the_host_does() {
             let found = runtime.attention_output(x.view(), &windows).expect("runs") * scale as f32;
             let size = expected.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
             let worst = (&found - &expected).iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-            // Products of some hundred terms in f32; neutralised norms are off by 2^-24 at most.
+            // Products of some hundred terms in f32; a neutralised norm is off by 2^-15 for a latent as long as can be.
             assert!(worst < 3e-5 * size, "{target}, layer {index}: off by {worst} of {size}");
         }
     }

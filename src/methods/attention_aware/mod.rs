@@ -183,7 +183,8 @@ impl Method for AttentionAware {
             bias: shape.qkv_bias || shape.out_bias || grid == RopeGrid::Free,
             query_bias: shape.qkv_bias,
             q_rank: None,
-            ranks_open: false,
+            kv_rank_open: false,
+            q_rank_open: false,
             nope: shape.head_dim,
             plain_weights: false,
         })

@@ -69,7 +69,8 @@ impl Method for Exact {
             bias: shape.qkv_bias || shape.out_bias,
             query_bias: shape.qkv_bias,
             q_rank: None,
-            ranks_open: false,
+            kv_rank_open: false,
+            q_rank_open: false,
             nope: match case.target.has_own_score_scale() {
                 true => unrotated,
                 false => lossless_nope_dim(rope, unrotated, d),

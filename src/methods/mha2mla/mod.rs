@@ -145,7 +145,8 @@ impl Method for Mha2mla {
             bias: shape.qkv_bias || shape.out_bias,
             query_bias: shape.qkv_bias,
             q_rank: None,
-            ranks_open: false,
+            kv_rank_open: false,
+            q_rank_open: false,
             nope,
             plain_weights: false,
         })

@@ -210,7 +210,8 @@ impl Method for Rorope {
             bias: shape.qkv_bias || shape.out_bias,
             query_bias: shape.qkv_bias,
             q_rank: settings.q_lora_rank,
-            ranks_open: false,
+            kv_rank_open: false,
+            q_rank_open: false,
             nope: d,
             plain_weights: false,
         })

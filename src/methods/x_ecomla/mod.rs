@@ -291,7 +291,8 @@ impl Method for XEcomla {
             bias: (shape.qkv_bias || shape.out_bias) && !self.published_layout,
             query_bias: shape.qkv_bias && !self.published_layout,
             q_rank: Some(case.settings.q_lora_rank.unwrap_or(queries)),
-            ranks_open: self.kv_energy.is_some() || case.settings.q_lora_rank.is_none(),
+            kv_rank_open: self.kv_energy.is_some(),
+            q_rank_open: case.settings.q_lora_rank.is_none(),
             nope: shape.head_dim - split.rope,
             plain_weights: false,
         })

@@ -97,7 +97,11 @@ impl Class for Remote {
             "latent_norm": false,
             "query_bias": spec.query_bias,
             "mlp_bias": arch.mlp_bias,
-            "attention_scale": gqa.map(|a| a.score_scale * amplitude),
+            // Of an MLA source the amplitude is in the rotated rows.
+            "attention_scale": match (gqa, arch.mla()) {
+                (Some(a), _) => Some(a.score_scale * amplitude),
+                (None, mla) => mla.map(|a| a.score_scale),
+            },
             "rotary_frequencies": rope.frequencies,
             "score_softcap": arch.score_softcap,
             "logit_softcap": arch.logit_softcap,
