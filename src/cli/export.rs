@@ -6,7 +6,7 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gqa2mla::export::{self, ExportReport, ExportSettings};
 use gqa2mla::report;
-use gqa2mla::target::{OutputDtype, Padding, Profile, Target, classes::CLASSES};
+use gqa2mla::target::{OutputDtype, Padding, Profile, Target, TargetChoice};
 use gqa2mla::write::Leftover;
 
 use super::command_line::quoted;
@@ -59,7 +59,9 @@ fn one_of<T: Copy + Send + Sync + 'static>(
 }
 
 fn class() -> impl TypedValueParser<Value = Target> {
-    one_of(CLASSES, |class| class.name())
+    let names = TargetChoice::all().filter(|choice| *choice != TargetChoice::Auto).map(TargetChoice::name);
+    PossibleValuesParser::new(names.collect::<Vec<_>>())
+        .try_map(|name| Target::named(&name).ok_or("no class of that name"))
 }
 
 fn profile() -> impl TypedValueParser<Value = Profile> {

@@ -48,7 +48,7 @@ pub fn export(
         ));
     };
     check_tensors(arch, &source.tensors)?;
-    let own = target::classes::CLASSES.iter().copied().find(|class| class.model_type() == arch.model_type);
+    let own = Target::of_model_type(&arch.model_type);
     let mut job = Job { source, arch, shape, settings, output, own, input_factor: 1.0, observer };
     job.input_factor = job.input_factor()?;
     match job.obstacle()? {

@@ -24,6 +24,11 @@ impl Target {
         CLASSES.iter().copied().find(|class| class.name() == name)
     }
 
+    /// The class whose configs have this `model_type`.
+    pub fn of_model_type(model_type: &str) -> Option<Self> {
+        Self::first(|class| class.model_type() == model_type)
+    }
+
     /// Whether its code is a file in the folder, which a loader has to be told to trust.
     pub fn brings_code(self) -> bool {
         !self.files().is_empty()

@@ -84,6 +84,7 @@ fn small_rows_become_a_constant_and_then_survive_f16() {
     let portable = |s: &mut ConvertSettings| {
         s.profile = Some(Profile::Portable);
         s.method = method("transmla");
+        s.force = true;
     };
     convert("pico-trained", &small, portable);
     let half = ExportSettings { dtype: Some(OutputDtype::F16), ..settings(Some(deepseek_v3::TARGET)) };
