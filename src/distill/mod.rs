@@ -101,7 +101,7 @@ pub fn distill(
     let mut publisher = Publisher::new(student.0, staging, shards, observer);
     let mut written = Written { student: &learner, best: outcome.best.as_deref(), current: None };
     publisher.write(&emission(&learner, &written)?, &mut written)?;
-    publisher.side_files(Config::Kept { without: &[] }, &[])?;
+    publisher.side_files(Config::Kept { without: &[], with: &[] }, &[])?;
     let report = report_of((source.0, student.0), settings, output, &texts, outcome, (decisions, seconds, seq_len));
     publisher.report(&report, extras)?;
     Ok(DistillReport { output: publisher.finish()?, ..report })
