@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use half::{bf16, f16};
-use ndarray::{Array1, Array2, ArrayView2};
+use ndarray::{Array1, Array2, ArrayView2, Axis};
 
 use super::head::StudentHead;
 use super::layer::LayerShape;
@@ -216,9 +216,8 @@ impl<'a> Student<'a> {
                 [one] => whole(*one).clone(),
                 [first, second] => match name.join {
                     Join::Below => {
-                        let axis = if whole(*first).nrows() == 1 && name.is_vector { 1 } else { 0 };
-                        ndarray::concatenate(ndarray::Axis(axis), &[whole(*first).view(), whole(*second).view()])
-                            .unwrap_or_default()
+                        let parts = [whole(*first).view(), whole(*second).view()];
+                        ndarray::concatenate(Axis(usize::from(name.is_vector)), &parts).unwrap_or_default()
                     }
                     Join::ByHead(heads) if name.is_vector => {
                         heads.join(&column(whole(*first)), &column(whole(*second)))

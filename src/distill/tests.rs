@@ -350,6 +350,22 @@ fn the_students_forward_pass_is_the_runtimes() {
             // the rounding of logarithms of sums of up to 300 terms.
             let worst = losses.iter().fold(0.0_f64, |m, l| m.max(l.abs()));
             assert!(worst < 2e-6, "{} {train}: {worst}", folder.display());
+            for (index, trained) in trained.iter().enumerate() {
+                let names = student.trained_names(index, trained);
+                let written = student.written(index, trained).unwrap();
+                assert_eq!(
+                    written.iter().map(|(name, _)| name.clone()).collect::<std::collections::BTreeSet<_>>(),
+                    names
+                );
+                for (name, values) in written {
+                    let stored =
+                        crate::arch::StoredPart::find(&source.tensors, &crate::arch::Part::whole(&name)).unwrap();
+                    // A factor on the residual stream is multiplied in, rounded, and divided out again.
+                    let same = |(a, b): (&f64, f64)| (a - b).abs() <= 2.0 * f64::from(f32::EPSILON) * b.abs().max(1e-3);
+                    let stored = stored.to_f64();
+                    assert!(values.len() == stored.len() && values.iter().zip(stored).all(same), "{name}");
+                }
+            }
         }
     }
 }
