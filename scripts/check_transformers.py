@@ -60,7 +60,7 @@ CASES = [
     ("gemma2", "MHA", dict(vocab_size=99, head_dim=8, attn_logit_softcapping=3.0, **MHA), ("hf-remote",)),
     ("phi3", "LongRoPE, part of a head", dict(vocab_size=103, **PHI), DENSE),
     ("phi3", "plain, MHA", dict(vocab_size=103, tie_word_embeddings=True, **MHA), DENSE),
-    ("olmo2", "norms behind, over all heads", dict(vocab_size=95), ("hf-remote",)),
+    ("olmo2", "norms after, over all heads", dict(vocab_size=95), ("hf-remote",)),
     ("olmo2", "MHA", dict(vocab_size=95, tie_word_embeddings=True, **MHA), ("hf-remote",)),
     ("granite", "multipliers, tied", dict(
         vocab_size=105, tie_word_embeddings=True, embedding_multiplier=6.0, residual_multiplier=0.3,

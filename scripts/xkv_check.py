@@ -4,7 +4,7 @@
     python scripts/xkv_check.py FOLDER TEXT [--window 1024] [--prompt 768] [--ranks 184,150,111]
 
 Prefill by transformers, `torch.linalg.svd` of each layer's values `[prompt, g d]` in its cache, truncated, put back; then the
-rest of the window. Prints nats per token over the tokens predicted from behind the prompt, as `eval --xkv` does with full-rank keys.
+rest of the window. Prints nats per token over the tokens predicted from after the prompt, as `eval --xkv` does with full-rank keys.
 """
 
 import argparse

@@ -108,7 +108,7 @@ pub struct Family {
     /// Mixture of experts, where the family has one.
     #[serde(default)]
     pub moe: Option<MoeKeys>,
-    /// Config key of the number of layers behind the last one that predict further tokens.
+    /// Config key of the number of layers after the last one that predict further tokens.
     #[serde(default)]
     pub mtp_layers: Option<String>,
     /// Other names of config keys, tried where a key is absent.

@@ -82,7 +82,7 @@ pub struct Architecture {
     pub windows: Vec<Option<usize>>,
     /// Mixture of experts, where some layer has one.
     pub moe: Option<Moe>,
-    /// Layers behind the last one that predict further tokens (DeepSeek-V3's MTP, arXiv 2412.19437, section 2.2). They may
+    /// Layers after the last one that predict further tokens (DeepSeek-V3's MTP, arXiv 2412.19437, section 2.2). They may
     /// be stored; no figure here counts them, and the reference runtime does not run them.
     pub mtp_layers: usize,
 }

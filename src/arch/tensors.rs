@@ -18,7 +18,7 @@ pub struct TensorNames {
     pub head: String,
     layer: BTreeMap<String, String>,
     ignore: Vec<String>,
-    /// What names of layers behind the last one begin with.
+    /// What names of layers after the last one begin with.
     past: Vec<String>,
     /// Of a multimodal model only the language model is read: what its names begin with, and its head.
     only: Option<(String, String)>,
@@ -73,7 +73,7 @@ impl TensorNames {
             || self.only.as_ref().is_some_and(|(body, head)| !name.starts_with(body.as_str()) && name != head)
     }
 
-    /// Whether a tensor belongs to a layer behind the last one ([`Architecture::mtp_layers`]).
+    /// Whether a tensor belongs to a layer after the last one ([`Architecture::mtp_layers`]).
     pub fn is_past(&self, name: &str) -> bool {
         self.past.iter().any(|layer| name.starts_with(layer.as_str()))
     }

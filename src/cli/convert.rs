@@ -22,7 +22,7 @@ use super::{Context, command_line, devices, measure, model, plan, resume};
 /// Without options: method attention-aware at half the source's cache, calibrated on built-in text. The output folder
 /// appears when it is complete, or not at all. It holds config.json, safetensors weights, the tokenizer files, a model
 /// card, conversion.json (settings and figures per layer) and manifest.json (sha256 of every file). A run that is stopped
-/// or killed keeps its finished layers beside the output; the same command with --resume goes on behind them and writes
+/// or killed keeps its finished layers beside the output; the same command with --resume goes on after them and writes
 /// the same bytes.
 #[derive(Debug, Args)]
 pub struct ConvertArgs {

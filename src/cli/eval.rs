@@ -15,7 +15,7 @@ use super::{Context, measure, model, values};
 ///
 /// Every token of a window but its first is predicted from those before it. With --xkv, the first part of each window is a
 /// prompt whose cache is replaced by factors that groups of layers share; the perplexity is over the tokens that are
-/// predicted from behind it, beside that with the exact cache.
+/// predicted from after it, beside that with the exact cache.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
     /// Model folder or hub id `org/name[@revision]`

@@ -258,7 +258,7 @@ impl PromptOptions {
 }
 
 impl LengthOptions {
-    /// How many tokens to generate behind `prompt` ones.
+    /// How many tokens to generate after `prompt` ones.
     fn tokens(&self, prompt: usize, max_position: usize) -> anyhow::Result<usize> {
         let left = max_position.saturating_sub(prompt);
         let wanted = self.max_tokens.unwrap_or(if left == 0 { MAX_TOKENS } else { MAX_TOKENS.min(left) });

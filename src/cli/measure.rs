@@ -76,7 +76,7 @@ pub fn perplexity(
         .with_context(|| format!("cannot evaluate `{}`", model.source.spec))
 }
 
-/// Perplexity behind prompts whose cache is compressed, and with exact caches.
+/// Perplexity after prompts whose cache is compressed, and with exact caches.
 ///
 /// # Errors
 /// As [`perplexity`], and prompts or settings that are not possible.

@@ -166,7 +166,7 @@ pub fn parse() -> Result<Cli, ExitStatus> {
     })
 }
 
-/// Takes `-5` behind an option for its value, so that the option can say what it expects.
+/// Takes `-5` after an option for its value, so that the option can say what it expects.
 fn forgiving(command: clap::Command) -> clap::Command {
     let takes = |arg: &clap::Arg| !arg.is_positional() && arg.get_action().takes_values();
     let command = command.mut_args(|arg| if takes(&arg) { arg.allow_negative_numbers(true) } else { arg });

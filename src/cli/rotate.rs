@@ -16,7 +16,7 @@ use super::options::CalibrationOptions;
 use super::output::width;
 use super::{Context, model, values};
 
-/// Turn the latents of an MLA model by a matrix that is folded into its weights; the model computes what it did.
+/// Rotate the latents of an MLA model by a matrix that is folded into its weights; the model computes what it did.
 ///
 /// For tensor-parallel decoding with sliced latents (TPLA): what slicing costs depends on the coordinates that are sliced.
 /// The matrix and the gain of the latent's norm go into kv_a_proj_with_mqa, kv_a_layernorm and kv_b_proj; every other tensor

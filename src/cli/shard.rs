@@ -16,7 +16,7 @@ use super::{Context, model, values};
 ///
 /// OUT holds rank-0-of-T.safetensors and so on, the model's config.json and tokenizer, and tpla.json, which says what each
 /// rank holds and where the ranks' results are summed. Every rank runs all heads on its slice of the latent, and its share
-/// of the MLPs. Turn the latents first with rotate: what slicing costs depends on it, and `gqa2mla verify --tp` measures it.
+/// of the MLPs. Rotate the latents first with rotate: what slicing costs depends on it, and `gqa2mla verify --tp` measures it.
 #[derive(Debug, Args)]
 pub struct ShardArgs {
     /// MLA model: folder or hub id `org/name[@revision]`

@@ -21,7 +21,7 @@ pub struct SlicedOptions {
     /// Decode with the latents shared out over this many ranks, which has to divide the latent; several separated by commas
     #[arg(long, value_name = "T,..", value_delimiter = ',', value_parser = values::positive)]
     tp: Vec<usize>,
-    /// With --tp: turn the latents first, as rotate does; several separated by commas; none: as they are in the folder
+    /// With --tp: rotate the latents first, as rotate does; several separated by commas; none: as they are in the folder
     #[arg(long, value_name = "TRANSFORM,..", value_delimiter = ',', default_value = "none", value_parser = rotate::transform())]
     transform: Vec<Transform>,
     /// With --tp: every rank norms its slice by the whole latent's root mean square, and not by the slice's own

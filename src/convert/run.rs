@@ -137,7 +137,7 @@ impl Run<'_> {
         let left = start.layers.len();
         if left < promised {
             self.observer.event(Event::Warning(format!(
-                "what the unfinished run saved of layer {} is damaged: going on behind layer {left} of {of}",
+                "what the unfinished run saved of layer {} is damaged: going on after layer {left} of {of}",
                 left + 1
             )));
         } else if left > 0 {

@@ -71,7 +71,7 @@ impl LatentWeights {
         (alone && unread && self.kv_a.row(slot).iter().all(|v| *v == 0.0)).then_some(slot)
     }
 
-    /// The same function without a constant in the latent, which could not be turned or cut: the norm, of epsilon `eps`, is
+    /// The same function without a constant in the latent, which could not be rotated or cut: the norm, of epsilon `eps`, is
     /// neutralised by small rows instead. Weights without a constant stay as they are.
     pub fn fold_constant(&mut self, eps: f64) {
         let (Some(slot), r) = (self.constant_slot(), self.rank() as f64) else { return };

@@ -319,7 +319,7 @@ fn folded_dtype(
     }
     if fp8 {
         decisions.push(
-            "the source is FP8, and a turned matrix fits none of its scales: all weights are written in bf16".into(),
+            "the source is FP8, and a rotated matrix fits none of its scales: all weights are written in bf16".into(),
         );
     }
     match settings.dtype {
@@ -328,7 +328,7 @@ fn folded_dtype(
             let narrow = source.tensors.iter().any(|(_, t)| matches!(t.dtype, Dtype::BF16 | Dtype::F16));
             if narrow {
                 decisions.push(
-                    "the tensors that turn are written in f32, all others bit for bit as they are (`--dtype bf16` rounds \
+                    "the tensors that are rotated are written in f32, all others bit for bit as they are (`--dtype bf16` rounds \
                      them once more)"
                         .into(),
                 );
@@ -338,7 +338,7 @@ fn folded_dtype(
         Some(OutputDtype::F32) => Ok(Dtype::F32),
         Some(OutputDtype::Bf16) => Ok(Dtype::BF16),
         Some(other) => Err(refused(
-            format!("`--dtype {}`: turned tensors are written in bf16 or f32", other.name()),
+            format!("`--dtype {}`: rotated tensors are written in bf16 or f32", other.name()),
             "f16 would round neutralised latents to zero, and FP8 scales would have to be made anew",
         )),
     }

@@ -83,7 +83,7 @@ pub struct Rotated {
 }
 
 /// Place kept pairs in their slots: pair `j` of slot `p` becomes rows `(2p, 2p + 1)`. `queries` `[H d, any]` is the query
-/// projection, or what is left of it behind a query latent.
+/// projection, or what is left of it after a query latent.
 pub fn rotate(source: &AttentionSource, slots: &[Slot], queries: ArrayView2<'_, f64>) -> Rotated {
     let (heads, g, d, n) = (source.heads, source.kv_heads, source.head_dim, source.group());
     let row = |i: usize| (slots[i / 2].head, slots[i / 2].pair + i % 2 * (d / 2));

@@ -47,11 +47,11 @@ pub struct MlaLayer {
 pub struct Query {
     /// Shared query latent `[r_q, D]`, or `None` for a direct projection.
     pub down: Option<Array2<f64>>,
-    /// `[H d_N, D]`, or `[H d_N, r_q]` behind a latent.
+    /// `[H d_N, D]`, or `[H d_N, r_q]` after a latent.
     pub nope: Array2<f64>,
     /// `[H d_N]`.
     pub nope_bias: Option<Array1<f64>>,
-    /// `[H d_R, D]`, or `[H d_R, r_q]` behind a latent.
+    /// `[H d_R, D]`, or `[H d_R, r_q]` after a latent.
     pub rope: Array2<f64>,
     /// `[H d_R]`.
     pub rope_bias: Option<Array1<f64>>,

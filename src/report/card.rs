@@ -32,6 +32,7 @@ pub fn card(report: &ConversionReport, command: &str, verdict: Option<&Verificat
         exact => !method.compresses(),
         from_weights => method.factorises_weights_alone(),
         remote => report.target.brings_code(),
+        scaled_down => report.latent_norm.is_some_and(|norm| !norm.needs_bias()),
         code => report.target.files().iter().map(|(name, _)| inline(name)).collect::<Vec<_>>().join(", "),
         command => fenced(command),
         tool_version => inline(&report.tool_version),

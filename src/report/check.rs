@@ -67,6 +67,9 @@ impl Check {
                 t.row(["", "", &format!("-> {change}")]);
                 head = ["", ""];
             }
+            for warning in &v.warnings {
+                t.row(["", "", &format!("note: {warning}")]);
+            }
         }
         out += &t.render(width);
         out

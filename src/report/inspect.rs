@@ -43,7 +43,7 @@ pub struct InspectedModel {
     pub gated_mlp: bool,
     /// `None` where every layer is dense.
     pub experts: Option<InspectedExperts>,
-    /// Layers behind the last that predict further tokens; no other figure counts them, and they are not run.
+    /// Layers after the last that predict further tokens; no other figure counts them, and they are not run.
     pub mtp_layers: usize,
     pub vocab: usize,
     pub max_position: usize,

@@ -44,7 +44,7 @@ fn energies(r: &RotationReport) -> Option<String> {
 
 /// `README.md` of a rotated folder.
 pub fn note(r: &RotationReport, command: &str) -> String {
-    let mut out = format!("# {}, latents turned\n\n", inline(short_name(&r.source)));
+    let mut out = format!("# {}, latents rotated\n\n", inline(short_name(&r.source)));
     out += &format!(
         "The MLA model `{}` with a matrix folded into the weights around its latents ({}: {}), by `gqa2mla` \
          {}. The model computes what it did before, to rounding; every other tensor is as it was. It loads wherever the \

@@ -44,7 +44,7 @@ pub struct SlicedVerification {
 /// One way of sharing out, and its figures.
 #[derive(Debug, Clone, Serialize)]
 pub struct SlicedCase {
-    /// What turned the latents.
+    /// What rotated the latents.
     pub transform: Transform,
     /// Ranks.
     pub tp: usize,
@@ -163,7 +163,7 @@ impl SlicedVerification {
         }
         let mut out = t.render(width);
         out += &format!(
-            "\nsource: perplexity {}; {} decoded tokens behind prompts of {} ({} windows of {}, {}); cache: values per token \
+            "\nsource: perplexity {}; {} decoded tokens after prompts of {} ({} windows of {}, {}); cache: values per token \
              and layer, bytes per token in bf16\n",
             units::figure(self.whole.ppl_source),
             self.whole.tokens,

@@ -53,7 +53,7 @@ impl XkvReport {
         let mut out = t.render(width);
         let _ = writeln!(
             out,
-            "\n{} tokens behind prompts of {}, {} windows of {}, {}; bytes as allocated for one window, f32",
+            "\n{} tokens after prompts of {}, {} windows of {}, {}; bytes as allocated for one window, f32",
             f.exact.tokens, f.prompt_tokens, f.exact.windows, self.seq_len, self.text
         );
         out

@@ -216,7 +216,7 @@ pub trait Backend: Sync {
     ) -> Self::Tensor;
 
     /// Queries for a latent: the first `of.width` columns of each head of `x [T, heads (width + tail)]` by `W_h`, rows `of(h)`
-    /// of `weight [rows, r]`, with the head's other columns behind them: `[T, heads (r + tail)]`.
+    /// of `weight [rows, r]`, with the head's other columns after them: `[T, heads (r + tail)]`.
     fn absorb(&self, x: &Self::Tensor, weight: &Self::Weight, of: HeadColumns, heads: usize) -> Self::Tensor {
         absorb_in_steps(self, x, weight, of, heads)
     }

@@ -332,7 +332,7 @@ impl<'b, B: Backend> Layer<'b, B> {
         }
     }
 
-    /// What `f` makes of `x` behind a norm, where there is a gain, or of `x` itself.
+    /// What `f` makes of `x` after a norm, where there is a gain, or of `x` itself.
     fn behind_norm<R>(&self, x: &B::Tensor, gain: &Option<B::Tensor>, f: impl FnOnce(&B::Tensor) -> R) -> R {
         match gain {
             Some(gain) => f(&self.backend.rms_norm(x, gain, self.norm_eps)),
@@ -390,7 +390,7 @@ impl<'b, B: Backend> Layer<'b, B> {
 }
 
 impl Layer<'_, Cpu> {
-    /// The whole layer in place on rows at `positions` of one sequence, behind a compressed prompt; `tail` holds the rows
+    /// The whole layer in place on rows at `positions` of one sequence, after a compressed prompt; `tail` holds the rows
     /// from there on, and gets the new ones. The rotation covers every position from 0 on.
     pub(super) fn decode_compressed(
         &self,

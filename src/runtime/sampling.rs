@@ -49,7 +49,7 @@ impl Sampler {
                 return *token;
             }
         }
-        // Rounding may leave a rest behind the last.
+        // Rounding may leave a rest after the last.
         tokens[..kept].last().map_or(0, |t| t.1)
     }
 }

@@ -264,7 +264,7 @@ impl<'r, 'a, B: Backend> Session<'r, 'a, B> {
         piece
     }
 
-    /// Run one piece; the logits behind its ends, `[ends, V]`.
+    /// Run one piece; the logits after its ends, `[ends, V]`.
     fn advance(&mut self, piece: &Piece) -> Result<Array2<f32>, RuntimeError> {
         let Resident { model, layers, head, rope_of, .. } = self.resident;
         let b = model.backend();

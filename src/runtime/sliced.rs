@@ -16,7 +16,7 @@ impl<B: Backend> Layer<'_, B> {
     }
 
     /// The whole layer in place: `hidden [T, D]`. In each window the first `prefill` tokens attend as the layer does, those
-    /// behind them as the ranks decode, one softmax per rank over everything before. With the hidden states of a decoded
+    /// after them as the ranks decode, one softmax per rank over everything before. With the hidden states of a decoded
     /// text this is what decoding it token by token computes, all tokens at once ([`Layer::decode_sliced`]).
     ///
     /// # Errors
@@ -44,7 +44,7 @@ impl<B: Backend> Layer<'_, B> {
         Ok(())
     }
 
-    /// What each rank pools for the tokens behind the prompt of one window, `hidden [T, D]`: `[T - prefill, H r / T]` per rank, head
+    /// What each rank pools for the tokens after the prompt of one window, `hidden [T, D]`: `[T - prefill, H r / T]` per rank, head
     /// by head. The ranks' values of it, summed, are the head outputs of [`Layer::forward_sliced`].
     ///
     /// # Errors

@@ -13,7 +13,7 @@
 //! | names neither empty nor with control characters nor above [`MAX_NAME_CHARS`] | no | they reach terminals and messages |
 //! | at most [`MAX_TENSORS`] tensors of at most 16 dimensions | no | a header of 100 MB must not become gigabytes |
 //! | dtype is one that is read here | it knows more | see [`DtypeExt::is_supported`] |
-//! | shape does not overflow | all but behind a 0 | `[0, 2^40, 2^40]` is as suspect as `[2^40, 2^40]` |
+//! | shape does not overflow | all but after a 0 | `[0, 2^40, 2^40]` is as suspect as `[2^40, 2^40]` |
 //! | no hole, no overlap, size fits shape and dtype, no byte left over | yes | its errors leave out what was expected and found |
 
 use std::collections::{HashMap, HashSet};

@@ -53,7 +53,7 @@ pub fn perplexity<B: Backend>(
     negative_log_likelihood(&head, hidden.view(), windows, observer)
 }
 
-/// Perplexity of windows from the residual stream behind the last layer, `[T, D]`, windows under each other.
+/// Perplexity of windows from the residual stream after the last layer, `[T, D]`, windows under each other.
 ///
 /// Phase reported: `logits` (one step per block of rows).
 pub(super) fn negative_log_likelihood<B: Backend>(

@@ -65,7 +65,7 @@ pub struct SlicedComparison {
 /// ranks in all layers, so that hidden states, latents and caches of decoded tokens are those of a sliced decode. Since the
 /// text is given, all tokens of a window go through a layer at once; the first tokens of the first window are also decoded one
 /// by one over a cache per rank, and compared (`cached_vs_full_max_abs_dlogit`). Figures are over decoded tokens: those
-/// behind the prompt.
+/// after the prompt.
 ///
 /// `moments` are the latents' on calibration text, one per layer; PCA needs them.
 ///
@@ -83,7 +83,7 @@ pub fn compare_sliced<S: Backend, C: Backend>(
 ) -> Result<SlicedComparison, VerifyError> {
     let (model, files) = converted;
     same_vocabulary(source.architecture(), model.architecture())?;
-    // A decoded token is one that is fed behind the prompt: its row predicts the next.
+    // A decoded token is one that is fed after the prompt: its row predicts the next.
     let position = |w: &Vec<u32>| (0..w.len()).map(|i| i >= prefill).collect::<Vec<_>>();
     let decoded: Vec<usize> = windows.iter().flat_map(position).enumerate().filter(|p| p.1).map(|p| p.0).collect();
     let next = next_tokens(windows);

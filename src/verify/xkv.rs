@@ -1,4 +1,4 @@
-//! Perplexity behind a prompt whose cache is compressed across layers.
+//! Perplexity after a prompt whose cache is compressed across layers.
 
 use ndarray::{Array2, s};
 use serde::Serialize;
@@ -22,9 +22,9 @@ pub struct XkvEvaluation {
     pub prompt_cache_bytes: XkvBytes,
 }
 
-/// Perplexity of every token that is predicted by a token behind the first `prompt` ones of its window: the prompt goes
+/// Perplexity of every token that is predicted by a token after the first `prompt` ones of its window: the prompt goes
 /// through the model exactly, then its cache is replaced by factors, and the rest attends to these and to itself. The
-/// first token behind the prompt is predicted by the prompt's own prefill, which is exact, so it does not count.
+/// first token after the prompt is predicted by the prompt's own prefill, which is exact, so it does not count.
 ///
 /// Streams groups of layers: memory is `settings.group` layers, the residual streams, and the rows of one group for all
 /// windows. Phases reported: `layers` (one step per layer), `logits`.
@@ -59,7 +59,7 @@ pub fn xkv_perplexity(
     })
 }
 
-/// Final hidden states of what is behind the prompts, with exact and with compressed caches.
+/// Final hidden states of what is after the prompts, with exact and with compressed caches.
 fn streams(
     model: &Model<'_, Cpu>,
     windows: &[Vec<u32>],

@@ -140,7 +140,7 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Goes on with the journal that `record` was read from, behind its last entry.
+    /// Goes on with the journal that `record` was read from, after its last entry.
     pub(super) fn reopen(root: &Path, record: &JournalRecord) -> Result<Self, WriteError> {
         use std::io::Seek;
         let mut file = fs::OpenOptions::new().write(true).open(root.join(JOURNAL))?;

@@ -37,7 +37,7 @@ impl Progress {
 }
 
 /// Reads the shards in `dir` and checks them against `marks`, which are in the order they were made. Returns those that
-/// hold, up to the first that does not, behind an empty one: going on from there means beginning anew.
+/// hold, up to the first that does not, after an empty one: going on from there means beginning anew.
 ///
 /// # Errors
 /// I/O errors. A file that is missing, too short or different is none.
@@ -129,7 +129,7 @@ impl Reader<'_> {
 }
 
 impl StagedWriter {
-    /// A writer that goes on behind `progress`. Whatever lies in the folder beyond that is removed.
+    /// A writer that goes on after `progress`. Whatever lies in the folder beyond that is removed.
     ///
     /// # Errors
     /// I/O errors.

@@ -154,7 +154,7 @@ impl Staging {
         self.record.as_ref()
     }
 
-    /// Begins the journal of a run that `identity` decides, or goes on with that of the unfinished run behind its first
+    /// Begins the journal of a run that `identity` decides, or goes on with that of the unfinished run after its first
     /// `entries` entries.
     ///
     /// # Errors

@@ -294,7 +294,7 @@ impl HashedFile {
         Ok(Self::new(ops::create_file(path)?, Sha256Stream::default()))
     }
 
-    /// Goes on behind the first `bytes` bytes of a file, whose hash so far is `hash`.
+    /// Goes on after the first `bytes` bytes of a file, whose hash so far is `hash`.
     pub(super) fn reopen(path: &Path, bytes: u64, hash: Sha256Stream) -> Result<Self, WriteError> {
         let mut file = fs::OpenOptions::new().write(true).open(path)?;
         ops::truncate(&file, bytes)?;
@@ -336,7 +336,7 @@ impl HashedFile {
     }
 }
 
-/// Writes `bytes` behind a hole.
+/// Writes `bytes` after a hole.
 fn put(file: &mut BufWriter<fs::File>, hole: &mut u64, bytes: &[u8]) -> io::Result<()> {
     if *hole > 0 {
         file.seek(SeekFrom::Current(*hole as i64))?;

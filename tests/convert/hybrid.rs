@@ -136,7 +136,7 @@ fn a_stopped_run_goes_on_with_the_layers_and_ranks_that_were_found() {
             converted(&fixture("pico-trained"), &to, &ConvertSettings { leftover: Leftover::Resume, ..s.clone() })
                 .expect("resumes");
             let manifest = |dir: &Path| fs_err::read_to_string(dir.join("manifest.json")).expect("readable");
-            assert_eq!(manifest(&to), manifest(&whole), "case {n} stopped behind {done} layers");
+            assert_eq!(manifest(&to), manifest(&whole), "case {n} stopped after {done} layers");
         }
     }
 }

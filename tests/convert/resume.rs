@@ -83,7 +83,7 @@ fn whatever_the_method_and_the_layer_the_bytes_are_the_same() {
             let to = parent.join("out");
             stopped(&to, &s, done);
             run(&trained(), &to, &resuming(&s), &Silent).unwrap_or_else(|e| panic!("{method} at {done}: {e}"));
-            assert_eq!(manifest(&to), manifest(&whole), "{method} stopped behind {done} layers");
+            assert_eq!(manifest(&to), manifest(&whole), "{method} stopped after {done} layers");
             assert!(is_alone(&to));
         }
     }

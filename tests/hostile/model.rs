@@ -137,7 +137,7 @@ pub fn configs() -> Vec<Case> {
     all
 }
 
-/// Writes a weight file of this header with `data` bytes behind it, as a hole.
+/// Writes a weight file of this header with `data` bytes after it, as a hole.
 fn file(path: &Path, header: &[u8], data: u64) {
     let mut start = (header.len() as u64).to_le_bytes().to_vec();
     start.extend(header);
@@ -158,7 +158,7 @@ fn header(dir: &Path, change: impl Fn(&mut serde_json::Map<String, Value>)) {
     let mut map: serde_json::Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).expect("JSON");
     map.remove("__metadata__");
     change(&mut map);
-    // What was changed gets room of its own, one tensor behind the other.
+    // What was changed gets room of its own, one tensor after the other.
     let mut end = 0_u64;
     for tensor in map.values_mut() {
         let size = |name: &str| match name {

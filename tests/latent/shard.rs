@@ -65,7 +65,7 @@ fn one_rank_is_the_whole_model_and_prompts_are_not_sliced() {
 
 #[test]
 fn a_prompt_is_run_whole() {
-    // The first token behind a prompt of all but it sees only latents that whole attention made: in the first layer its
+    // The first token after a prompt of all but it sees only latents that whole attention made: in the first layer its
     // slices attend to them, in the ones above too. With everything prefilled nothing differs.
     let name = "pico-deepseek-v3";
     let (source, arch) = open(&fixture(name));

@@ -105,7 +105,7 @@ fn ranks_by_energy_differ_by_layer_and_are_padded_at_no_change() {
     // The widest layer's, and a constant that neutralises the norm.
     let widest = ranks.iter().max().expect("layers");
     assert_eq!(report.geometry.kv_lora_rank, (widest + 1).next_multiple_of(2));
-    // Rows behind a layer's own rank are zero, and the document in the folder knows the ranks.
+    // Rows after a layer's own rank are zero, and the document in the folder knows the ranks.
     let (source, _) = open(&stock);
     for (layer, rank) in ranks.iter().enumerate() {
         let name = format!("model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight");

@@ -89,7 +89,7 @@ pub fn tokens(text: &str) -> Vec<Token> {
                 at = behind_string(&chars, at + 1);
                 token = Some(chars[start..at.saturating_sub(1).min(chars.len())].iter().collect());
             }
-            // A lifetime has no second quote behind its first letter.
+            // A lifetime has no second quote after its first letter.
             '\'' if next == '\\' || chars.get(at + 2) == Some(&'\'') => {
                 at = find(&chars, at + if next == '\\' { 3 } else { 2 }, '\'') + 1;
                 token = Some("\"".to_owned());
@@ -160,7 +160,7 @@ fn behind_raw_string(chars: &[char], mut at: usize, hashes: usize) -> usize {
     at
 }
 
-/// The index behind the bracket that closes the one at `at`.
+/// The index after the bracket that closes the one at `at`.
 fn behind_bracket(tokens: &[Token], at: usize) -> usize {
     let mut depth = 0;
     for (i, token) in tokens.iter().enumerate().skip(at) {

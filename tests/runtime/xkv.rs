@@ -1,4 +1,4 @@
-//! Decoding behind a prompt whose cache is kept as factors: what must be equal, equals; what is dropped, is gone.
+//! Decoding after a prompt whose cache is kept as factors: what must be equal, equals; what is dropped, is gone.
 
 // Figures for the record, shown with --nocapture.
 #![allow(clippy::print_stdout)]

@@ -66,7 +66,7 @@ pub struct Converted {
     /// Share of key energy that lost its rotation.
     pub rope_loss: f64,
     /// The layer between the two steps: rotations gone, nothing compressed. Its latent is the keys without rotation, and
-    /// its values are the source's own (`v_up` is empty). The published tool's second calibration runs behind such layers.
+    /// its values are the source's own (`v_up` is empty). The published tool's second calibration runs after such layers.
     pub rotated: MlaLayer,
 }
 

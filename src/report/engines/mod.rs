@@ -48,6 +48,8 @@ pub struct EngineVerdict {
     pub reasons: Vec<&'static str>,
     /// What to change for each reason.
     pub changes: Vec<&'static str>,
+    /// What the folder is not for, although the engine runs it; one sentence each.
+    pub warnings: Vec<&'static str>,
 }
 
 /// Engines as `check --engine` names them.
@@ -68,9 +70,19 @@ pub fn judge(facts: &Facts) -> Vec<EngineVerdict> {
             loads,
             reasons: decisive().map(|r| r.why).collect(),
             changes: decisive().map(|r| r.change).collect(),
+            warnings: warnings(engine, facts),
         }
     };
     rules::ENGINES.into_iter().map(verdict).collect()
+}
+
+/// What trainers, which use this engine, should know of the folder.
+fn warnings(engine: &str, facts: &Facts) -> Vec<&'static str> {
+    let trains = [rules::TRANSFORMERS, rules::TRANSFORMERS_4].contains(&engine);
+    match trains && facts.neutral_norms && !facts.constant_latent {
+        true => vec![rules::NOT_FOR_TRAINING],
+        false => Vec::new(),
+    }
 }
 
 /// The code path that an engine of [`ENGINE_NAMES`] takes by itself.

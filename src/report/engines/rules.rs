@@ -54,6 +54,10 @@ fn scaled(f: &Facts) -> bool {
     f.rope != CandidateRope::Default
 }
 
+/// Said of folders whose latent norm is neutralised by small weights.
+pub(super) const NOT_FOR_TRAINING: &str = "do not train this form, whose latent is scaled down: one optimiser step destroys it; write another by \
+     `gqa2mla export DIR -o OUT --target deepseek_v3` and train that";
+
 pub(super) const RULES: &[Rule] = &[
     // Classes.
     Rule {

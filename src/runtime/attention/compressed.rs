@@ -52,7 +52,7 @@ fn tiles(rows: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 impl AttentionBlock<Cpu> {
-    /// As [`AttentionBlock::decode`] for rows at `positions` of one sequence, behind a compressed prompt: rows from position
+    /// As [`AttentionBlock::decode`] for rows at `positions` of one sequence, after a compressed prompt: rows from position
     /// `P` on are in `tail`, the new ones are appended to it. Keys of the prompt are reconstructed tile by tile, then
     /// rotated (latents: normed). `rotation` covers every position from 0 on.
     pub(in crate::runtime) fn decode_compressed(

@@ -11,7 +11,7 @@ use crate::runtime::{Backend, RuntimeError};
 /// 2503.18893) works on these matrices and applies RoPE and norm to what it reconstructs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RawKv {
-    /// GQA: keys, behind a norm of keys where there is one, `[T, g d]`. MLA: latents before their norm, `[T, r]`.
+    /// GQA: keys, after a norm of keys where there is one, `[T, g d]`. MLA: latents before their norm, `[T, r]`.
     pub keys: Array2<f32>,
     /// GQA: values, `[T, g d]`. MLA has none: they come from the latent.
     pub values: Option<Array2<f32>>,

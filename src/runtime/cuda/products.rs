@@ -137,7 +137,7 @@ fn refuse(cuda: &Cuda, product: &Product) {
     cuda.stream.refuse(format!("a product is too large for cuBLAS: {product:?}"));
 }
 
-/// With a weight in f32, so many elements behind its start.
+/// With a weight in f32, so many elements past its start.
 fn true_f32(cuda: &Cuda, product: &Product, x: &CudaTensor, (weight, first): (&CudaTensor, usize), out: &CudaTensor) {
     match product.gemm() {
         Some(gemm) => cuda.stream.gemm(&gemm, false, (&weight.memory, first), &x.memory, (&out.memory, 0)),
@@ -164,7 +164,7 @@ impl Parts {
         Self { memory, count }
     }
 
-    /// With a weight in bf16, so many elements behind its start. The result begins so many behind the start of `y`.
+    /// With a weight in bf16, so many elements past its start. The result begins so many past the start of `y`.
     fn product(
         &self,
         cuda: &Cuda,
@@ -199,11 +199,11 @@ impl Parts {
 enum Beside<'a> {
     /// Add this to every row of `x W^T`.
     Bias(Option<&'a CudaTensor>),
-    /// Copy so many columns behind those of `x W`, of what follows the factors in `x`.
+    /// Copy so many columns after those of `x W`, of what follows the factors in `x`.
     Tail(usize),
 }
 
-/// A weight, so many elements behind its start, read once.
+/// A weight, so many elements past its start, read once.
 fn few_rows(
     cuda: &Cuda,
     product: &Product,

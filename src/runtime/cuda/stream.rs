@@ -316,7 +316,7 @@ impl Stream {
         Ok(Function(found))
     }
 
-    /// Products by cuBLAS, of bf16 with bf16 or f32 with f32 to f32. The weight and the result lie so many elements behind
+    /// Products by cuBLAS, of bf16 with bf16 or f32 with f32 to f32. The weight and the result lie so many elements after
     /// the start of their memories.
     pub(super) fn gemm(&self, gemm: &Gemm, bf16: bool, w: (&Memory, usize), x: &Memory, y: (&Memory, usize)) {
         let at = |(memory, first): (&Memory, usize), width| memory.address as usize + width * first;

@@ -13,7 +13,7 @@ pub(crate) struct GroupCache {
     values: Option<SharedFactors>,
     /// Shared keys of MLA, rotated, one `[P, d_R]` per layer.
     rope_keys: Vec<Array2<f32>>,
-    /// Exact rows of the tokens behind the prompt, one cache per layer.
+    /// Exact rows of the tokens after the prompt, one cache per layer.
     tails: Vec<Cache<Array2<f32>>>,
 }
 
@@ -24,7 +24,7 @@ impl std::fmt::Debug for GroupCache {
 }
 
 impl GroupCache {
-    /// Compress the prompt's rows in layers `first ..`, position 0 on, and make room for `capacity` tokens behind it.
+    /// Compress the prompt's rows in layers `first ..`, position 0 on, and make room for `capacity` tokens after it.
     pub(crate) fn new(
         first: usize,
         raws: Vec<RawKv>,
@@ -80,7 +80,7 @@ impl GroupCache {
         matrices.chain(&self.rope_keys).map(|m| m.len() * size_of::<f32>()).sum()
     }
 
-    /// Bytes allocated for the tokens behind it.
+    /// Bytes allocated for the tokens after it.
     pub(crate) fn tail_bytes(&self) -> usize {
         self.tails.iter().map(|tail| tail.bytes(&Cpu)).sum()
     }

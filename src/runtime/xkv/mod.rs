@@ -4,7 +4,7 @@
 //! of `G` layers keep of the prompt, in place of `X = [X_1 | ... | X_G]` (keys before RoPE; values by themselves; of MLA the
 //! latents before their norm), one left factor `A [P, r]` and a right factor `B_i [r, w]` per layer, the best approximation
 //! of rank `r` for this prompt. Only the factors stay allocated: no layer's cache of the prompt outlives its group. When
-//! attention needs keys and values, they are reconstructed tile by tile, then rotated (normed). Tokens behind the prompt are
+//! attention needs keys and values, they are reconstructed tile by tile, then rotated (normed). Tokens after the prompt are
 //! cached as they are, and so is MLA's shared rotated key.
 //!
 //! The published code (abdelfattah-lab/xKV) puts the reconstructed matrices back into a cache of full size; here the bytes

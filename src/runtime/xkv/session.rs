@@ -1,4 +1,4 @@
-//! One sequence decoded behind a compressed prompt.
+//! One sequence decoded after a compressed prompt.
 
 use std::ops::Range;
 
@@ -54,12 +54,12 @@ impl<'r, 'a> XkvSession<'r, 'a> {
         XkvBytes { compressed: self.groups.iter().map(GroupCache::prompt_bytes).sum(), exact: self.exact }
     }
 
-    /// Bytes of all allocated caches: the prompt's factors, and room for the tokens behind it.
+    /// Bytes of all allocated caches: the prompt's factors, and room for the tokens after it.
     pub fn cache_bytes(&self) -> usize {
         self.prompt_bytes().compressed + self.groups.iter().map(GroupCache::tail_bytes).sum::<usize>()
     }
 
-    /// Feed tokens: the prompt by the first call, later ones behind it. The logits `[V]` that follow the last of them.
+    /// Feed tokens: the prompt by the first call, later ones after it. The logits `[V]` that follow the last of them.
     ///
     /// # Errors
     /// [`RuntimeError::Xkv`] for a prompt that is too short for the ranks, and as [`crate::runtime::Session::feed`].

@@ -28,7 +28,7 @@ pub fn obstacles(arch: &Architecture, linear_norms: bool) -> Vec<String> {
         (arch.qk_norm.is_some() && !linear_norms, "norms of queries and keys"),
         (arch.score_softcap.is_some(), "capped attention scores"),
         (arch.logit_softcap.is_some(), "capped logits"),
-        (names.has("attention_out_norm") || names.has("mlp_out_norm"), "norms behind attention and MLP"),
+        (names.has("attention_out_norm") || names.has("mlp_out_norm"), "norms after attention and MLP"),
         (!names.has("input_norm") || !names.has("post_norm"), "layers without norms before attention and MLP"),
         (arch.mlp_bias, "biases in the MLP"),
     ];
