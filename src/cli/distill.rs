@@ -28,15 +28,6 @@ pub struct DistillArgs {
     /// Its conversion: folder or hub id
     #[arg(value_name = "MLA_DIR")]
     student: String,
-    /// Folder to write
-    #[arg(long, short, value_name = "DIR", help_heading = "Output")]
-    output: PathBuf,
-    /// Largest weight file; KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = values::size, help_heading = "Output")]
-    max_shard_size: u64,
-    /// Replace an existing output folder
-    #[arg(long, help_heading = "Output")]
-    overwrite: bool,
     /// Tokens to train on; text that has fewer is read again
     #[arg(long, value_name = "N", default_value_t = DistillSettings::default().tokens, value_parser = values::positive)]
     tokens: usize,
@@ -44,13 +35,6 @@ pub struct DistillArgs {
     /// output head stay
     #[arg(long, value_name = "WHAT", default_value = "attention", value_parser = train())]
     train: Train,
-    /// Text to train on, UTF-8 .txt or .jsonl (field `text`); repeatable: some of each is held out [default: built-in text]
-    #[arg(long, value_name = "FILE", help_heading = "Text")]
-    calib: Vec<PathBuf>,
-    /// Tokens of the longest windows; half of the text is in such, most of the rest in windows of a quarter
-    #[arg(long, value_name = "TOKENS", default_value_t = DistillSettings::default().seq_len,
-          value_parser = values::positive, help_heading = "Text")]
-    seq_len: usize,
     /// Tokens of a step, at least, in whole windows
     #[arg(long, value_name = "TOKENS", default_value_t = DistillSettings::default().batch_tokens,
           value_parser = values::positive)]
@@ -62,6 +46,22 @@ pub struct DistillArgs {
     /// Seed of what is held out and of the order of windows
     #[arg(long, value_name = "SEED", default_value_t = DistillSettings::default().seed)]
     seed: u64,
+    /// Text to train on, UTF-8 .txt or .jsonl (field `text`); repeatable: some of each is held out [default: built-in text]
+    #[arg(long, value_name = "FILE", help_heading = "Text")]
+    calib: Vec<PathBuf>,
+    /// Tokens of the longest windows; half of the text is in such, most of the rest in windows of a quarter
+    #[arg(long, value_name = "TOKENS", default_value_t = DistillSettings::default().seq_len,
+          value_parser = values::positive, help_heading = "Text")]
+    seq_len: usize,
+    /// Folder to write
+    #[arg(long, short, value_name = "DIR", help_heading = "Output")]
+    output: PathBuf,
+    /// Largest weight file; KB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = values::size, help_heading = "Output")]
+    max_shard_size: u64,
+    /// Replace an existing output folder
+    #[arg(long, help_heading = "Output")]
+    overwrite: bool,
 }
 
 /// Parser of what is trained.
