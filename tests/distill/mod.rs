@@ -13,7 +13,7 @@ use crate::common::judge::{self, side_by_side};
 use crate::common::models::{fixture, open};
 
 fn settings() -> DistillSettings {
-    DistillSettings { tokens: 8192, seq_len: 128, batch_tokens: 512, step_size: 1e-3, ..DistillSettings::default() }
+    DistillSettings { tokens: 16384, seq_len: 128, batch_tokens: 512, step_size: 3e-3, ..DistillSettings::default() }
 }
 
 fn train(source: &Path, from: &Path, to: &Path, settings: &DistillSettings) -> Result<DistillReport, String> {
@@ -199,6 +199,10 @@ fn what_cannot_be_distilled_is_a_sentence_and_nothing_is_written() {
     let short = dir.path().join("short.txt");
     fs_err::write(&short, "Too short to hold anything out.").expect("written");
     let trained = fixture("pico-trained");
+    let fp8 = dir.path().join("fp8");
+    let widths = ConvertSettings { kv_lora_rank: Some(128), qk_rope_head_dim: Some(16), ..ConvertSettings::default() };
+    let blocks = ConvertSettings { dtype: Some(OutputDtype::Fp8), force: true, ..widths };
+    judge::converted(&trained, &fp8, &blocks).expect("converts");
     let run = |source: &Path, from: &Path, settings: &DistillSettings| {
         train(source, from, &to, settings).expect_err("cannot be distilled")
     };
@@ -207,7 +211,7 @@ fn what_cannot_be_distilled_is_a_sentence_and_nothing_is_written() {
         (run(&trained, &trained, &settings()), "grouped-query"),
         (run(&fixture("pico-llama"), &from, &settings()), "in the vocabulary"),
         (run(&trained, &fixture("pico-deepseek-v3-moe"), &settings()), "experts"),
-        (run(&trained, &fixture("pico-deepseek-v3-fp8"), &settings()), "FP8"),
+        (run(&trained, &fp8, &settings()), "FP8"),
         (run(&trained, &from, &other), "too short"),
         (run(&trained, &from, &DistillSettings { seq_len: 1, ..settings() }), "less than two tokens"),
     ];
