@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use gqa2mla::convert::{Budget, CalibrationSettings, ConvertSettings, OutputDtype, Profile, Target};
+use gqa2mla::convert::{Budget, CalibrationSettings, ConvertSettings, OutputDtype, Padding, Profile, Target};
 use gqa2mla::distill::{DistillReport, DistillSettings, Train, distill};
 use gqa2mla::observe::Silent;
 use gqa2mla::target::classes::{deepseek_v3, remote};
@@ -28,6 +28,8 @@ fn converted(to: &Path, target: Target, profile: Profile, dtype: OutputDtype) {
     let settings = ConvertSettings {
         target: target.into(),
         profile: Some(profile),
+        // Kernels want more than this model has.
+        pad: Some(Padding::None),
         dtype: Some(dtype),
         kv_budget: Some(Budget::Percent(50.0)),
         calibration,
