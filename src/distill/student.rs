@@ -59,6 +59,12 @@ impl<'a> Student<'a> {
         let shape = need_mla(source, arch)?;
         check_tensors(arch, &source.tensors)?;
         let spec = &source.spec;
+        if let Some((name, _)) = source.tensors.iter().find(|(_, t)| t.dtype == Dtype::F8_E4M3) {
+            return Err(refused(
+                format!("`{spec}` holds FP8 weights (`{name}`), which steps of training are too small for"),
+                "distil the bf16 conversion, and quantise what comes out",
+            ));
+        }
         if (0..arch.layers).any(|layer| arch.is_sparse(layer)) {
             return Err(refused(
                 format!("`{spec}` has experts, whose gradients are not implemented"),
@@ -69,12 +75,6 @@ impl<'a> Student<'a> {
             return Err(refused(
                 format!("`{spec}` norms the heads of its queries and keys, whose gradients are not implemented"),
                 "convert with `--head-norms linear`, which replaces the norms",
-            ));
-        }
-        if let Some((name, _)) = source.tensors.iter().find(|(_, t)| t.dtype == Dtype::F8_E4M3) {
-            return Err(refused(
-                format!("`{spec}` holds FP8 weights (`{name}`), which steps of training are too small for"),
-                "distil the bf16 conversion, and quantise what comes out",
             ));
         }
         Ok(Self { source, arch, shape })

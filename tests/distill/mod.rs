@@ -201,10 +201,6 @@ fn what_cannot_be_distilled_is_a_sentence_and_nothing_is_written() {
     let short = dir.path().join("short.txt");
     fs_err::write(&short, "Too short to hold anything out.").expect("written");
     let trained = fixture("pico-trained");
-    let fp8 = dir.path().join("fp8");
-    let widths = ConvertSettings { kv_lora_rank: Some(128), qk_rope_head_dim: Some(16), ..ConvertSettings::default() };
-    let blocks = ConvertSettings { dtype: Some(OutputDtype::Fp8), force: true, ..widths };
-    judge::converted(&trained, &fp8, &blocks).expect("converts");
     let run = |source: &Path, from: &Path, settings: &DistillSettings| {
         train(source, from, &to, settings).expect_err("cannot be distilled")
     };
@@ -213,7 +209,7 @@ fn what_cannot_be_distilled_is_a_sentence_and_nothing_is_written() {
         (run(&trained, &trained, &settings()), "grouped-query"),
         (run(&fixture("pico-llama"), &from, &settings()), "in the vocabulary"),
         (run(&trained, &fixture("pico-deepseek-v3-moe"), &settings()), "experts"),
-        (run(&trained, &fp8, &settings()), "FP8"),
+        (run(&trained, &fixture("pico-deepseek-v3-fp8"), &settings()), "FP8"),
         (run(&trained, &from, &other), "too short"),
         (run(&trained, &from, &DistillSettings { seq_len: 1, ..settings() }), "less than two tokens"),
     ];
