@@ -104,7 +104,9 @@ fn a_conversion_gets_nearer_to_its_source_in_the_form_it_has() {
             assert_eq!((&is.0, &is.1), (&was.0, &was.1), "{name}: {tensor}");
             assert_eq!(is.2 != was.2, may_change(tensor, what), "{name}: {tensor}");
         }
-        let config = |dir: &Path| fs_err::read(dir.join("config.json")).expect("readable");
+        let config = |dir: &Path| -> serde_json::Value {
+            serde_json::from_slice(&fs_err::read(dir.join("config.json")).expect("readable")).expect("JSON")
+        };
         assert_eq!(config(&from), config(&to));
         assert!(verify_manifest(&to).expect("a manifest").is_clean());
         assert!(to.join("distill.json").exists() && to.join("conversion.json").exists());
