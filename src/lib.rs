@@ -22,8 +22,8 @@
 //! [`source`] (files to tensors) → [`arch`] (family to one normal form) → [`calibrate`] (tokens to second moments) →
 //! [`factor`] (pure maths on matrices) → [`methods`] (which maths, in what order, per layer) → [`target`] (names,
 //! config and dtype of a stock class) → [`mod@write`] (shards, atomic publish). [`runtime`] is the reference forward pass
-//! that moves calibration tokens along and runs both models for [`verify`]; [`convert`] drives the line; [`analyze`] looks
-//! at caches across layers; [`report`] holds what comes out.
+//! that moves calibration tokens along and runs both models for [`verify`]; [`convert`] drives the line; [`distill`] trains
+//! what was written on its source's predictions; [`analyze`] looks at caches across layers; [`report`] holds what comes out.
 //!
 //! The library never prints. Progress goes to an [`observe::Observer`]; results are values.
 
@@ -31,11 +31,13 @@ pub mod analyze;
 pub mod arch;
 pub mod calibrate;
 pub mod convert;
+pub mod distill;
 pub mod error;
 pub mod export;
 pub mod factor;
 #[doc(hidden)]
 pub mod fuzzing;
+mod gradient;
 pub mod latent;
 #[expect(clippy::too_many_lines, reason = "two factorisations are still to be cut")]
 pub mod methods;

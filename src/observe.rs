@@ -18,6 +18,13 @@ pub enum Event {
         /// Tokens that went through the model in this phase so far, where the phase moves tokens.
         tokens: u64,
     },
+    /// Where training stands, in nats per token.
+    Loss {
+        /// Of the latest step.
+        train: f64,
+        /// The best on windows that are not trained on.
+        held_out: f64,
+    },
     /// A tensor is in the output.
     Written {
         /// Its name.

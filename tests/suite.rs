@@ -20,6 +20,7 @@ mod analyze;
 mod arch;
 mod cli;
 mod convert;
+mod distill;
 mod export;
 #[cfg(unix)]
 mod hostile;

@@ -169,6 +169,15 @@ pub(crate) fn calibration_text(
     Ok(CalibrationText { windows: windows.collect(), longer })
 }
 
+/// All of some tokens as windows of the lengths of [`CalibrationSettings::mix`], in the settings' order; of what is left over less
+/// than one short window.
+pub(crate) fn windows_of(tokens: &[u32], settings: &CalibrationSettings) -> Vec<Vec<u32>> {
+    let total = tokens.len() / settings.seq_len.max(1) * settings.seq_len;
+    let samples = total / settings.seq_len.max(1);
+    let mix = CalibrationSettings { samples, ..settings.clone() }.mix();
+    choose(total, total, &mix, settings.seed).into_iter().map(|span| tokens[span].to_vec()).collect()
+}
+
 /// `kept` of `total` tokens as windows: of each length in `mix` as many as hold its tokens. Lengths are longest first and
 /// multiples of the last; what is less than a whole window is left to the next shorter one.
 fn choose(kept: usize, total: usize, mix: &[(usize, usize)], seed: u64) -> Vec<Range<usize>> {

@@ -13,6 +13,7 @@ mod completions;
 mod convert;
 mod demo;
 mod devices;
+mod distill;
 mod eval;
 mod export;
 mod generate;
@@ -94,6 +95,7 @@ enum Command {
     Check(check::CheckArgs),
     Plan(plan::PlanArgs),
     Convert(convert::ConvertArgs),
+    Distill(distill::DistillArgs),
     Export(export::ExportArgs),
     Rotate(rotate::RotateArgs),
     Shard(shard::ShardArgs),
@@ -204,6 +206,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitStatus> {
         Command::Check(args) => args.execute(&context),
         Command::Plan(args) => args.execute(&context),
         Command::Convert(args) => args.execute(&context),
+        Command::Distill(args) => args.execute(&context),
         Command::Export(args) => args.execute(&context),
         Command::Rotate(args) => args.execute(&context),
         Command::Shard(args) => args.execute(&context),

@@ -22,6 +22,8 @@ struct State {
     started: Instant,
     /// File of the download being drawn.
     file: Option<String>,
+    /// How fast tokens go by.
+    speed: String,
 }
 
 impl Progress {
@@ -34,7 +36,10 @@ impl Progress {
             // Layers of a large model take minutes; the clock shows that something lives.
             bar.enable_steady_tick(Duration::from_millis(200));
         }
-        Self { quiet, state: Mutex::new(State { bar, phase: "", started: Instant::now(), file: None }) }
+        Self {
+            quiet,
+            state: Mutex::new(State { bar, phase: "", started: Instant::now(), file: None, speed: String::new() }),
+        }
     }
 
     /// Take the bar off the screen.
@@ -78,8 +83,13 @@ impl State {
         self.bar.set_position(done);
         let seconds = self.started.elapsed().as_secs_f64();
         if tokens > 0 && seconds > 0.0 {
-            self.bar.set_message(format!("{:.0} tokens/s", tokens as f64 / seconds));
+            self.speed = format!("{:.0} tokens/s", tokens as f64 / seconds);
+            self.bar.set_message(self.speed.clone());
         }
+    }
+
+    fn loss(&self, train: f64, held_out: f64) {
+        self.bar.set_message(format!("{}, loss {train:.4}, held out {held_out:.4},", self.speed));
     }
 
     fn download(&mut self, file: &str, done: u64, total: Option<u64>) {
@@ -111,6 +121,7 @@ impl Observer for Progress {
         match event {
             Event::Phase { name, steps } => self.with(|s| s.phase(name, steps)),
             Event::Step { done, tokens } => self.with(|s| s.step(done, tokens)),
+            Event::Loss { train, held_out } => self.with(|s| s.loss(train, held_out)),
             Event::Download { file, done, total } => self.with(|s| s.download(&file, done, total)),
             Event::Warning(text) => self.say(Label::Warning, &text),
             Event::Note(text) => self.say(Label::Note, &text),

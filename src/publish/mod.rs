@@ -1,6 +1,6 @@
 //! The one way in which a command writes a model folder.
 //!
-//! `convert`, `rotate`, `shard` and `export` differ in the tensors they write and in nothing else. Each of them says what those are and
+//! `convert`, `distill`, `rotate`, `shard` and `export` differ in the tensors they write and in nothing else. Each says what those are and
 //! where every one comes from (a list of [`Emit`]), computes the values that no source tensor holds ([`Compute`]), and makes
 //! a report ([`Report`]). What is common is here:
 //!

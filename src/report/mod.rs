@@ -2,6 +2,7 @@
 //!
 //! Nothing here measures or prints: values come in, text goes out.
 
+pub mod distillation;
 pub mod engines;
 pub mod export;
 pub mod heatmap;

@@ -39,7 +39,7 @@ pub use attention::{RankTensors, Ranks, RawKv};
 pub use backend::{AttentionShape, Backend, HeadColumns, HeadPart, LinearWeights, MlpWeights, Span};
 pub use bench::{Case, Trial, median};
 pub use cpu::Cpu;
-pub(crate) use cpu::{LONG_MLP, softmax};
+pub(crate) use cpu::{LONG_MLP, erf, exponentials, silu_mul_backward, silu_times, softmax};
 pub use device::{Device, DeviceChoice, DeviceDescription, DeviceTensor, DeviceWeight, Precision, devices};
 pub use error::RuntimeError;
 pub use generate::{Decode, Generation, Stop, generate};

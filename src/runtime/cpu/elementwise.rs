@@ -48,6 +48,52 @@ impl WithSimd for SiluMul<'_> {
     }
 }
 
+/// `up = silu(gate) * up`.
+pub(crate) fn silu_times(up: &mut [f32], gate: &[f32]) {
+    Arch::new().dispatch(SiluTimes { up, gate });
+}
+
+struct SiluTimes<'a> {
+    up: &'a mut [f32],
+    gate: &'a [f32],
+}
+
+impl WithSimd for SiluTimes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (u, g) in self.up.iter_mut().zip(self.gate) {
+            *u *= *g / (1.0 + exp(-*g));
+        }
+    }
+}
+
+/// The gradients of `silu(gate) * up` by `gate` and by `up`, in their place, from that by the product.
+pub(crate) fn silu_mul_backward(gate: &mut [f32], up: &mut [f32], gradient: &[f32]) {
+    Arch::new().dispatch(SiluMulBackward { gate, up, gradient });
+}
+
+struct SiluMulBackward<'a> {
+    gate: &'a mut [f32],
+    up: &'a mut [f32],
+    gradient: &'a [f32],
+}
+
+impl WithSimd for SiluMulBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for ((g, u), d) in self.gate.iter_mut().zip(self.up.iter_mut()).zip(self.gradient) {
+            let sigmoid = 1.0 / (1.0 + exp(-*g));
+            let value = *g * sigmoid;
+            let slope = sigmoid + value * (1.0 - sigmoid);
+            (*g, *u) = (d * *u * slope, d * value);
+        }
+    }
+}
+
 /// `gate = act(gate) * up`.
 pub(super) fn gated(gate: &mut [f32], up: &[f32], activation: Activation) {
     if activation == Activation::Silu {
@@ -82,7 +128,7 @@ pub(super) fn activate(x: f32, activation: Activation) -> f32 {
 
 /// The error function: its Maclaurin series up to 3, Lentz's continued fraction of the complement beyond. Error below
 /// 1e-12, far under f32's.
-fn erf(x: f64) -> f64 {
+pub(crate) fn erf(x: f64) -> f64 {
     let a = x.abs();
     if a.is_nan() {
         return x;
@@ -133,7 +179,7 @@ pub(super) fn rms_norm(row: &mut [f32], gain: &[f32], eps: f64) {
 const LEAST_WEIGHT: f32 = -60.0;
 
 /// Replace a row by `exp(x - max)`, zero below [`LEAST_WEIGHT`]; the largest element and the sum of what was put.
-pub(super) fn exponentials(row: &mut [f32]) -> (f32, f32) {
+pub(crate) fn exponentials(row: &mut [f32]) -> (f32, f32) {
     Arch::new().dispatch(Exponentials(row))
 }
 

@@ -21,7 +21,7 @@ use super::backend::mlp_in_steps;
 use super::{AttentionShape, Backend, HeadColumns, HeadPart, HostWeight, MlpWeights, Rotation, RuntimeError, Span};
 use crate::runtime::weight::WeightView;
 
-pub(crate) use elementwise::softmax;
+pub(crate) use elementwise::{erf, exponentials, silu_mul_backward, silu_times, softmax};
 pub(crate) use mlp::LONG as LONG_MLP;
 
 pub(super) use attention::{probability_tile, tile_rows};

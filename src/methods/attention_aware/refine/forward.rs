@@ -11,77 +11,30 @@
 //! Values are expanded before they are pooled (`P v` rather than `(P c) v_up^T`): the same function, and cheaper where
 //! `d_V < r`.
 
-use faer::Accum;
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
-use rayon::prelude::*;
+use ndarray::{Array1, Array2};
 
-use super::product::{Real, product};
 use super::tensors::Tensors;
+use crate::gradient::{Heads, Projected, Real, product, turn_windows};
 use crate::mla::MlaLayer;
 use crate::runtime::Rotation;
-
-/// Query rows per tile of scores; keys after the last row of a tile are skipped.
-const TILE_ROWS: usize = 64;
 
 /// What is not trained.
 #[derive(Debug)]
 pub(super) struct Block {
-    pub heads: usize,
-    pub scale: f64,
-    pub rotation: Rotation,
+    pub heads: Heads,
+    rotation: Rotation,
 }
 
 impl Block {
     /// Of `layer`, for windows of up to `longest` tokens.
     pub fn new(layer: &MlaLayer, longest: usize) -> Self {
-        Self { heads: layer.heads, scale: layer.score_scale, rotation: layer.rotation(longest) }
+        let heads = Heads { heads: layer.heads, scale: layer.score_scale, window: None, cap: None };
+        Self { heads, rotation: layer.rotation(longest) }
     }
 
     /// Turn interleaved pairs of every head of every token, backwards with `inverse`: that is the transpose.
     pub fn rotate<T: Real>(&self, x: &mut Array2<T>, windows: &[usize], inverse: bool) {
-        let width = self.rotation.width();
-        if width == 0 {
-            return;
-        }
-        let positions: Vec<usize> = windows.iter().flat_map(|&n| 0..n).collect();
-        x.axis_iter_mut(Axis(0)).into_par_iter().zip(positions).for_each(|(mut row, position)| {
-            let Some(row) = row.as_slice_mut() else { return };
-            for head in row.chunks_exact_mut(width) {
-                for (pair, &(cos, sin)) in head.chunks_exact_mut(2).zip(self.rotation.at(position)) {
-                    let sin = if inverse { -sin } else { sin };
-                    let (cos, sin) = (T::from_f64(f64::from(cos)), T::from_f64(f64::from(sin)));
-                    (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[1] * cos + pair[0] * sin);
-                }
-            }
-        });
-    }
-
-    /// (window, head) tasks in a fixed order: `(first row, rows, head)`.
-    pub fn tasks(&self, windows: &[usize]) -> Vec<(usize, usize, usize)> {
-        let mut start = 0;
-        let mut tasks = Vec::with_capacity(windows.len() * self.heads);
-        for &length in windows {
-            tasks.extend((0..self.heads).map(|h| (start, length, h)));
-            start += length;
-        }
-        tasks
-    }
-
-    /// Cut `a` `[T, H w]` into `[length, w]` blocks in the order of [`Block::tasks`].
-    pub fn blocks_mut<'a, T>(&self, a: &'a mut Array2<T>, windows: &[usize]) -> Vec<ArrayViewMut2<'a, T>> {
-        let width = a.ncols() / self.heads.max(1);
-        let mut blocks = Vec::with_capacity(windows.len() * self.heads);
-        let mut rest = a.view_mut();
-        for &length in windows {
-            let (mut window, below) = rest.split_at(Axis(0), length);
-            rest = below;
-            for _ in 0..self.heads {
-                let (block, right) = window.split_at(Axis(1), width);
-                window = right;
-                blocks.push(block);
-            }
-        }
-        blocks
+        turn_windows(&self.rotation, x, windows, inverse);
     }
 }
 
@@ -105,68 +58,11 @@ impl<T> Batch<T> {
 #[derive(Debug)]
 pub(super) struct Trace<T> {
     pub latent: Array2<T>,
-    pub q_nope: Array2<T>,
-    pub q_rope: Array2<T>,
-    pub k_nope: Array2<T>,
-    pub k_rope: Array2<T>,
-    pub values: Array2<T>,
+    pub projected: Projected<T>,
     /// Head outputs `[T, H d_V]`.
     pub heads: Array2<T>,
     /// `[T, D]`.
     pub output: Array2<T>,
-}
-
-/// Queries, keys and values of one head in one window.
-pub(super) struct HeadViews<'a, T> {
-    pub q_nope: ArrayView2<'a, T>,
-    pub q_rope: ArrayView2<'a, T>,
-    pub k_nope: ArrayView2<'a, T>,
-    pub k_rope: ArrayView2<'a, T>,
-    pub values: ArrayView2<'a, T>,
-}
-
-/// Columns of head `h` of `heads` in rows `start..start + length`.
-pub(super) fn head_of<T>(a: &Array2<T>, heads: usize, task: (usize, usize, usize)) -> ArrayView2<'_, T> {
-    let (start, length, h) = task;
-    let width = a.ncols() / heads;
-    a.slice(s![start..start + length, h * width..(h + 1) * width])
-}
-
-impl<T: Real> Trace<T> {
-    pub fn head(&self, heads: usize, task: (usize, usize, usize)) -> HeadViews<'_, T> {
-        HeadViews {
-            q_nope: head_of(&self.q_nope, heads, task),
-            q_rope: head_of(&self.q_rope, heads, task),
-            k_nope: head_of(&self.k_nope, heads, task),
-            k_rope: self.k_rope.slice(s![task.0..task.0 + task.1, ..]),
-            values: head_of(&self.values, heads, task),
-        }
-    }
-}
-
-/// Query rows of the tiles of a window, in order.
-pub(super) fn tiles(length: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    (0..length).step_by(TILE_ROWS).map(move |first| first..(first + TILE_ROWS).min(length))
-}
-
-impl<T: Real> HeadViews<'_, T> {
-    /// Probabilities of some query rows over keys `0..rows.end`, `[rows, keys]`; what a query cannot see is zero.
-    pub fn probabilities(&self, rows: std::ops::Range<usize>, scale: f64) -> Array2<T> {
-        let (first, keys) = (rows.start, rows.end);
-        let scale = T::from_f64(scale);
-        let mut out = Array2::zeros((rows.len(), keys));
-        let (q, k) = (self.q_nope.slice(s![rows.clone(), ..]), self.k_nope.slice(s![..keys, ..]));
-        T::gemm(out.view_mut(), Accum::Replace, q, k.reversed_axes(), scale);
-        let (q, k) = (self.q_rope.slice(s![rows, ..]), self.k_rope.slice(s![..keys, ..]));
-        T::gemm(out.view_mut(), Accum::Add, q, k.reversed_axes(), scale);
-        for (i, mut row) in out.rows_mut().into_iter().enumerate() {
-            let Some(row) = row.as_slice_mut() else { continue };
-            let (seen, hidden) = row.split_at_mut(first + i + 1);
-            T::softmax(seen);
-            hidden.fill(T::zero());
-        }
-        out
-    }
 }
 
 fn project<T: Real>(x: &Array2<T>, weight: &Array2<T>, bias: &Array1<T>) -> Array2<T> {
@@ -186,28 +82,13 @@ pub(super) fn forward<T: Real>(block: &Block, tensors: &Tensors<T>, batch: &Batc
     let mut k_rope = project(&batch.x, &tensors.k_rope, &tensors.k_rope_bias);
     block.rotate(&mut q_rope, &batch.windows, false);
     block.rotate(&mut k_rope, &batch.windows, false);
-    let values = project(&latent, &tensors.v_up, &none);
-    let mut heads = Array2::zeros(values.dim());
-    let mut trace = Trace {
+    let projected = Projected {
         q_nope: project(query, &tensors.q_nope, &tensors.q_nope_bias),
         k_nope: project(&latent, &tensors.k_up, &none),
+        values: project(&latent, &tensors.v_up, &none),
         q_rope,
         k_rope,
-        latent,
-        values,
-        heads: Array2::zeros((0, 0)),
-        output: Array2::zeros((0, 0)),
     };
-    let tasks = block.tasks(&batch.windows);
-    block.blocks_mut(&mut heads, &batch.windows).into_par_iter().zip(tasks).for_each(|(mut out, task)| {
-        let head = trace.head(block.heads, task);
-        for rows in tiles(task.1) {
-            let p = head.probabilities(rows.clone(), block.scale);
-            let values = head.values.slice(s![..rows.end, ..]);
-            T::gemm(out.slice_mut(s![rows, ..]), Accum::Replace, p.view(), values, T::one());
-        }
-    });
-    trace.output = project(&heads, &tensors.wo, &tensors.wo_bias);
-    trace.heads = heads;
-    trace
+    let heads = block.heads.forward(&projected, &batch.windows);
+    Trace { latent, output: project(&heads, &tensors.wo, &tensors.wo_bias), projected, heads }
 }

@@ -7,7 +7,6 @@
 mod adam;
 mod backward;
 mod forward;
-mod product;
 mod tensors;
 #[cfg(test)]
 mod tests;

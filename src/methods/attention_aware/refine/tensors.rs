@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Array2};
 
-use super::product::Real;
+use crate::gradient::Real;
 use crate::mla::{MlaLayer, Query};
 
 /// Number of tensors in [`Tensors`].
