@@ -207,7 +207,10 @@ impl<T: Real> Layer<'_, T> {
         let query = self.weights.has(Role::QueryDown).then(|| {
             let raw = self.linear(x, Role::QueryDown, Role::QueryDownBias);
             let normed = self.weights.vector(Role::QueryGain).map(|gain| rms_norm(&raw, gain, eps));
-            (normed.is_some().then(|| raw.clone()).unwrap_or_else(|| Array2::zeros((0, 0))), normed.unwrap_or(raw))
+            match normed {
+                Some(normed) => (raw, normed),
+                None => (Array2::zeros((0, 0)), raw),
+            }
         });
         let input = query.as_ref().map_or(x, |(_, normed)| normed);
         let mut q_rope = self.linear(input, Role::QueryRope, Role::QueryRopeBias);

@@ -52,9 +52,9 @@ impl<T: Real> Network<'_, T> {
         source: SourceLogits<'_, T>,
     ) -> Result<Vec<f64>, RuntimeError> {
         let mut x = batch.input;
-        for index in 0..self.layers.len() {
+        for (index, trained) in trained[..self.layers.len()].iter().enumerate() {
             let frozen = self.frozen.layer(index)?;
-            x = self.layer(index, &trained[index], &frozen, &batch.windows).forward(x, None);
+            x = self.layer(index, trained, &frozen, &batch.windows).forward(x, None);
         }
         let gain = self.final_gain(trained)?;
         Ok(self.head.pass(&x, &gain, source, None)?.losses)
@@ -74,17 +74,17 @@ impl<T: Real> Network<'_, T> {
     ) -> Result<Vec<f64>, RuntimeError> {
         let mut x = batch.input;
         let mut kept = Vec::with_capacity(self.layers.len());
-        for index in 0..self.layers.len() {
+        for (index, trained) in trained[..self.layers.len()].iter().enumerate() {
             let frozen = self.frozen.layer(index)?;
-            x = self.layer(index, &trained[index], &frozen, &batch.windows).forward(x, Some(&mut kept));
+            x = self.layer(index, trained, &frozen, &batch.windows).forward(x, Some(&mut kept));
         }
         let gain = self.final_gain(trained)?;
         let pass = self.head.pass(&x, &gain, source, Some(scale))?;
         drop(x);
         let Some((mut d, of_gain)) = pass.gradients else { return Ok(pass.losses) };
-        let behind = &mut sums[self.layers.len()];
-        if behind.has(Role::FinalGain) {
-            behind[Role::FinalGain].iter_mut().zip(of_gain).for_each(|(sum, d)| *sum += d);
+        let after = &mut sums[self.layers.len()];
+        if after.has(Role::FinalGain) {
+            after[Role::FinalGain].iter_mut().zip(of_gain).for_each(|(sum, d)| *sum += d);
         }
         for index in (0..self.layers.len()).rev() {
             let Some(kept) = kept.pop() else { break };
