@@ -7,7 +7,7 @@
 
 A case is a folder: a fixture that is MLA already, or a conversion. For each, `check --json` is asked first; then the engine decodes
 greedily and computes losses, and so does transformers on the same folder (for FP8, with the weights widened to f32). They
-agree where the continuations are equal and no loss differs by more than 0.01. `yes` and `if` must come out equal, `no` must
+agree where the continuations are equal and no loss differs by more than 0.01 (of FP8, which some engines widen to bf16: 0.1). `yes` and `if` must come out equal, `no` must
 not. Exit 1 where `check` was wrong.
 
 Needs a release build, python3, and a package registry the first time. Environments stay in ENGINES_DIR (default target/engines).
@@ -185,8 +185,8 @@ def reason(done):
     return last[:200].replace("|", "/").replace(str(Path.home()), "~")
 
 
-def compare(got, reference):
-    """(equal, what was seen)"""
+def compare(got, reference, within):
+    """(equal, what was seen); losses of a token may differ by `within`."""
     if "texts" in got:
         # Generated text ends where a token is no text; what is there has to begin alike.
         wanted = [bytes(i for i in line if i < 256).decode(errors="replace") for line in reference["continuations"]]
@@ -196,7 +196,7 @@ def compare(got, reference):
     pairs = [(a, b) for x, y in zip(got["losses"], reference["losses"]) for a, b in zip(x, y)]
     worst = max(abs(a - b) for a, b in pairs) if all(a == a for a, _ in pairs) else float("nan")
     seen = f"{same} of {len(got['continuations'])} continuations equal, losses within {worst:.1e}"
-    return same == len(got["continuations"]) and worst <= 0.01, seen
+    return same == len(got["continuations"]) and worst <= within, seen
 
 
 def verdict_of(binary, folder, engine):
@@ -235,7 +235,7 @@ def main():
                     options = (f"source={llama_source(directory)}", f"python={python_of('transformers-4', directory)}")
                 said, reasons = verdict_of(args.binary, folder, engine)
                 got, failed = run(python_of(engine.environment, directory), engine, folder, work, options)
-                equal, seen = compare(got, (older or reference) if label == "transformers" else reference) if got else (False, f"fails: {failed}")
+                equal, seen = compare(got, (older or reference) if label == "transformers" else reference, 0.1 if case.fp8 else 0.01) if got else (False, f"fails: {failed}")
                 right = (said != "no") == equal and said != "none"
                 wrong += not right
                 cache = "" if not got or got["cache"] is None else got["cache"]

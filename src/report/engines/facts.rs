@@ -80,7 +80,7 @@ pub struct Facts {
     pub no_scaling: bool,
     /// Whether a llama3 scheme has YaRN's betas fitted to it.
     pub fitted: bool,
-    /// Whether a `rope_theta` stands beside the RoPE parameters rather than only in them.
+    /// Whether a `rope_theta` stands beside the RoPE parameters rather than only in them, or is the one that engines assume.
     pub top_level_theta: bool,
     /// Whether rotated pairs are neighbours.
     pub interleaved: bool,
@@ -110,6 +110,8 @@ pub struct Facts {
     pub intermediate: usize,
     /// Whether the tokenizer is SentencePiece's (byte fallback).
     pub sentencepiece: bool,
+    /// Whether layers after the last one, which predict further tokens, are stored.
+    pub further_layers: bool,
 }
 
 /// How large the rows are that make a latent, which decides the dtypes that hold them.
@@ -137,6 +139,9 @@ pub enum CandidateRope {
     /// A scheme of no known name.
     Unknown,
 }
+
+/// Base of the rotary embedding that engines assume where they find none.
+const ASSUMED_THETA: f64 = 10000.0;
 
 /// Model types that engines have classes for, whatever code a folder brings.
 const NATIVE: [&str; 5] = ["deepseek_v2", "deepseek_v3", "kimi_k2", "youtu", "minicpm3"];
@@ -210,6 +215,7 @@ impl Facts {
             quantised: None,
             intermediate: 128,
             sentencepiece: false,
+            further_layers: false,
         }
     }
 
@@ -310,8 +316,10 @@ impl Facts {
             no_scaling: get("rope_scaling").is_none(),
             wrapped,
             fitted: rope_name == "llama3" && scaling.is_some_and(|s| s.get("beta_fast").is_some()),
+            top_level_theta: get("rope_theta").is_some()
+                || rope_name == "default"
+                    && scaling.and_then(|s| s.get("rope_theta")).and_then(Value::as_f64) == Some(ASSUMED_THETA),
             rope_name,
-            top_level_theta: get("rope_theta").is_some(),
             interleaved: match model_type.as_str() {
                 "minicpm3" => false,
                 _ => get("rope_interleave").and_then(Value::as_bool).unwrap_or(true),
@@ -347,6 +355,8 @@ impl Facts {
         self.latent_norms = ends("self_attn.kv_a_layernorm.weight")
             && (self.geometry.q_lora_rank.is_none() || ends("self_attn.q_a_layernorm.weight"));
         self.head = ends("lm_head.weight");
+        let further = format!("model.layers.{}.", self.layers);
+        self.further_layers = tensors.names().any(|n| n.starts_with(&further));
         self.shared_expert = self.routing.is_none() || ends("mlp.shared_experts.down_proj.weight");
         let (latent, query) = (self.geometry.kv_lora_rank, self.geometry.q_lora_rank);
         if let Some(weight) = values(tensors, "self_attn.kv_a_layernorm.weight") {

@@ -392,6 +392,14 @@ pub(super) const RULES: &[Rule] = &[
         why: "reads rope_theta and rope_scaling beside each other, not rope_parameters: it takes its default base",
         change: "write rope_theta and rope_scaling at the top level; transformers reads that too",
     },
+    Rule {
+        engines: &[MLX],
+        // Of DeepSeek-V3 itself it leaves layer 61 out.
+        when: |f| f.further_layers && f.layers != 61,
+        then: No,
+        why: "refuses weights of layers that predict further tokens",
+        change: "remove the tensors of the layers after the last one",
+    },
     // Head, activation, experts.
     Rule {
         engines: HF,
