@@ -39,7 +39,7 @@ impl LatentNorm {
         class.norms_latents().then_some(if biases { Self::Constant { slots: 1 } } else { small })
     }
 
-    /// Whether the gain of the norm before attention takes a part of what makes the rows small ([`input_scale`]).
+    /// Whether the gain of the norm before attention takes a part of what makes the rows small.
     pub fn scales_input(self) -> bool {
         self == Self::SmallRows
     }
