@@ -39,7 +39,7 @@ pub mod factor;
 pub mod fuzzing;
 mod gradient;
 pub mod latent;
-#[expect(clippy::too_many_lines, reason = "two factorisations are still to be cut")]
+
 pub mod methods;
 pub mod mla;
 pub mod observe;

@@ -120,6 +120,118 @@ pub struct DraftSettings<'a> {
     pub bias: bool,
 }
 
+/// Maps between the source's heads and lists of components.
+struct Maps<'a> {
+    /// KV heads `g`, head width `d`, query heads of a KV head `n`.
+    dims: (usize, usize, usize),
+    analysis: &'a SlotAnalysis,
+    /// Best constant phases, `[H, d / 2]`; `None` where components without rotation keep their own.
+    phases: Option<&'a Array2<c64>>,
+}
+
+impl Maps<'_> {
+    /// From all keys to components, `[2 * components, g d]`.
+    fn keys(&self, list: &[Component]) -> Array2<f64> {
+        let ((g, d, _), (u, w)) = (self.dims, (&self.analysis.components.basis, &self.analysis.components.weight));
+        let mut map = Array2::zeros((2 * list.len(), g * d));
+        for (i, &(j, c)) in list.iter().enumerate() {
+            for a in 0..g {
+                put(&mut map, 2 * i, a * d + j, a * d + j + d / 2, u[j][[a, c]].conj() * w[[j, a]]);
+            }
+        }
+        map
+    }
+
+    /// From the queries of head `h` to components that rotate or do not, `[2 * components, d]`.
+    fn queries(&self, list: &[Component], h: usize, rotated: bool) -> Array2<f64> {
+        let ((_, d, n), (u, w)) = (self.dims, (&self.analysis.components.basis, &self.analysis.components.weight));
+        let a = h / n;
+        let mut map = Array2::zeros((2 * list.len(), d));
+        for (i, &(j, c)) in list.iter().enumerate() {
+            let mut factor = u[j][[a, c]].conj() / w[[j, a]];
+            if let Some(phases) = self.phases.filter(|_| !rotated) {
+                factor *= phases[[h, j]].conj();
+            }
+            put(&mut map, 2 * i, j, j + d / 2, factor);
+        }
+        map
+    }
+}
+
+/// Rotated queries `[H d_R, D]` and their bias, every component times its entry of `scale`.
+fn rotated_queries(
+    source: &AttentionSource,
+    maps: &Maps<'_>,
+    kept: &[Component],
+    scale: &[f64],
+) -> (Array2<f64>, Option<Array1<f64>>) {
+    let (heads, d, rope_dim) = (source.heads, source.head_dim, 2 * kept.len());
+    let mut q_rope = Array2::zeros((heads * rope_dim, source.hidden()));
+    let mut q_rope_bias = source.bq.as_ref().map(|_| Array1::zeros(heads * rope_dim));
+    for h in 0..heads {
+        let mut map = maps.queries(kept, h, true);
+        for (row, mut values) in map.rows_mut().into_iter().enumerate() {
+            values *= scale[row / 2];
+        }
+        let (rows, out) = (h * d..(h + 1) * d, h * rope_dim..(h + 1) * rope_dim);
+        q_rope.slice_mut(s![out.clone(), ..]).assign(&matmul(&map, &source.wq.slice(s![rows.clone(), ..])));
+        if let (Some(b), Some(bq)) = (&mut q_rope_bias, &source.bq) {
+            b.slice_mut(s![out]).assign(&map.dot(&bq.slice(s![rows])));
+        }
+    }
+    (q_rope, q_rope_bias)
+}
+
+/// Second moment of `z x` about the means that the target carries; of `z`, the first `keys` rows make keys, the others values.
+fn centred_moment(z: &Array2<f64>, keys: usize, moments: &Moments, centred: bool, bias: bool) -> Array2<f64> {
+    let mut cz = crate::factor::linalg::symmetrise(&matmul(&matmul(z, &moments.second()), &z.t()));
+    if !centred {
+        return cz;
+    }
+    // Constants in keys cancel in the softmax whatever the target; constants in values need an output bias.
+    let mean = moments.mean();
+    let mut zm = z.dot(&mean);
+    if !bias {
+        zm.slice_mut(s![keys..]).fill(0.0);
+    }
+    let zm = zm.insert_axis(Axis(1));
+    cz = cz - matmul(&zm, &zm.t());
+    if !bias {
+        // Cross terms: E[(k - mean) v^T] with v uncentred.
+        let (km, vm) = (z.slice(s![..keys, ..]).dot(&mean), z.slice(s![keys.., ..]).dot(&mean));
+        let cross = matmul(&km.insert_axis(Axis(1)), &vm.insert_axis(Axis(0)));
+        let mut block = cz.slice_mut(s![..keys, keys..]);
+        block -= &cross;
+        let mut block = cz.slice_mut(s![keys.., ..keys]);
+        block -= &cross.t();
+    }
+    cz
+}
+
+/// What errors of keys and of values cost: the moment of the queries that meet the keys, the Gram matrix of the output projection
+/// that meets the values. `maps`: per head, from queries to the keys' components.
+fn metrics(
+    source: &AttentionSource,
+    moments: &Moments,
+    maps: &[Array2<f64>],
+    keys: usize,
+) -> (Array2<f64>, Array2<f64>) {
+    let (g, d, n) = (source.kv_heads, source.head_dim, source.group());
+    let mut key_metric = Array2::zeros((keys, keys));
+    let mut value_metric = Array2::zeros((g * d, g * d));
+    for (h, map) in maps.iter().enumerate() {
+        let (a, rows) = (h / n, h * d..(h + 1) * d);
+        let wq = source.wq.slice(s![rows.clone(), ..]).to_owned();
+        let bq = source.bq.as_ref().map(|b| b.slice(s![rows.clone()]).to_owned());
+        let cq = moments.output_moment(&wq, bq.as_ref());
+        key_metric += &matmul(&matmul(map, &cq), &map.t());
+        let wo = source.wo.slice(s![.., rows]);
+        let mut block = value_metric.slice_mut(s![a * d..(a + 1) * d, a * d..(a + 1) * d]);
+        block += &matmul(&wo.t(), &wo);
+    }
+    (key_metric, value_metric)
+}
+
 /// Convert one layer, up to the refits.
 ///
 /// # Errors
@@ -132,36 +244,12 @@ pub fn draft(
     settings: &DraftSettings<'_>,
 ) -> Result<Draft, MethodError> {
     let (heads, g, d, n) = (source.heads, source.kv_heads, source.head_dim, source.group());
-    let (half, hidden) = (d / 2, source.hidden());
-    let (u, w) = (&analysis.components.basis, &analysis.components.weight);
     let (kept, dropped) = partition(&analysis.value, settings.slots);
-
-    // Key-side maps [2 * components, g d] and query-side maps per head [2 * components, d].
-    let key_map = |list: &[Component]| {
-        let mut map = Array2::zeros((2 * list.len(), g * d));
-        for (i, &(j, c)) in list.iter().enumerate() {
-            for a in 0..g {
-                put(&mut map, 2 * i, a * d + j, a * d + j + half, u[j][[a, c]].conj() * w[[j, a]]);
-            }
-        }
-        map
-    };
-    let query_map = |list: &[Component], h: usize, rotated: bool| {
-        let a = h / n;
-        let mut map = Array2::zeros((2 * list.len(), d));
-        for (i, &(j, c)) in list.iter().enumerate() {
-            let mut factor = u[j][[a, c]].conj() / w[[j, a]];
-            if !rotated && settings.steps.has(Step::Phase) {
-                factor *= phases[[h, j]].conj();
-            }
-            put(&mut map, 2 * i, j, j + half, factor);
-        }
-        map
-    };
+    let phases = settings.steps.has(Step::Phase).then_some(phases);
+    let between = Maps { dims: (g, d, n), analysis, phases };
 
     // Rotated part, scaled to unit energy per slot so that the cached key is of the latent's size.
-    let rope_dim = 2 * kept.len();
-    let mut to_rope = key_map(&kept);
+    let mut to_rope = between.keys(&kept);
     let slot_scale: Vec<f64> = kept
         .iter()
         .map(|&(j, c)| {
@@ -172,64 +260,19 @@ pub fn draft(
     for (row, mut values) in to_rope.rows_mut().into_iter().enumerate() {
         values /= slot_scale[row / 2];
     }
-    let mut q_rope = Array2::zeros((heads * rope_dim, hidden));
-    let mut q_rope_bias = source.bq.as_ref().map(|_| Array1::zeros(heads * rope_dim));
-    for h in 0..heads {
-        let mut map = query_map(&kept, h, true);
-        for (row, mut values) in map.rows_mut().into_iter().enumerate() {
-            values *= slot_scale[row / 2];
-        }
-        let (rows, out) = (h * d..(h + 1) * d, h * rope_dim..(h + 1) * rope_dim);
-        q_rope.slice_mut(s![out.clone(), ..]).assign(&matmul(&map, &source.wq.slice(s![rows.clone(), ..])));
-        if let (Some(b), Some(bq)) = (&mut q_rope_bias, &source.bq) {
-            b.slice_mut(s![out]).assign(&map.dot(&bq.slice(s![rows])));
-        }
-    }
+    let (q_rope, q_rope_bias) = rotated_queries(source, &between, &kept, &slot_scale);
 
     // Latent part: z = [k_N; v], centred where the target can carry the constants.
-    let to_latent = key_map(&dropped);
+    let to_latent = between.keys(&dropped);
     let keys = to_latent.nrows();
     let z = concatenate![Axis(0), matmul(&to_latent, &source.wk), source.wv];
     let centred = settings.steps.has(Step::Centring);
-    let second = moments.second();
-    let mut cz = crate::factor::linalg::symmetrise(&matmul(&matmul(&z, &second), &z.t()));
-    let mean = moments.mean();
-    if centred {
-        // Constants in keys cancel in the softmax whatever the target; constants in values need an output bias.
-        let mut zm = z.dot(&mean);
-        if !settings.bias {
-            zm.slice_mut(s![keys..]).fill(0.0);
-        }
-        let zm = zm.insert_axis(Axis(1));
-        cz = cz - matmul(&zm, &zm.t());
-        if !settings.bias {
-            // Cross terms: E[(k - mean) v^T] with v uncentred.
-            let (km, vm) = (z.slice(s![..keys, ..]).dot(&mean), z.slice(s![keys.., ..]).dot(&mean));
-            let cross = matmul(&km.insert_axis(Axis(1)), &vm.insert_axis(Axis(0)));
-            let mut block = cz.slice_mut(s![..keys, keys..]);
-            block -= &cross;
-            let mut block = cz.slice_mut(s![keys.., ..keys]);
-            block -= &cross.t();
-        }
-    }
-    let mut key_metric = Array2::zeros((keys, keys));
-    let mut value_metric = Array2::zeros((g * d, g * d));
-    let maps: Vec<Array2<f64>> = (0..heads).map(|h| query_map(&dropped, h, false)).collect();
-    if settings.steps.has(Step::Metric) {
-        for (h, map) in maps.iter().enumerate() {
-            let (a, rows) = (h / n, h * d..(h + 1) * d);
-            let wq = source.wq.slice(s![rows.clone(), ..]).to_owned();
-            let bq = source.bq.as_ref().map(|b| b.slice(s![rows.clone()]).to_owned());
-            let cq = moments.output_moment(&wq, bq.as_ref());
-            key_metric += &matmul(&matmul(map, &cq), &map.t());
-            let wo = source.wo.slice(s![.., rows]);
-            let mut block = value_metric.slice_mut(s![a * d..(a + 1) * d, a * d..(a + 1) * d]);
-            block += &matmul(&wo.t(), &wo);
-        }
-    } else {
-        key_metric.diag_mut().fill(1.0);
-        value_metric.diag_mut().fill(1.0);
-    }
+    let cz = centred_moment(&z, keys, moments, centred, settings.bias);
+    let maps: Vec<Array2<f64>> = (0..heads).map(|h| between.queries(&dropped, h, false)).collect();
+    let (key_metric, value_metric) = match settings.steps.has(Step::Metric) {
+        true => metrics(source, moments, &maps, keys),
+        false => (Array2::eye(keys), Array2::eye(g * d)),
+    };
     let rank = settings.rank;
     let joint = joint_low_rank(&cz, &key_metric, &value_metric, KEY_WEIGHT, rank)?;
     let latent = matmul(&joint.down, &z);
@@ -245,6 +288,7 @@ pub fn draft(
     // Output bias: the values' own bias, and the constant that the centred latent does not carry.
     let mut wo_bias = crate::methods::output_bias_with_values(source);
     if centred && settings.bias {
+        let mean = moments.mean();
         let constant = source.wv.dot(&mean) - up_v.dot(&latent.dot(&mean));
         let repeated = Array1::from_shape_fn(heads * d, |i| constant[(i / d / n) * d + i % d]);
         let carried = source.wo.dot(&repeated);

@@ -91,6 +91,87 @@ pub fn candidate_folds(head_dim: usize, rope_dim: usize) -> Vec<usize> {
     out
 }
 
+/// Bias of `[k_N; v]`; `None` where neither keys nor values have one.
+fn stacked_bias(source: &AttentionSource, b_nope: &ArrayView2<'_, f64>) -> Option<Array1<f64>> {
+    if source.bk.is_none() && source.bv.is_none() {
+        return None;
+    }
+    let all = source.kv_heads * source.head_dim;
+    let bk = source.bk.clone().unwrap_or_else(|| Array1::zeros(all));
+    let bv = source.bv.clone().unwrap_or_else(|| Array1::zeros(all));
+    Some(concatenate![Axis(0), b_nope.t().dot(&bk), bv])
+}
+
+/// `rho`: mean column norm of keys over that of values (docs/maths.md, section 6), from the moment of `[k_N; v]` with `width` rows of
+/// keys; one where nothing is to be balanced.
+fn key_balance(cz: &Array2<f64>, width: usize, ratio: Option<f64>) -> f64 {
+    let column = |range: std::ops::Range<usize>| -> f64 {
+        let n = range.len().max(1) as f64;
+        range.map(|i| cz[[i, i]].max(0.0).sqrt()).sum::<f64>() / n
+    };
+    let values = column(width..cz.nrows());
+    let rho = match ratio {
+        Some(ratio) if width > 0 && values > 0.0 => column(0..width) / (values * ratio),
+        _ => 1.0,
+    };
+    if rho.is_finite() && rho > 0.0 { rho } else { 1.0 }
+}
+
+/// Rotated queries `[H d_R, D]` and their bias: each head's own rows of the rotated basis, `b_rope` `[g d, d_R]`.
+fn rotated_queries(source: &AttentionSource, b_rope: &ArrayView2<'_, f64>) -> (Array2<f64>, Option<Array1<f64>>) {
+    let (heads, d, n, rope_dim) = (source.heads, source.head_dim, source.group(), b_rope.ncols());
+    let mut q_rope = Array2::zeros((heads * rope_dim, source.hidden()));
+    let mut q_rope_bias = source.bq.as_ref().map(|_| Array1::zeros(heads * rope_dim));
+    for h in 0..heads {
+        let (group, rows) = (h / n, h * d..(h + 1) * d);
+        let to_rope = b_rope.slice(s![group * d..(group + 1) * d, ..]);
+        let q = source.wq.slice(s![rows.clone(), ..]);
+        let out = h * rope_dim..(h + 1) * rope_dim;
+        q_rope.slice_mut(s![out.clone(), ..]).assign(&matmul(&to_rope.t(), &q));
+        if let (Some(b), Some(bq)) = (&mut q_rope_bias, &source.bq) {
+            b.slice_mut(s![out]).assign(&to_rope.t().dot(&bq.slice(s![rows])));
+        }
+    }
+    (q_rope, q_rope_bias)
+}
+
+/// From the latent to keys and values of every head, `[H d, rank]` each, from the directions `top` of `[k_N; v]`, the keys of which
+/// are divided by `rho`.
+fn up_projections(
+    source: &AttentionSource,
+    b_nope: &ArrayView2<'_, f64>,
+    top: &Array2<f64>,
+    rho: f64,
+    rank: usize,
+) -> (Array2<f64>, Array2<f64>) {
+    let (heads, d, n) = (source.heads, source.head_dim, source.group());
+    let (width, used) = (b_nope.ncols(), top.ncols());
+    let (top_k, top_v) = (top.slice(s![..width, ..]), top.slice(s![width.., ..]));
+    let mut k_up = Array2::zeros((heads * d, rank));
+    let mut v_up = Array2::zeros((heads * d, rank));
+    for h in 0..heads {
+        let (group, rows) = (h / n, h * d..(h + 1) * d);
+        let own = group * d..(group + 1) * d;
+        // k_h = E_h basis k'; the N columns meet the latent, times rho.
+        let mut up = matmul(&b_nope.slice(s![own.clone(), ..]), &top_k);
+        up *= rho;
+        k_up.slice_mut(s![rows.clone(), ..used]).assign(&up);
+        v_up.slice_mut(s![rows, ..used]).assign(&top_v.slice(s![own, ..]));
+    }
+    (k_up, v_up)
+}
+
+/// Each query head's own rows of the basis without rotation, `b_nope` `[g d, width]`: `[H d, width]`.
+fn own_rows(source: &AttentionSource, b_nope: &ArrayView2<'_, f64>) -> Array2<f64> {
+    let (heads, d, n) = (source.heads, source.head_dim, source.group());
+    let mut own_keys = Array2::zeros((heads * d, b_nope.ncols()));
+    for h in 0..heads {
+        let own = (h / n) * d..(h / n + 1) * d;
+        own_keys.slice_mut(s![h * d..(h + 1) * d, ..]).assign(&b_nope.slice(s![own, ..]));
+    }
+    own_keys
+}
+
 /// Convert one layer from the second moments of its input.
 ///
 /// # Errors
@@ -101,7 +182,7 @@ pub fn convert(
     settings: &Settings,
     metric: Metric,
 ) -> Result<Converted, MethodError> {
-    let (heads, g, d, n) = (source.heads, source.kv_heads, source.head_dim, source.group());
+    let (heads, g, d) = (source.heads, source.kv_heads, source.head_dim);
     let limits = Limits { kv_heads: g, head_dim: d, queries: (heads * d).min(source.hidden()) };
     check(&limits, settings.rope_dim, settings.rank, settings.q_rank, settings.fold)
         .map_err(|e| MethodError::Setting { message: e.message, hint: e.hint })?;
@@ -109,37 +190,19 @@ pub fn convert(
     let ck = moments.output_moment(&source.wk, source.bk.as_ref());
     let rotation = rorope(&ck, g, d, collapse, settings.fold)?;
     let (rope_dim, all) = (settings.rope_dim, g * d);
-    let b_rope = rotation.basis.slice(s![.., ..rope_dim]);
-    let b_nope = rotation.basis.slice(s![.., rope_dim..]);
+    let (b_rope, b_nope) = rotation.basis.view().split_at(Axis(1), rope_dim);
     let k_rope = matmul(&b_rope.t(), &source.wk);
     let k_nope = matmul(&b_nope.t(), &source.wk);
 
     // Second moments of [k_N; v], biases included as published.
     let stacked = concatenate![Axis(0), k_nope, source.wv];
-    let bias = match (&source.bk, &source.bv) {
-        (None, None) => None,
-        (bk, bv) => {
-            let bk = bk.clone().unwrap_or_else(|| Array1::zeros(all));
-            let bv = bv.clone().unwrap_or_else(|| Array1::zeros(all));
-            Some(concatenate![Axis(0), b_nope.t().dot(&bk), bv])
-        }
-    };
+    let bias = stacked_bias(source, &b_nope);
     let cz = moments.output_moment(&stacked, bias.as_ref());
     let width = all - rope_dim;
-    let total_key = moments.output_moment(&source.wk, source.bk.as_ref()).diag().sum();
+    let total_key = ck.diag().sum();
     let lost_key: f64 = cz.diag().slice(s![..width]).sum();
 
-    // rho: mean column norm of keys over that of values (docs/maths.md, section 6).
-    let column = |range: std::ops::Range<usize>| -> f64 {
-        let n = range.len().max(1) as f64;
-        range.map(|i| cz[[i, i]].max(0.0).sqrt()).sum::<f64>() / n
-    };
-    let values = column(width..width + all);
-    let rho = match (metric, settings.balance) {
-        (Metric::Plain, Some(ratio)) if width > 0 && values > 0.0 => column(0..width) / (values * ratio),
-        _ => 1.0,
-    };
-    let rho = if rho.is_finite() && rho > 0.0 { rho } else { 1.0 };
+    let rho = key_balance(&cz, width, settings.balance.filter(|_| metric == Metric::Plain));
     let scale = Array1::from_shape_fn(width + all, |i| if i < width { 1.0 / rho } else { 1.0 });
     let weighted = &(&stacked * &scale.view().insert_axis(Axis(1)));
     let r = match metric {
@@ -155,29 +218,8 @@ pub fn convert(
     let top = r.1.slice(s![.., ..rank]).to_owned();
     let mut latent = Array2::zeros((settings.rank, source.hidden()));
     latent.slice_mut(s![..rank, ..]).assign(&matmul(&top.t(), weighted));
-    let (top_k, top_v) = (top.slice(s![..width, ..]), top.slice(s![width.., ..]));
-
-    let mut k_up = Array2::zeros((heads * d, settings.rank));
-    let mut v_up = Array2::zeros((heads * d, settings.rank));
-    let mut q_rope = Array2::zeros((heads * rope_dim, source.hidden()));
-    let mut q_rope_bias = source.bq.as_ref().map(|_| Array1::zeros(heads * rope_dim));
-    for h in 0..heads {
-        let (group, rows) = (h / n, h * d..(h + 1) * d);
-        let own = group * d..(group + 1) * d;
-        // k_h = E_h basis k'; the N columns meet the latent, times rho.
-        let block = b_nope.slice(s![own.clone(), ..]);
-        let mut up = matmul(&block, &top_k);
-        up *= rho;
-        k_up.slice_mut(s![rows.clone(), ..rank]).assign(&up);
-        v_up.slice_mut(s![rows.clone(), ..rank]).assign(&top_v.slice(s![own.clone(), ..]));
-        let to_rope = b_rope.slice(s![own, ..]);
-        let q = source.wq.slice(s![rows.clone(), ..]);
-        let out = h * rope_dim..(h + 1) * rope_dim;
-        q_rope.slice_mut(s![out.clone(), ..]).assign(&matmul(&to_rope.t(), &q));
-        if let (Some(b), Some(bq)) = (&mut q_rope_bias, &source.bq) {
-            b.slice_mut(s![out]).assign(&to_rope.t().dot(&bq.slice(s![rows])));
-        }
-    }
+    let (k_up, v_up) = up_projections(source, &b_nope, &top, rho, settings.rank);
+    let (q_rope, q_rope_bias) = rotated_queries(source, &b_rope);
     let query = Query {
         down: None,
         nope: source.wq.clone(),
@@ -187,18 +229,13 @@ pub fn convert(
     };
     let k_rope_bias = source.bk.as_ref().map(|b| b_rope.t().dot(b));
     let rope_freq: Vec<f64> = rotation.slot_pair.iter().map(|&j| source.inv_freq[j]).collect();
-    let mut own_keys = Array2::zeros((heads * d, width));
-    for h in 0..heads {
-        let own = (h / n) * d..(h / n + 1) * d;
-        own_keys.slice_mut(s![h * d..(h + 1) * d, ..]).assign(&b_nope.slice(s![own, ..]));
-    }
     let rotated = MlaLayer {
         heads,
         query: query.clone(),
         latent: k_nope.clone(),
         k_rope: k_rope.clone(),
         k_rope_bias: k_rope_bias.clone(),
-        k_up: own_keys,
+        k_up: own_rows(source, &b_nope),
         v_up: Array2::zeros((0, width)),
         wo: source.wo.clone(),
         wo_bias: source.bo.clone(),
