@@ -15,7 +15,7 @@ use super::options::TextOptions;
 use super::output::{width, write_with_plots};
 use super::{Context, model, values};
 
-/// Group sizes looked at when the user names none, as far as the model has layers.
+/// Group sizes analysed when the user names none, as far as the model has layers.
 const GROUPS: [usize; 4] = [1, 2, 4, 8];
 
 /// Show what caches of different layers have in common: what sharing one low rank among layers (xKV) would cost.

@@ -42,7 +42,7 @@ pub(super) type SourceLogits<'a, T> = &'a dyn Fn(Range<usize>) -> Result<Array2<
 pub(super) struct HeadPass<T> {
     /// `KL` of every row, in nats.
     pub losses: Vec<f64>,
-    /// By the residual stream behind the last layer, `[T, D]`, and by the gain of the final norm, `[D]`.
+    /// By the residual stream after the last layer, `[T, D]`, and by the gain of the final norm, `[D]`.
     pub gradients: Option<(Array2<T>, Vec<T>)>,
 }
 

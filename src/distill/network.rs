@@ -15,7 +15,7 @@ use crate::runtime::{Rotation, RuntimeError};
 
 /// Where weights are that are not trained.
 pub(super) trait Frozen<T: Clone>: Sync {
-    /// Those of layer `index`; behind the last layer, the final norm's.
+    /// Those of layer `index`; after the last layer, the final norm's.
     ///
     /// # Errors
     /// Whatever keeps them from being read.

@@ -134,14 +134,14 @@ pub struct CurvePoint {
     pub rate: f64,
 }
 
-/// A look at the held-out windows.
+/// An evaluation on the held-out windows.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct HeldOutPoint {
     /// Steps taken.
     pub step: usize,
     /// Tokens trained on so far.
     pub tokens: usize,
-    /// Whether the average of the latest weights was looked at, or the weights themselves.
+    /// Whether the average of the latest weights was evaluated, or the weights themselves.
     pub averaged: bool,
     /// Mean loss over all held-out tokens, in nats.
     pub kl: f64,
@@ -182,7 +182,7 @@ pub struct DistillReport {
     pub texts: Vec<TextFigures>,
     /// Steps.
     pub curve: Vec<CurvePoint>,
-    /// Looks at the held-out windows.
+    /// Evaluations on the held-out windows.
     pub held_out: Vec<HeldOutPoint>,
     /// Decisions taken for the user, one sentence each.
     pub decisions: Vec<String>,

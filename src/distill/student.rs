@@ -80,7 +80,7 @@ impl<'a> Student<'a> {
         Ok(Self { source, arch, shape })
     }
 
-    /// Every weight of layer `index`; behind the last layer, the final norm's gain.
+    /// Every weight of layer `index`; after the last layer, the final norm's gain.
     ///
     /// # Errors
     /// Weights that cannot be read.
@@ -146,7 +146,7 @@ impl<'a> Student<'a> {
             kv_a: of[down].mapv(f64::from),
             bias: vector(bias),
             gain: vector(gain),
-            // Only its width is looked at.
+            // Only its width is read.
             kv_b: Array2::zeros((0, of[down].nrows())),
         };
         if weights.gain.is_none() {

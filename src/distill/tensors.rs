@@ -54,7 +54,7 @@ pub(super) enum Role {
     /// `[D, I]`.
     Down,
     DownBias,
-    /// Gain of the norm behind the last layer, `[1, D]`: the only tensor there.
+    /// Gain of the norm after the last layer, `[1, D]`: the only tensor there.
     FinalGain,
 }
 

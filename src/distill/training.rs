@@ -1,4 +1,4 @@
-//! The loop: steps, looks at the held-out windows, and the best state so far.
+//! The loop: steps, evaluations on the held-out windows, and the best state so far.
 
 use ndarray::{Array2, s};
 
@@ -11,7 +11,7 @@ use super::text::{Order, Text, runs};
 use crate::observe::{Event, Observer, Silent};
 use crate::runtime::{Cpu, Head, Model, RuntimeError};
 
-/// How often the held-out windows are looked at.
+/// How often the held-out windows are evaluated.
 const CHECKS: usize = 5;
 /// Tokens that are worked on at once, in whole windows.
 const PART: usize = 2048;
@@ -36,7 +36,7 @@ impl<'a> Teacher<'a> {
         Ok(Self { head: model.head()?, model })
     }
 
-    /// The residual stream behind the last layer, `[T, D]`.
+    /// The residual stream after the last layer, `[T, D]`.
     fn hidden(&self, windows: &[Vec<u32>]) -> Result<Array2<f32>, RuntimeError> {
         self.model.final_hidden(windows, &Silent)
     }
@@ -73,7 +73,7 @@ pub(super) struct Outcome {
     pub notes: Vec<String>,
 }
 
-/// What is trained of every layer and behind them, and rows of latents that stay.
+/// What is trained of every layer and after them, and rows of latents that stay.
 pub(super) type Start = (Vec<Tensors<f32>>, Vec<Option<usize>>);
 
 /// What is trained of `student`, as it is stored.
@@ -231,7 +231,7 @@ impl Training<'_> {
         Ok(sum / tokens)
     }
 
-    /// Look at the held-out windows. False where training should end.
+    /// Evaluate on the held-out windows. False where training should end.
     fn check(
         &self,
         state: &mut State,

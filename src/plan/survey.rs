@@ -13,9 +13,9 @@ use crate::stream::{Keep, SourceLayer, Stream, Walk};
 use crate::target::choose;
 use crate::write::ShardPlan;
 
-/// Windows that are looked at.
+/// Windows of a survey.
 const WINDOWS: usize = 8;
-/// Tokens of a window that are looked at, the first ones.
+/// Tokens of a window that a survey reads, the first ones.
 const LONGEST: usize = 512;
 /// Below this share of explained energy, in the worst layer, a conversion that replaces norms is refused unless forced.
 const LEAST_R2: f64 = 0.9;

@@ -108,7 +108,7 @@ impl ChatTemplate {
     }
 
     /// Compiles the template and renders `values`, on a thread whose stack holds whatever nests in it. Fuel bounds what
-    /// templates do, but for lists that are sums of lists, which are made when they are looked at: such a thread is left to
+    /// templates do, but for lists that are sums of lists, which are made when they are read: such a thread is left to
     /// itself after a while.
     fn run(&self, values: Option<Jinja>) -> Result<String, SourceError> {
         let (sender, result) = mpsc::channel();

@@ -22,7 +22,7 @@ pub struct OpenOptions {
     pub hub_endpoint: Option<String>,
     /// How long the hub may say nothing during a download. `None`: `HF_HUB_DOWNLOAD_TIMEOUT` seconds, else a minute.
     pub hub_stall: Option<std::time::Duration>,
-    /// Open quantised weights too, where they are only looked at: a converted model with FP8 blocks, say.
+    /// Open quantised weights too, where they are only inspected: a converted model with FP8 blocks, say.
     pub allow_quantised: bool,
 }
 

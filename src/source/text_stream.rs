@@ -10,7 +10,7 @@ use super::{SourceError, Tokenizer};
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
     ids: Vec<u32>,
-    /// Tokens before this one are settled and no longer looked at.
+    /// Tokens before this one are settled and no longer read.
     start: usize,
     /// Tokens before this one have been shown.
     shown: usize,

@@ -57,7 +57,7 @@ pub struct ScoreTarget<'a> {
     source: &'a Qkv,
     windows: &'a [usize],
     scale: f32,
-    /// Queries of a window that are looked at, about.
+    /// Queries of a window that are sampled, about.
     of_queries: usize,
 }
 
@@ -132,7 +132,7 @@ impl<'a> ScoreTarget<'a> {
         ScoreGradient { rows, errors }
     }
 
-    /// [`Qkv::fold_some_probabilities`] of what is looked at.
+    /// [`Qkv::fold_some_probabilities`] of what is sampled.
     fn fold<A: Send>(&self, states: Vec<A>, fold: impl Fn(&mut A, ProbabilityTile<'_>) + Sync) -> Vec<A> {
         self.source.fold_some_probabilities(self.windows, self.of_queries, states, fold)
     }
@@ -383,7 +383,7 @@ mod tests {
         for (row, gradient) in before.rows.rows().into_iter().enumerate() {
             assert_eq!(seen.contains(&row), gradient.iter().any(|g| *g != 0.0), "{row}");
         }
-        // Queries that are not looked at may be what they like.
+        // Queries that are not sampled may be what they like.
         dq.slice_mut(s![seen.clone(), ..]).fill(0.0);
         assert_eq!(target.residual(&(&q + &dq), &k, At::Keys(&k)).errors, before.errors);
         let all = ScoreTarget::new(&source, &[250], 0.4).residual(&q, &k, At::Keys(&k));

@@ -43,7 +43,7 @@ struct Scores<'a> {
     windows: &'a [usize],
     /// Normed inputs of the converted layer with a column of ones, `[T, D + 1]`.
     x: Array2<f32>,
-    /// Rows of queries that are looked at, at most [`BLOCK`] side by side.
+    /// Rows of queries that are sampled, at most [`BLOCK`] side by side.
     looked_at: Vec<Range<usize>>,
     /// Those rows of `x`, where they are not all.
     of_queries: Option<Array2<f32>>,
@@ -103,7 +103,7 @@ pub(super) fn refit_scores(
     Ok(())
 }
 
-/// Rows of the queries that are looked at in windows that lie under each other, at most [`BLOCK`] side by side.
+/// Rows of the queries that are sampled in windows that lie under each other, at most [`BLOCK`] side by side.
 fn looked_at(windows: &[usize]) -> Vec<Range<usize>> {
     let mut out: Vec<Range<usize>> = Vec::new();
     for span in Span::of_windows(windows) {
@@ -118,12 +118,12 @@ fn looked_at(windows: &[usize]) -> Vec<Range<usize>> {
     out
 }
 
-/// Tokens of the windows that are looked at, at most, where the longest window has `longest`.
+/// Tokens of the windows that are used, at most, where the longest window has `longest`.
 pub(super) fn tokens(longest: usize) -> usize {
     if longest > OF_WINDOW { TOKENS } else { QUERIES }
 }
 
-/// Queries that are looked at in a window of `length` tokens.
+/// Queries that are sampled in a window of `length` tokens.
 pub(super) fn queries(length: usize) -> usize {
     length.min(OF_WINDOW)
 }
@@ -195,7 +195,7 @@ impl Scores<'_> {
         matmul_f32(&self.x.slice(s![.., ..weight.ncols()]), &weight.mapv(|v| v as f32).t())
     }
 
-    /// Queries of every head, `[T, H w]`, zero where they are not looked at, from their projection `[H w, D]` or a column more.
+    /// Queries of every head, `[T, H w]`, zero where they are not sampled, from their projection `[H w, D]` or a column more.
     fn queries(&self, weight: &Array2<f64>) -> Array2<f32> {
         let x = self.x.slice(s![.., ..weight.ncols()]);
         let weight = weight.mapv(|v| v as f32);

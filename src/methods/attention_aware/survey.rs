@@ -1,4 +1,4 @@
-//! What is open of `attention-aware` until the model was looked at: which frequencies get slots (shared by all layers, since a
+//! What is open of `attention-aware` until the model was surveyed: which frequencies get slots (shared by all layers, since a
 //! stock class has one list), and which split of the budget loses least.
 
 use ndarray::Array2;

@@ -24,7 +24,7 @@ use backward::backward;
 use forward::{Batch, Block, forward};
 use tensors::Tensors;
 
-/// How often the held-out windows are looked at.
+/// How often the held-out windows are evaluated.
 const CHECKS: usize = 5;
 /// Share by which the held-out error has to fall for a refined layer to be kept: less is noise of the choice itself.
 const WORTHWHILE: f64 = 1e-3;
