@@ -5,8 +5,8 @@
     accelerate launch --config_file scripts/train/fsdp.yaml scripts/train/distill.py SOURCE CONVERTED OUT --text FILE
     gqa2mla export OUT -o SERVED --target deepseek_v3 --profile portable        # afterwards
 
-KL(source || conversion) over the whole vocabulary, AdamW, cosine. One process in four windows holds out text: the loss on it is
-printed before and after. Folders whose latent norm is neutralised by small weights are refused (docs/training.md).
+KL(source || conversion) over the whole vocabulary, AdamW, cosine. Every eighth window is held out: the loss there is printed
+before and after. Folders whose latent norm is neutralised by small weights are refused (docs/training.md).
 Packages: scripts/train/requirements.txt.
 """
 
